@@ -1,0 +1,14 @@
+"""Binary cross-entropy networks in JAX, with gradients derived by hand."""
+
+from jaxbce.gradients import (
+    ChainRule,
+    chain_rule,
+    deltas,
+    grad,
+    loss,
+    value_and_grad,
+)
+from jaxbce.losses import bce, bce_with_logits
+from jaxbce.network import Layer, Trace, forward, init, logits, predict_proba
+
+__version__ = "0.1.0"

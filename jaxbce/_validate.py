@@ -1,0 +1,183 @@
+"""What the public functions ask of their arguments, said once.
+
+Every check reads only static facts (structure, shape, dtype), so it works on
+tracers and costs nothing once compiled. Each message names the argument, what
+it was, and what is accepted; nothing is broadcast or cast across kinds in
+silence.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+DTYPES = ("bfloat16", "float32", "float64")
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """The dtype sums are taken in: float32 for bfloat16, otherwise its own."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _array(name: str, value: Any, accepted: str) -> None:
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; {accepted} is accepted"
+        )
+
+
+def _kind(name: str, value: Any, *, floating: bool) -> None:
+    if floating:
+        ok, accepted = value.dtype.name in DTYPES, ", ".join(DTYPES)
+    else:
+        ok = jnp.issubdtype(value.dtype, jnp.bool_) or (
+            jnp.issubdtype(value.dtype, jnp.number)
+            and not jnp.issubdtype(value.dtype, jnp.complexfloating)
+        )
+        accepted = "a real or boolean dtype"
+    if not ok:
+        raise TypeError(f"{name} has dtype {value.dtype.name}; {accepted} is accepted")
+
+
+def float_dtype(dtype: Any) -> Any:
+    """`dtype` as JAX has it, or the default float dtype for None."""
+    dtype = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
+    if dtype.name not in DTYPES:
+        raise TypeError(f"dtype is {dtype.name}; {', '.join(DTYPES)} is accepted")
+    return dtype
+
+
+def sizes(value: Any) -> tuple[int, ...]:
+    """Layer sizes (n_0, ..., n_L) as a tuple of at least two positive ints."""
+    try:
+        result = tuple(operator.index(n) for n in value)
+    except TypeError:
+        raise TypeError(
+            f"sizes is {value!r}; a sequence of integers (n_0, ..., n_L) is accepted"
+        ) from None
+    if len(result) < 2 or min(result) < 1:
+        raise ValueError(
+            f"sizes is {value!r}; at least an input and an output size, each >= 1, "
+            "is accepted"
+        )
+    return result
+
+
+def params(value: Any) -> Any:
+    """Checks a tuple of Layer(w, b); returns the dtype all its leaves share."""
+    if not isinstance(value, tuple) or not all(
+        getattr(layer, "_fields", None) == ("w", "b") for layer in value
+    ):
+        what = type(value).__name__
+        if isinstance(value, (tuple, list)):
+            what += f" of {sorted({type(v).__name__ for v in value})}"
+        raise TypeError(f"params is a {what}; a tuple of Layer(w, b) is accepted")
+    if not value:
+        raise ValueError("params is empty; at least one Layer(w, b) is accepted")
+    width = None
+    for k, layer in enumerate(value):
+        w, b = f"params[{k}].w", f"params[{k}].b"
+        for name, leaf, ndim in ((w, layer.w, 2), (b, layer.b, 1)):
+            _array(name, leaf, "an array")
+            _kind(name, leaf, floating=True)
+            if leaf.ndim != ndim:
+                raise ValueError(
+                    f"{name} has shape {leaf.shape}; w is [n_in, n_out], b is [n_out]"
+                )
+        if 0 in layer.w.shape:
+            raise ValueError(f"{w} has shape {layer.w.shape}; every size must be >= 1")
+        if width is not None and layer.w.shape[0] != width:
+            raise ValueError(
+                f"{w} has shape {layer.w.shape}; ({width}, n_out) is accepted after a "
+                f"layer of {width} outputs"
+            )
+        width = layer.w.shape[1]
+        if layer.b.shape != (width,):
+            raise ValueError(
+                f"{b} has shape {layer.b.shape}; ({width},) is accepted with w of "
+                f"shape {layer.w.shape}"
+            )
+    dtypes = sorted({leaf.dtype.name for layer in value for leaf in layer})
+    if len(dtypes) > 1:
+        raise TypeError(f"params mixes dtypes {dtypes}; one dtype is accepted")
+    return value[0].w.dtype
+
+
+def features(x: Any, params_: Any) -> jax.Array:
+    """Checks x [N, n_0] against params; returns it in the parameters' dtype."""
+    dtype = params(params_)
+    n_in = params_[0].w.shape[0]
+    _array("x", x, f"an array [rows, {n_in}]")
+    _kind("x", x, floating=True)
+    if x.ndim != 2 or x.shape[1] != n_in:
+        raise ValueError(
+            f"x has shape {x.shape}; [rows, {n_in}] is accepted by params[0].w of "
+            f"shape {params_[0].w.shape}"
+        )
+    if x.shape[0] == 0:
+        raise ValueError(f"x has shape {x.shape}; at least one row is accepted")
+    return jnp.asarray(x, dtype)
+
+
+def labels(
+    y: Any, shape: tuple[int, ...], dtype: Any, against: str = "logits have"
+) -> jax.Array:
+    """Checks y against the shape of the outputs; returns it in `dtype`."""
+    _array("y", y, f"an array of shape {shape}")
+    _kind("y", y, floating=False)
+    if y.shape != shape:
+        raise ValueError(
+            f"y has shape {y.shape}, {against} {shape}; labels of just that shape "
+            "are accepted"
+        )
+    return jnp.asarray(y, dtype)
+
+
+def real(name: str, value: Any) -> None:
+    """Checks that `value` is an array of a supported floating dtype."""
+    _array(name, value, "an array")
+    _kind(name, value, floating=True)
+
+
+def sample_weight(value: Any, rows: int, dtype: Any) -> jax.Array:
+    """Checks example weights [N]; returns them in `dtype`."""
+    _array("sample_weight", value, f"None or an array of shape ({rows},)")
+    _kind("sample_weight", value, floating=False)
+    if value.shape != (rows,):
+        raise ValueError(
+            f"sample_weight has shape {value.shape}; ({rows},), one weight a row of x, "
+            "is accepted"
+        )
+    return jnp.asarray(value, dtype)
+
+
+def pos_weight(value: Any, outputs: int | None, dtype: Any) -> jax.Array:
+    """Checks a scalar or [n_L] positive-class weight; returns it in `dtype`."""
+    if isinstance(value, (bool, int, float)):
+        return jnp.asarray(value, dtype)
+    accepted = "a scalar" if outputs is None else f"a scalar or shape ({outputs},)"
+    _array("pos_weight", value, accepted)
+    _kind("pos_weight", value, floating=False)
+    if value.shape not in ((), (outputs,)):
+        raise ValueError(f"pos_weight has shape {value.shape}; {accepted} is accepted")
+    return jnp.asarray(value, dtype)
+
+
+def reduction(value: Any) -> None:
+    """Checks the name of a reduction."""
+    if not isinstance(value, str) or value not in ("mean", "sum"):
+        raise ValueError(f'reduction is {value!r}; "mean" or "sum" is accepted')
+
+
+def block_size(value: Any) -> None:
+    """Checks rows in a block: None, "auto" or a positive int."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return
+    accepted = 'None, "auto" or an integer >= 1 is accepted'
+    try:
+        rows = operator.index(value)
+    except TypeError:
+        raise TypeError(f"block_size is {value!r}; {accepted}") from None
+    if isinstance(value, bool) or rows < 1:
+        raise ValueError(f"block_size is {value!r}; {accepted}")

@@ -1,0 +1,434 @@
+r"""The gradient of binary cross-entropy, derived by hand.
+
+For one row, with positive-class weight p and logits a_L, the loss is
+
+    ℓ = Σ_o [ p y softplus(−a_L) + (1−y) softplus(a_L) ]
+
+and the batch's is Σ_i c_i ℓ_i. Write δ_k = ∂ℓ/∂a_k, `[N, n_k]`, a row an example.
+
+1.  softplus′ = σ, so at the output
+        δ_L = (1−y) σ(a_L) − p y σ(−a_L).
+    With p = 1 this is ŷ − y in exact arithmetic, and only there: in float32
+    ŷ − y is 0 for y = 1 from a = 16.64 on, where the true derivative is not.
+2.  a_{k+1} = relu(a_k) W_{k+1} + b_{k+1}, and relu′(a) = [a > 0] (0 at 0), so
+        δ_k = (δ_{k+1} W_{k+1}ᵀ) ⊙ [a_k > 0].
+3.  a_k = h_{k−1} W_k + b_k, so the gradient is the two lists, contracted:
+        ∂/∂W_k = h_{k−1}ᵀ diag(c) δ_k      ∂/∂b_k = Σ_i c_i δ_{k,i}
+        ∂/∂X = diag(c) δ_1 W_1ᵀ            ∂/∂y = c (p softplus(−a_L) − softplus(a_L)).
+
+`deltas` is 1 and 2, `contract` is 3. `value_and_grad`, `grad` and, through its
+derivative rule, `loss` all go through them; `chain_rule` is the same for one hidden
+layer as a textbook has it, each factor by itself.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxbce import _validate
+from jaxbce._blocks import rows_per_block, sum_over_blocks
+from jaxbce.losses import bce_with_logits, softplus, weighted
+from jaxbce.network import Layer, Params, Trace, forward, matmul, sigmoid
+
+
+@jax.jit
+def deltas(
+    params: Params,
+    trace: Trace,
+    y: jax.Array,
+    *,
+    pos_weight: jax.Array | float = 1.0,
+) -> tuple[jax.Array, ...]:
+    r"""Derivatives of each row's loss in its pre-activations, `δ_k = ∂ℓ/∂a_k`.
+
+    .. math::
+      \delta_L = (1-y)\,\sigma(a_L) - p\,y\,\sigma(-a_L), \qquad
+      \delta_k = (\delta_{k+1} W_{k+1}^\top) \odot [a_k > 0]
+
+    Rows are not weighted or averaged. For every finite logit δ_L is accurate relative
+    to its own size; for an infinite one it is 0 or ±1 (times p).
+
+    Args:
+      params: A tuple of `Layer`.
+      trace: What `forward(params, x)` returned.
+      y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
+      pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
+
+    Returns:
+      `(δ_1, ..., δ_L)`, each `[N, n_k]`, in the accumulation dtype.
+
+    Raises:
+      TypeError: If an argument is of a dtype that is not accepted.
+      ValueError: If shapes do not fit; nothing is broadcast.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> params = (jaxbce.Layer(w=jnp.ones((2, 1)), b=jnp.zeros(1)),)
+      >>> trace = jaxbce.forward(params, jnp.array([[1.0, -1.0], [20.0, 20.0]]))
+      >>> print(jaxbce.deltas(params, trace, jnp.ones((2, 1)))[0].ravel())
+      [-5.0000000e-01 -4.2483541e-18]
+    """
+    _validate.params(params)
+    a_last = trace.a[-1]
+    y = _validate.labels(y, a_last.shape, a_last.dtype)
+    p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
+    delta = (1 - y) * sigmoid(a_last) - p * y * sigmoid(-a_last)  # [N, n_L]
+    result = [delta]
+    for k in range(len(params) - 1, 0, -1):
+        w = params[k].w  # W_{k+1}, [n_k, n_{k+1}]
+        back = matmul(delta.astype(w.dtype), w.T)  # [N, n_k]
+        delta = jnp.where(trace.a[k - 1] > 0, back, 0)  # [N, n_k]
+        result.append(delta)
+    return tuple(reversed(result))
+
+
+def contract(
+    h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...], c: jax.Array
+) -> Params:
+    """The weighted sum of per-example gradients: `h_{k−1}ᵀ diag(c) δ_k`, `Σ c δ_k`.
+
+    Written as (δᵀ h)ᵀ: h.T @ δ costs up to twice as much on a CPU.
+
+    Args:
+      h: Layer inputs `(h_0, ..., h_{L-1})`, each `[N, n_k]`.
+      delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`.
+      c: Weights of the rows, `[N]`.
+
+    Returns:
+      A `Layer` for each k, in the accumulation dtype.
+    """
+    layers = []
+    for h_k, delta_k in zip(h, delta, strict=True):
+        c_delta = c[:, None] * delta_k  # [N, n_out]
+        w = matmul(c_delta.astype(h_k.dtype).T, h_k).T  # [n_in, n_out]
+        layers.append(Layer(w, jnp.sum(c_delta, axis=0)))
+    return tuple(layers)
+
+
+class _Problem(NamedTuple):
+    """The arguments of a loss, checked: Σ_i c_i ℓ_i over rows (x_i, y_i)."""
+
+    x: jax.Array
+    y: jax.Array
+    c: jax.Array
+    pos_weight: jax.Array
+    block_rows: int
+
+
+def _problem(
+    params: Any, x: Any, y: Any, sample_weight: Any, p: Any, reduction: Any, block: Any
+) -> _Problem:
+    x = _validate.features(x, params)
+    outputs = params[-1].w.shape[1]
+    dtype = _validate.accumulation_dtype(x.dtype)
+    y = _validate.labels(y, (x.shape[0], outputs), dtype)
+    p = _validate.pos_weight(p, outputs, dtype)
+    _validate.reduction(reduction)
+    _validate.block_size(block)
+    if sample_weight is None:
+        c = jnp.ones(x.shape[0], dtype)
+    else:
+        c = _validate.sample_weight(sample_weight, x.shape[0], dtype)
+    if reduction == "mean":
+        c = c / (x.shape[0] if sample_weight is None else jnp.sum(c))
+    return _Problem(x, y, c, p, rows_per_block(block, params, x.shape[0]))
+
+
+def _total(c: jax.Array, ell: jax.Array) -> jax.Array:
+    return jnp.sum(weighted(c, jnp.sum(ell, axis=1)))
+
+
+@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+def value_and_grad(
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    sample_weight: jax.Array | None = None,
+    pos_weight: jax.Array | float = 1.0,
+    reduction: str = "mean",
+    block_size: int | str | None = "auto",
+) -> tuple[jax.Array, Params]:
+    r"""The loss of a batch and its hand-derived gradient in the parameters.
+
+    .. math::
+      \sum_i c_i \ell_i, \qquad
+      \nabla_{W_k} = h_{k-1}^\top \mathrm{diag}(c)\, \delta_k, \qquad
+      \nabla_{b_k} = \sum_i c_i\, \delta_{k,i}
+
+    with :math:`c_i = s_i / \sum s` for the mean and :math:`s_i` for the sum.
+
+    Args:
+      params: A tuple of `Layer`, all of one dtype: bfloat16, float32 or float64.
+      x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
+      y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
+      sample_weight: Weights s >= 0 of the rows, `[N]`; None is all ones. A row of
+        weight 0 counts for nothing, also when its loss is infinite. If all are 0, the
+        mean is NaN.
+      pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
+      reduction: "mean" or "sum" over rows; outputs are always summed.
+      block_size: The most rows taken at a time. Temporary memory grows with it and not
+        with N; the result changes by rounding only. None takes all rows at once;
+        "auto" chooses from the shapes.
+
+    Returns:
+      The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16), and
+      the gradient, a pytree like params in structure, shapes and dtype.
+
+    Raises:
+      TypeError: If an argument is of a type or dtype that is not accepted.
+      ValueError: If shapes do not fit, or an option is unknown. Nothing is broadcast.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> x, y = jnp.ones((8, 2)), jnp.ones((8, 1))
+      >>> value, grads = jaxbce.value_and_grad(params, x, y)
+      >>> jax.tree.map(jnp.shape, grads)
+      (Layer(w=(2, 3), b=(3,)), Layer(w=(3, 1), b=(1,)))
+
+    References:
+      Rumelhart, Hinton, Williams, Learning representations by back-propagating
+      errors, Nature 323, 1986.
+    """
+    problem = _problem(
+        params, x, y, sample_weight, pos_weight, reduction, block_size
+    )
+    (value, grads), _ = _accumulate(params, problem)
+    return value, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
+
+
+def _accumulate(
+    params: Params,
+    problem: _Problem,
+    *,
+    with_x: bool = False,
+    with_logits: bool = False,
+) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
+    """Loss and gradient over all rows; per row, if asked for, ∂/∂X and the logits."""
+
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
+        trace = forward(params, x)
+        delta = deltas(params, trace, y, pos_weight=problem.pos_weight)
+        grads = contract(trace.h[:-1], delta, c)
+        ell = bce_with_logits(trace.a[-1], y, pos_weight=problem.pos_weight)
+        per_row = {}
+        if with_x:
+            w = params[0].w
+            per_row["x"] = matmul((c[:, None] * delta[0]).astype(w.dtype), w.T)
+        if with_logits:
+            per_row["logits"] = trace.a[-1]
+        return (_total(c, ell), grads), per_row
+
+    rows = (problem.x, problem.y)
+    return sum_over_blocks(block, problem.c, rows, problem.block_rows)
+
+
+def grad(
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    sample_weight: jax.Array | None = None,
+    pos_weight: jax.Array | float = 1.0,
+    reduction: str = "mean",
+    block_size: int | str | None = "auto",
+) -> Params:
+    """The hand-derived gradient in the parameters alone; see `value_and_grad`."""
+    return value_and_grad(
+        params,
+        x,
+        y,
+        sample_weight=sample_weight,
+        pos_weight=pos_weight,
+        reduction=reduction,
+        block_size=block_size,
+    )[1]
+
+
+@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+def loss(
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    sample_weight: jax.Array | None = None,
+    pos_weight: jax.Array | float = 1.0,
+    reduction: str = "mean",
+    block_size: int | str | None = "auto",
+) -> jax.Array:
+    """The loss of a batch, differentiated by JAX through the hand-derived gradient.
+
+    `jax.grad`, `jax.jvp`, `jax.hessian` and whatever is built on them (optax's line
+    searches, anyone's own code) call `deltas` and `contract` when they differentiate
+    this function, in any argument: params, x, y and both weights. Derivatives of
+    higher order differentiate those, and stay accurate in the tails.
+
+    Arguments, errors and the value are those of `value_and_grad`.
+
+    Returns:
+      The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> x, y = jnp.ones((8, 2)), jnp.ones((8, 1))
+      >>> grads = jax.grad(jaxbce.loss)(params, x, y)
+      >>> by_hand = jaxbce.grad(params, x, y)
+      >>> all(jax.tree.leaves(jax.tree.map(jnp.array_equal, grads, by_hand)))
+      True
+    """
+    problem = _problem(
+        params, x, y, sample_weight, pos_weight, reduction, block_size
+    )
+    return _loss(problem.block_rows, params, *problem[:-1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _loss(
+    block_rows: int,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    c: jax.Array,
+    pos_weight: jax.Array,
+) -> jax.Array:
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
+        a = forward(params, x).a[-1]
+        return _total(c, bce_with_logits(a, y, pos_weight=pos_weight)), None
+
+    return sum_over_blocks(block, c, (x, y), block_rows)[0]
+
+
+@functools.partial(_loss.defjvp, symbolic_zeros=True)
+def _loss_jvp(
+    block_rows: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The inner product of the hand-derived gradient with the tangents.
+
+    An argument that is not differentiated has a symbolic zero for a tangent, and its
+    part of the gradient is not computed.
+    """
+    params, x, y, c, p = primals
+    params_dot, x_dot, y_dot, c_dot, p_dot = tangents
+    with_x = _nonzero(x_dot)
+    with_logits = any(map(_nonzero, (y_dot, c_dot, p_dot)))
+    (value, grads), per_row = _accumulate(
+        params,
+        _Problem(x, y, c, p, block_rows),
+        with_x=with_x,
+        with_logits=with_logits,
+    )
+    tangent = jnp.zeros_like(value)
+    for g, t in zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True):
+        if _nonzero(t):
+            tangent += _inner(g, t)
+    if with_x:
+        tangent += _inner(per_row["x"], x_dot)
+    if with_logits:
+        a = per_row["logits"]
+        if _nonzero(y_dot):
+            dy = weighted(c[:, None], p * softplus(-a) - softplus(a))
+            tangent += _inner(dy, y_dot)
+        if _nonzero(c_dot):
+            dc = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)
+            tangent += _inner(dc, c_dot)
+        if _nonzero(p_dot):
+            dp = weighted(c[:, None], weighted(y, softplus(-a)))
+            dp = jnp.sum(dp, axis=0) if p.ndim else jnp.sum(dp)
+            tangent += _inner(dp, p_dot)
+    return value, tangent
+
+
+def _nonzero(tangent: Any) -> bool:
+    return not isinstance(tangent, SymbolicZero)
+
+
+def _inner(gradient: jax.Array, tangent: jax.Array) -> jax.Array:
+    return jnp.sum(gradient * tangent.astype(gradient.dtype))
+
+
+class ChainRule(NamedTuple):
+    """The textbook chain rule for one hidden layer, each factor a value of its own.
+
+    BCE is the sum over the batch. Attributes, in the order of the derivation:
+      dbce_dyhat: ∂BCE/∂ŷ = (ŷ − y) / (ŷ (1 − ŷ)), `[N, n_2]`.
+      dyhat_da2: ∂ŷ/∂a₂ = ŷ (1 − ŷ), `[N, n_2]`.
+      da2_dw2: ∂a₂/∂w₂ = h₁ᵀ, `[n_1, N]`.
+      dbce_dw2: ∂BCE/∂w₂ = h₁ᵀ (ŷ − y), `[n_1, n_2]`.
+      dbce_db2: ∂BCE/∂b₂ = ŷ − y, summed over the batch, `[n_2]`.
+      dbce_dh1: ∂BCE/∂h₁ = (ŷ − y) w₂ᵀ, `[N, n_1]`.
+      dh1_da1: ∂h₁/∂a₁ = [a₁ > 0], `[N, n_1]`.
+      da1_dw1: ∂a₁/∂w₁ = Xᵀ, `[n_0, N]`.
+      dbce_dw1: ∂BCE/∂w₁ = Xᵀ ((ŷ − y) w₂ᵀ ⊙ [a₁ > 0]), `[n_0, n_1]`.
+      dbce_db1: ∂BCE/∂b₁ = (ŷ − y) w₂ᵀ ⊙ [a₁ > 0], summed over the batch, `[n_1]`.
+    """
+
+    dbce_dyhat: jax.Array
+    dyhat_da2: jax.Array
+    da2_dw2: jax.Array
+    dbce_dw2: jax.Array
+    dbce_db2: jax.Array
+    dbce_dh1: jax.Array
+    dh1_da1: jax.Array
+    da1_dw1: jax.Array
+    dbce_dw1: jax.Array
+    dbce_db1: jax.Array
+
+
+@jax.jit
+def chain_rule(params: Params, x: jax.Array, y: jax.Array) -> ChainRule:
+    """The factors of the textbook chain rule, for one hidden layer.
+
+    For showing and checking: ŷ − y loses all its digits where ŷ rounds to y, and
+    ∂BCE/∂ŷ is NaN or infinite where ŷ rounds to 0 or 1. `value_and_grad` computes
+    the same gradient without these.
+
+    Args:
+      params: Two `Layer`s: one hidden layer.
+      x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
+      y: Labels in [0, 1], `[N, n_2]`, real or boolean.
+
+    Returns:
+      A `ChainRule`; its gradients are those of the loss summed over the batch.
+
+    Raises:
+      TypeError: If an argument is of a type or dtype that is not accepted.
+      ValueError: If there is not one hidden layer, or shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> factors = jaxbce.chain_rule(params, jnp.ones((8, 2)), jnp.ones((8, 1)))
+      >>> factors.dbce_dw1.shape
+      (2, 3)
+    """
+    trace = forward(params, x)
+    if len(params) != 2:
+        raise ValueError(
+            f"params has {len(params)} layers; the textbook chain rule is written for 2 "
+            "(one hidden layer)"
+        )
+    a_1, _ = trace.a
+    h_0, h_1, y_hat = trace.h
+    y = _validate.labels(y, y_hat.shape, y_hat.dtype)
+    error = y_hat - y  # [N, n_2]
+    w_2 = params[1].w
+    dbce_dh1 = matmul(error.astype(w_2.dtype), w_2.T)  # [N, n_1]
+    dh1_da1 = (a_1 > 0).astype(a_1.dtype)  # [N, n_1]
+    delta_1 = dbce_dh1 * dh1_da1  # [N, n_1]
+    return ChainRule(
+        dbce_dyhat=error / (y_hat * (1 - y_hat)),
+        dyhat_da2=y_hat * (1 - y_hat),
+        da2_dw2=h_1.T,
+        dbce_dw2=matmul(h_1.T, error.astype(h_1.dtype)),
+        dbce_db2=jnp.sum(error, axis=0),
+        dbce_dh1=dbce_dh1,
+        dh1_da1=dh1_da1,
+        da1_dw1=h_0.T,
+        dbce_dw1=matmul(h_0.T, delta_1.astype(h_0.dtype)),
+        dbce_db1=jnp.sum(delta_1, axis=0),
+    )
