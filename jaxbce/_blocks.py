@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 # Bytes of activations above which a batch is split, and that a block should hold.
-# On a CPU: a batch under 8 MiB gains nothing from blocks, and blocks of 2 MiB, in
+# On a CPU: a batch under 16 MiB gains nothing from blocks, and blocks of 2 MiB, in
 # 512 to 2048 rows, were best or within 5% of it on all sizes of
 # `python -m experiments.benchmark --suite gradient`. An accelerator wants large
 # products; there blocks only bound memory.
-_SPLIT_ABOVE = {"cpu": 8 << 20}
+_SPLIT_ABOVE = {"cpu": 16 << 20}
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_ROWS = {"cpu": (512, 2048)}
 _ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))
@@ -79,15 +79,9 @@ def sum_over_blocks(
         block_totals, per_row = block(i)
         return jax.tree.map(jnp.add, totals, block_totals), per_row
 
-    zeros = jax.tree.map(_zeros, jax.eval_shape(block, 0)[0])
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(block, 0)[0])
     totals, per_row = lax.scan(step, zeros, jnp.arange(count))
     return totals, jax.tree.map(lambda t: _unblock(t, n), per_row)
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    zeros = jnp.zeros(like.shape, like.dtype)
-    varying = tuple(getattr(like, "vma", None) or ())  # mesh axes, under shard_map
-    return lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
 def _unblock(t: jax.Array, n: int) -> jax.Array:

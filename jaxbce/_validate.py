@@ -22,9 +22,7 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 def _array(name: str, value: Any, accepted: str) -> None:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}; {accepted} is accepted"
-        )
+        raise TypeError(f"{name} is a {type(value).__name__}; {accepted} is accepted")
 
 
 def _kind(name: str, value: Any, *, floating: bool) -> None:
@@ -41,8 +39,8 @@ def _kind(name: str, value: Any, *, floating: bool) -> None:
 
 
 def float_dtype(dtype: Any) -> Any:
-    """`dtype` as JAX has it, or the default float dtype for None."""
-    dtype = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
+    """Checks a dtype; None is JAX's default float dtype."""
+    dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     if dtype.name not in DTYPES:
         raise TypeError(f"dtype is {dtype.name}; {', '.join(DTYPES)} is accepted")
     return dtype
@@ -172,9 +170,11 @@ def reduction(value: Any) -> None:
 
 def block_size(value: Any) -> None:
     """Checks rows in a block: None, "auto" or a positive int."""
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return
     accepted = 'None, "auto" or an integer >= 1 is accepted'
+    if value is None or value == "auto":
+        return
+    if isinstance(value, str):
+        raise ValueError(f"block_size is {value!r}; {accepted}")
     try:
         rows = operator.index(value)
     except TypeError:

@@ -16,9 +16,10 @@ and the batch's is Σ_i c_i ℓ_i. Write δ_k = ∂ℓ/∂a_k, `[N, n_k]`, a row
         ∂/∂W_k = h_{k−1}ᵀ diag(c) δ_k      ∂/∂b_k = Σ_i c_i δ_{k,i}
         ∂/∂X = diag(c) δ_1 W_1ᵀ            ∂/∂y = c (p softplus(−a_L) − softplus(a_L)).
 
-`deltas` is 1 and 2, `contract` is 3. `value_and_grad`, `grad` and, through its
-derivative rule, `loss` all go through them; `chain_rule` is the same for one hidden
-layer as a textbook has it, each factor by itself.
+`deltas` is 1 and 2, and takes weights in at δ_L, in which all the rest is linear;
+`contract` is 3. `value_and_grad`, `grad` and, through its derivative rule, `loss` all
+go through them. `chain_rule` is the same for one hidden layer as a textbook has it,
+each factor by itself.
 """
 
 import functools
@@ -40,6 +41,7 @@ def deltas(
     trace: Trace,
     y: jax.Array,
     *,
+    sample_weight: jax.Array | None = None,
     pos_weight: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, ...]:
     r"""Derivatives of each row's loss in its pre-activations, `δ_k = ∂ℓ/∂a_k`.
@@ -48,13 +50,14 @@ def deltas(
       \delta_L = (1-y)\,\sigma(a_L) - p\,y\,\sigma(-a_L), \qquad
       \delta_k = (\delta_{k+1} W_{k+1}^\top) \odot [a_k > 0]
 
-    Rows are not weighted or averaged. For every finite logit δ_L is accurate relative
-    to its own size; for an infinite one it is 0 or ±1 (times p).
+    Nothing is averaged. For every finite logit δ_L is accurate relative to its own
+    size; for an infinite one it is 0 or ±1 (times p).
 
     Args:
       params: A tuple of `Layer`.
       trace: What `forward(params, x)` returned.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
+      sample_weight: Factors of the rows, `[N]`, as in `s_i ℓ_i`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
 
     Returns:
@@ -68,44 +71,46 @@ def deltas(
       >>> import jax.numpy as jnp, jaxbce
       >>> params = (jaxbce.Layer(w=jnp.ones((2, 1)), b=jnp.zeros(1)),)
       >>> trace = jaxbce.forward(params, jnp.array([[1.0, -1.0], [20.0, 20.0]]))
-      >>> print(jaxbce.deltas(params, trace, jnp.ones((2, 1)))[0].ravel())
-      [-5.0000000e-01 -4.2483541e-18]
+      >>> (delta,) = jaxbce.deltas(params, trace, jnp.ones((2, 1)))
+      >>> [f"{d:.4g}" for d in delta.ravel().tolist()]
+      ['-0.5', '-4.248e-18']
     """
     _validate.params(params)
     a_last = trace.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
     delta = (1 - y) * sigmoid(a_last) - p * y * sigmoid(-a_last)  # [N, n_L]
+    if sample_weight is not None:  # every δ_k below is linear in this one
+        c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
+        delta = c[:, None] * delta
     result = [delta]
     for k in range(len(params) - 1, 0, -1):
         w = params[k].w  # W_{k+1}, [n_k, n_{k+1}]
         back = matmul(delta.astype(w.dtype), w.T)  # [N, n_k]
-        delta = jnp.where(trace.a[k - 1] > 0, back, 0)  # [N, n_k]
+        delta = jnp.where(trace.h[k] > 0, back, 0)  # [N, n_k]; h_k > 0 iff a_k > 0
         result.append(delta)
     return tuple(reversed(result))
 
 
-def contract(
-    h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...], c: jax.Array
-) -> Params:
-    """The weighted sum of per-example gradients: `h_{k−1}ᵀ diag(c) δ_k`, `Σ c δ_k`.
+def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
+    """The sum of per-example gradients: `h_{k−1}ᵀ δ_k` and `Σ_i δ_{k,i}`.
 
     Written as (δᵀ h)ᵀ: h.T @ δ costs up to twice as much on a CPU.
 
     Args:
       h: Layer inputs `(h_0, ..., h_{L-1})`, each `[N, n_k]`.
-      delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`.
-      c: Weights of the rows, `[N]`.
+      delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`, already weighted by row.
 
     Returns:
       A `Layer` for each k, in the accumulation dtype.
     """
-    layers = []
-    for h_k, delta_k in zip(h, delta, strict=True):
-        c_delta = c[:, None] * delta_k  # [N, n_out]
-        w = matmul(c_delta.astype(h_k.dtype).T, h_k).T  # [n_in, n_out]
-        layers.append(Layer(w, jnp.sum(c_delta, axis=0)))
-    return tuple(layers)
+    return tuple(
+        Layer(
+            w=matmul(delta_k.astype(h_k.dtype).T, h_k).T,  # [n_{k-1}, n_k]
+            b=jnp.sum(delta_k, axis=0),  # [n_k]
+        )
+        for h_k, delta_k in zip(h, delta, strict=True)
+    )
 
 
 class _Problem(NamedTuple):
@@ -115,29 +120,26 @@ class _Problem(NamedTuple):
     y: jax.Array
     c: jax.Array
     pos_weight: jax.Array
-    block_rows: int
 
 
 def _problem(
-    params: Any, x: Any, y: Any, sample_weight: Any, p: Any, reduction: Any, block: Any
+    params: Any, x: Any, y: Any, sample_weight: Any, pos_weight: Any, reduction: Any
 ) -> _Problem:
     x = _validate.features(x, params)
-    outputs = params[-1].w.shape[1]
+    rows, outputs = x.shape[0], params[-1].w.shape[1]
     dtype = _validate.accumulation_dtype(x.dtype)
-    y = _validate.labels(y, (x.shape[0], outputs), dtype)
-    p = _validate.pos_weight(p, outputs, dtype)
+    y = _validate.labels(y, (rows, outputs), dtype)
+    p = _validate.pos_weight(pos_weight, outputs, dtype)
     _validate.reduction(reduction)
-    _validate.block_size(block)
     if sample_weight is None:
-        c = jnp.ones(x.shape[0], dtype)
+        c = jnp.full(rows, 1 / rows if reduction == "mean" else 1, dtype)
     else:
-        c = _validate.sample_weight(sample_weight, x.shape[0], dtype)
-    if reduction == "mean":
-        c = c / (x.shape[0] if sample_weight is None else jnp.sum(c))
-    return _Problem(x, y, c, p, rows_per_block(block, params, x.shape[0]))
+        s = _validate.sample_weight(sample_weight, rows, dtype)
+        c = s / jnp.sum(s) if reduction == "mean" else s
+    return _Problem(x, y, c, p)
 
 
-def _total(c: jax.Array, ell: jax.Array) -> jax.Array:
+def _weighted_sum(c: jax.Array, ell: jax.Array) -> jax.Array:
     return jnp.sum(weighted(c, jnp.sum(ell, axis=1)))
 
 
@@ -194,37 +196,37 @@ def value_and_grad(
       Rumelhart, Hinton, Williams, Learning representations by back-propagating
       errors, Nature 323, 1986.
     """
-    problem = _problem(
-        params, x, y, sample_weight, pos_weight, reduction, block_size
-    )
-    (value, grads), _ = _accumulate(params, problem)
+    problem = _problem(params, x, y, sample_weight, pos_weight, reduction)
+    rows = rows_per_block(block_size, params, x.shape[0])
+    (value, grads), _ = _accumulate(rows, params, problem)
     return value, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
 
 
 def _accumulate(
+    block_rows: int,
     params: Params,
     problem: _Problem,
     *,
     with_x: bool = False,
     with_logits: bool = False,
 ) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
-    """Loss and gradient over all rows; per row, if asked for, ∂/∂X and the logits."""
+    """Σ c ℓ and its gradient, by blocks; per row, if asked for, ∂/∂X and the logits."""
+    p = problem.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
         trace = forward(params, x)
-        delta = deltas(params, trace, y, pos_weight=problem.pos_weight)
-        grads = contract(trace.h[:-1], delta, c)
-        ell = bce_with_logits(trace.a[-1], y, pos_weight=problem.pos_weight)
+        ell = bce_with_logits(trace.a[-1], y, pos_weight=p)
+        delta = deltas(params, trace, y, sample_weight=c, pos_weight=p)
+        grads = contract(trace.h[:-1], delta)
         per_row = {}
         if with_x:
             w = params[0].w
-            per_row["x"] = matmul((c[:, None] * delta[0]).astype(w.dtype), w.T)
+            per_row["x"] = matmul(delta[0].astype(w.dtype), w.T)  # [N, n_0]
         if with_logits:
             per_row["logits"] = trace.a[-1]
-        return (_total(c, ell), grads), per_row
+        return (_weighted_sum(c, ell), grads), per_row
 
-    rows = (problem.x, problem.y)
-    return sum_over_blocks(block, problem.c, rows, problem.block_rows)
+    return sum_over_blocks(block, problem.c, (problem.x, problem.y), block_rows)
 
 
 def grad(
@@ -281,66 +283,52 @@ def loss(
       >>> all(jax.tree.leaves(jax.tree.map(jnp.array_equal, grads, by_hand)))
       True
     """
-    problem = _problem(
-        params, x, y, sample_weight, pos_weight, reduction, block_size
-    )
-    return _loss(problem.block_rows, params, *problem[:-1])
+    problem = _problem(params, x, y, sample_weight, pos_weight, reduction)
+    rows = rows_per_block(block_size, params, x.shape[0])
+    return _loss(rows, params, problem)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _loss(
-    block_rows: int,
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    c: jax.Array,
-    pos_weight: jax.Array,
-) -> jax.Array:
+def _loss(block_rows: int, params: Params, problem: _Problem) -> jax.Array:
+    p = problem.pos_weight
+
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
         a = forward(params, x).a[-1]
-        return _total(c, bce_with_logits(a, y, pos_weight=pos_weight)), None
+        return _weighted_sum(c, bce_with_logits(a, y, pos_weight=p)), None
 
-    return sum_over_blocks(block, c, (x, y), block_rows)[0]
+    return sum_over_blocks(block, problem.c, (problem.x, problem.y), block_rows)[0]
 
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(
-    block_rows: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    block_rows: int, primals: tuple[Params, _Problem], tangents: tuple[Params, _Problem]
 ) -> tuple[jax.Array, jax.Array]:
     """The inner product of the hand-derived gradient with the tangents.
 
     An argument that is not differentiated has a symbolic zero for a tangent, and its
     part of the gradient is not computed.
     """
-    params, x, y, c, p = primals
-    params_dot, x_dot, y_dot, c_dot, p_dot = tangents
-    with_x = _nonzero(x_dot)
-    with_logits = any(map(_nonzero, (y_dot, c_dot, p_dot)))
+    params, problem = primals
+    params_dot, dot = tangents
+    with_x = _nonzero(dot.x)
+    with_logits = any(map(_nonzero, (dot.y, dot.c, dot.pos_weight)))
     (value, grads), per_row = _accumulate(
-        params,
-        _Problem(x, y, c, p, block_rows),
-        with_x=with_x,
-        with_logits=with_logits,
+        block_rows, params, problem, with_x=with_x, with_logits=with_logits
     )
-    tangent = jnp.zeros_like(value)
-    for g, t in zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True):
-        if _nonzero(t):
-            tangent += _inner(g, t)
+    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True))
     if with_x:
-        tangent += _inner(per_row["x"], x_dot)
+        pairs.append((per_row["x"], dot.x))
     if with_logits:
-        a = per_row["logits"]
-        if _nonzero(y_dot):
-            dy = weighted(c[:, None], p * softplus(-a) - softplus(a))
-            tangent += _inner(dy, y_dot)
-        if _nonzero(c_dot):
-            dc = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)
-            tangent += _inner(dc, c_dot)
-        if _nonzero(p_dot):
-            dp = weighted(c[:, None], weighted(y, softplus(-a)))
-            dp = jnp.sum(dp, axis=0) if p.ndim else jnp.sum(dp)
-            tangent += _inner(dp, p_dot)
-    return value, tangent
+        a, y, p = per_row["logits"], problem.y, problem.pos_weight
+        c = problem.c[:, None]
+        dy = weighted(c, p * softplus(-a) - softplus(a))  # [N, n_L]
+        dc = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)  # [N]
+        dp = weighted(c, weighted(y, softplus(-a)))  # [N, n_L]
+        dp = jnp.sum(dp, axis=0) if p.ndim else jnp.sum(dp)
+        pairs += [(dy, dot.y), (dc, dot.c), (dp, dot.pos_weight)]
+    return value, sum(
+        (_inner(g, t) for g, t in pairs if _nonzero(t)), start=jnp.zeros_like(value)
+    )
 
 
 def _nonzero(tangent: Any) -> bool:
@@ -409,8 +397,8 @@ def chain_rule(params: Params, x: jax.Array, y: jax.Array) -> ChainRule:
     trace = forward(params, x)
     if len(params) != 2:
         raise ValueError(
-            f"params has {len(params)} layers; the textbook chain rule is written for 2 "
-            "(one hidden layer)"
+            f"params has {len(params)} layers; the textbook chain rule is written "
+            "for 2 (one hidden layer)"
         )
     a_1, _ = trace.a
     h_0, h_1, y_hat = trace.h

@@ -53,8 +53,9 @@ def bce(y_hat: jax.Array, y: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
-      >>> print(jaxbce.bce(jnp.array([0.5, 0.9]), jnp.array([1.0, 1.0])))
-      [0.6931472  0.10536055]
+      >>> ell = jaxbce.bce(jnp.array([0.5, 0.9]), jnp.array([1.0, 1.0]))
+      >>> [f"{value:.4g}" for value in ell.tolist()]
+      ['0.6931', '0.1054']
     """
     _validate.real("y_hat", y_hat)
     y = _validate.labels(y, y_hat.shape, y_hat.dtype, "y_hat has")
@@ -89,8 +90,9 @@ def bce_with_logits(
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
-      >>> print(jaxbce.bce_with_logits(jnp.array([0.0, 40.0]), jnp.array([1.0, 1.0])))
-      [6.9314718e-01 4.2483541e-18]
+      >>> ell = jaxbce.bce_with_logits(jnp.array([0.0, 40.0]), jnp.array([1.0, 1.0]))
+      >>> [f"{value:.4g}" for value in ell.tolist()]
+      ['0.6931', '4.248e-18']
     """
     _validate.real("logits", logits)
     dtype = _validate.accumulation_dtype(logits.dtype)
