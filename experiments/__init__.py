@@ -1,0 +1,1 @@
+"""Experiments on jaxbce: one question a script, `python -m experiments.NAME`."""

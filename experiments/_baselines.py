@@ -1,0 +1,51 @@
+"""The same network as a user would otherwise write it, for comparison."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.neural_network import MLPClassifier
+
+from jaxbce.network import Params
+
+
+def plain_logits(params: Params, x: jax.Array) -> jax.Array:
+    """The network as anyone would write it, for JAX to differentiate."""
+    h = x
+    for w, b in params[:-1]:
+        h = jax.nn.relu(h @ w + b)
+    return h @ params[-1].w + params[-1].b
+
+
+def plain_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean loss with optax's cross-entropy, for JAX to differentiate."""
+    ell = optax.sigmoid_binary_cross_entropy(plain_logits(params, x), y)
+    return jnp.mean(jnp.sum(ell, axis=1))
+
+
+def scikit_learn_gradient(
+    params: Params, x: jax.Array, y: jax.Array
+) -> list[np.ndarray]:
+    """The mean loss's gradient by scikit-learn, float64, in the order of our leaves."""
+    layers = [tuple(np.asarray(leaf, np.float64) for leaf in layer) for layer in params]
+    features, labels = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    model = MLPClassifier(alpha=0.0)
+    model.coefs_ = [w for w, _ in layers]
+    model.intercepts_ = [b for _, b in layers]
+    model.n_layers_ = len(layers) + 1
+    model.n_outputs_ = labels.shape[1]
+    model.out_activation_ = "logistic"
+    model.loss = "binary_log_loss"
+    widths = [w.shape[1] for w in model.coefs_]
+    activations = [features, *(np.empty((len(features), n)) for n in widths)]
+    activations = model._forward_pass(activations)
+    _, d_w, d_b = model._backprop(
+        features,
+        labels,
+        None,
+        activations,
+        [np.empty_like(a) for a in activations[1:]],
+        [np.empty_like(w) for w in model.coefs_],
+        [np.empty_like(b) for b in model.intercepts_],
+    )
+    return [leaf for layer in zip(d_w, d_b, strict=True) for leaf in layer]

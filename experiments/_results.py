@@ -1,0 +1,65 @@
+"""Results for people and programs: tables, and files that say what made them."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+import sklearn
+from tabulate import tabulate
+
+import jaxbce
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, to go with every result."""
+    device = jax.devices()[0]
+    return {
+        "jaxbce": jaxbce.__version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "devices": jax.device_count(),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table for a terminal; floats to 2 digits, booleans as ok or FAILED."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return "ok" if value else "FAILED"
+        if isinstance(value, float):
+            return (
+                f"{value:.2g}" if value == 0 or 0.1 <= value < 1e3 else f"{value:.1e}"
+            )
+        if isinstance(value, tuple):
+            return "×".join(map(str, value)) if value else "scalar"
+        return str(value)
+
+    cells = [{key: text(value) for key, value in row.items()} for row in rows]
+    right = {
+        key
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    align = ["right" if key in right else "left" for key in rows[0]]
+    return tabulate(
+        cells, headers="keys", tablefmt="simple", colalign=align, disable_numparse=True
+    )
+
+
+def write(
+    folder: Path, name: str, results: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Writes `NAME.json`, with the environment, and the rows as `NAME.csv`."""
+    document = {"environment": environment(), **results}
+    text = json.dumps(document, indent=2, default=lambda value: value.item())
+    (folder / f"{name}.json").write_text(text + "\n")
+    pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)

@@ -1,0 +1,139 @@
+"""How does jaxbce compare with what a user would otherwise use, in the same run?
+
+    python -m experiments.benchmark --suite gradient
+
+Suite gradient: `jaxbce.value_and_grad` with its default block size beside
+`jax.value_and_grad` of optax's loss, float32. Both are compiled, compared with each
+other, and timed in turn. Expect a speed of at least 1 at every size, more where the
+batch does not fit the cache, and a small part of the temporary memory there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import jaxbce
+from experiments import _baselines, _cli, _results, _timing
+
+_SUITE = flags.DEFINE_enum("suite", "gradient", ["gradient"], "What to measure.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 31, "How often each side is timed.", lower_bound=3
+)
+
+Row = dict[str, Any]
+
+# Rows, then layer sizes: from a teacher's example to what fills a CPU's caches.
+GRADIENT_SIZES = (
+    (32, (30, 16, 1)),
+    (256, (64, 100, 1)),
+    (1024, (128, 512, 1)),
+    (4096, (512, 1024, 1)),
+    (4096, (512, 1024, 16)),
+    (8192, (1024, 2048, 1)),
+    (65536, (30, 64, 1)),
+)
+AGREEMENT = 1e-5
+
+
+def run(
+    *,
+    suite: str = "gradient",
+    rounds: int = 31,
+    seed: int = 0,
+    sizes: tuple[tuple[int, tuple[int, ...]], ...] = GRADIENT_SIZES,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Measures one suite.
+
+    Args:
+      suite: "gradient".
+      rounds: How often each side is timed.
+      seed: Seed of the data and parameters.
+      sizes: Rows and layer sizes to measure.
+      report: Called with each row as it is done.
+
+    Returns:
+      A row a size.
+
+    Raises:
+      ValueError: If the two sides of a row do not agree.
+    """
+    del suite  # the one there is
+    rows = []
+    for n, layers in sizes:
+        rows.append(_gradient(n, layers, rounds, jax.random.key(seed)))
+        report(rows[-1])
+    return rows
+
+
+def _gradient(n: int, layers: tuple[int, ...], rounds: int, key: jax.Array) -> Row:
+    key_p, key_x, key_y = jax.random.split(key, 3)
+    params = jaxbce.init(key_p, layers)
+    x = jax.random.normal(key_x, (n, layers[0]))
+    y = jax.random.bernoulli(key_y, shape=(n, layers[-1])).astype(x.dtype)
+    functions = {
+        "jax.grad": jax.value_and_grad(_baselines.plain_loss),
+        "by hand": lambda *arguments: jaxbce.value_and_grad(*arguments),
+    }
+    error = _disagreement(*(f(params, x, y) for f in functions.values()))
+    if not error <= AGREEMENT:
+        raise ValueError(f"{n} rows, {layers}: the gradients differ by {error:.1e}")
+    costs = _timing.compare(functions, params, x, y, rounds=rounds)
+    baseline, by_hand = costs["jax.grad"], costs["by hand"]
+    return {
+        "rows": n,
+        "network": "→".join(map(str, layers)),
+        "differ by": error,
+        "jax.grad µs": round(1e6 * baseline.seconds),
+        "by hand µs": round(1e6 * by_hand.seconds),
+        "speed": round(by_hand.speed[0], 2),
+        "quartiles": f"{by_hand.speed[1]:.2f}-{by_hand.speed[2]:.2f}",
+        "jax.grad temp MB": round(baseline.temp_bytes / 1e6, 3),
+        "by hand temp MB": round(by_hand.temp_bytes / 1e6, 3),
+        "memory": f"1/{baseline.temp_bytes / max(by_hand.temp_bytes, 1):.1f}",
+    }
+
+
+def _disagreement(mine: Any, theirs: Any) -> float:
+    """The largest relative difference of a leaf, in the norm."""
+    return max(
+        float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
+    )
+
+
+def main() -> int:
+    """Prints the suite's table, and writes it where --output_dir says."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    folder = _cli.output_dir()
+    print(", ".join(f"{k} {v}" for k, v in _results.environment().items()))
+    if warning := _timing.load_warning():
+        print(warning)
+    configuration = {
+        "suite": _SUITE.value,
+        "rounds": _ROUNDS.value,
+        "seed": _cli.SEED.value,
+    }
+    rows = run(
+        **configuration,
+        report=lambda row: print(f"  {row['rows']}×{row['network']} done", flush=True),
+    )
+    speeds = [row["speed"] for row in rows]
+    print(f"\n{_results.table(rows)}\n")
+    print(
+        f"Speed: {min(speeds):.2f} to {max(speeds):.2f}, median {np.median(speeds):.2f}"
+    )
+    if folder is not None:
+        _results.write(
+            folder, "benchmark", {"configuration": configuration, "rows": rows}, rows
+        )
+        print(f"Written to {folder}: benchmark.json, .csv")
+    return 0
+
+
+if __name__ == "__main__":
+    _cli.launch(main)
