@@ -1,5 +1,7 @@
 """The same network as a user would otherwise write it, for comparison."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,11 @@ def plain_logits(params: Params, x: jax.Array) -> jax.Array:
     return h @ params[-1].w + params[-1].b
 
 
+def row_gradients(w: jax.Array, h: jax.Array) -> jax.Array:
+    """∂a/∂w for a = h w, `[n_in, N]`: of one output, in its own column of weights."""
+    return jax.vmap(jax.grad(jnp.dot), (None, 0))(w[:, 0], h).T
+
+
 def plain_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     """The mean loss with optax's cross-entropy, for JAX to differentiate."""
     ell = optax.sigmoid_binary_cross_entropy(plain_logits(params, x), y)
@@ -24,7 +31,7 @@ def plain_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def scikit_learn_gradient(
-    params: Params, x: jax.Array, y: jax.Array
+    params: Params, x: Any, y: Any, sample_weight: Any = None
 ) -> list[np.ndarray]:
     """The mean loss's gradient by scikit-learn, float64, in the order of our leaves."""
     layers = [tuple(np.asarray(leaf, np.float64) for leaf in layer) for layer in params]
@@ -42,7 +49,7 @@ def scikit_learn_gradient(
     _, d_w, d_b = model._backprop(
         features,
         labels,
-        None,
+        sample_weight,
         activations,
         [np.empty_like(a) for a in activations[1:]],
         [np.empty_like(w) for w in model.coefs_],

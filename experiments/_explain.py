@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbce
-from experiments import _baselines
+from experiments._baselines import plain_logits, row_gradients
 
 
 def walk() -> tuple[str, bool]:
@@ -59,7 +59,7 @@ def walk() -> tuple[str, bool]:
         "Forward",
         ("a₁ = X w₁ + b₁", trace.a[0], a_1),
         ("h₁ = max(a₁, 0)", trace.h[1], jax.nn.relu(a_1)),
-        ("a₂ = h₁ w₂ + b₂", trace.a[1], _baselines.plain_logits(params, x)),
+        ("a₂ = h₁ w₂ + b₂", trace.a[1], plain_logits(params, x)),
         ("ŷ = σ(a₂)", trace.h[2], y_hat),
         (
             "BCE = Σ y softplus(−a₂) + (1−y) softplus(a₂)",
@@ -74,14 +74,14 @@ def walk() -> tuple[str, bool]:
             delta_2,
             jax_a_2,
         ),
-        ("∂a₂/∂w₂ = h₁ᵀ", factors.da2_dw2, jax.nn.relu(a_1).T),
+        ("∂a₂/∂w₂ = h₁ᵀ", factors.da2_dw2, row_gradients(w_2, jax.nn.relu(a_1))),
         ("∂BCE/∂w₂ = h₁ᵀ δ₂", factors.dbce_dw2, jax_grads[1].w),
         ("∂BCE/∂b₂ = Σ δ₂", factors.dbce_db2, jax_grads[1].b),
         "Backward, the hidden layer",
         ("∂BCE/∂h₁ = δ₂ w₂ᵀ", factors.dbce_dh1, jax_h_1),
         ("∂h₁/∂a₁ = [a₁ > 0]", factors.dh1_da1, elementwise(jax.nn.relu, a_1)),
         ("δ₁ = ∂BCE/∂h₁ ⊙ [a₁ > 0]", delta_1, jax_a_1),
-        ("∂a₁/∂w₁ = Xᵀ", factors.da1_dw1, x.T),
+        ("∂a₁/∂w₁ = Xᵀ", factors.da1_dw1, row_gradients(w_1, x)),
         ("∂BCE/∂w₁ = Xᵀ δ₁", factors.dbce_dw1, jax_grads[0].w),
         ("∂BCE/∂b₁ = Σ δ₁", factors.dbce_db1, jax_grads[0].b),
     ]

@@ -192,23 +192,19 @@ def _factors(
     def summed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return lambda *args: jnp.sum(function(*args))
 
-    # Row i of ∂a/∂w is the gradient of one output of that row in its own weights.
-    def row_gradient(w: jax.Array, h: jax.Array) -> jax.Array:
-        return jax.vmap(jax.grad(jnp.dot), (None, 0))(w[:, 0], h).T
-
     by_hand = jaxbce.chain_rule(params, x, y)
     dh_1, dw_2, db_2 = jax.grad(bce_of_h_1, (0, 1, 2))(h_1, w_2, b_2)
     dw_1, db_1 = jax.grad(bce_of_layer_1, (0, 1))(w_1, b_1)
     yield "∂BCE/∂ŷ = (ŷ−y)/(ŷ(1−ŷ))", by_hand.dbce_dyhat, jax.grad(bce)(y_hat)
     theirs = jax.grad(summed(jax.nn.sigmoid))(a_2)
     yield "∂ŷ/∂a₂ = ŷ(1−ŷ)", by_hand.dyhat_da2, theirs
-    yield "∂a₂/∂w₂ = h₁ᵀ", by_hand.da2_dw2, row_gradient(w_2, h_1)
+    yield "∂a₂/∂w₂ = h₁ᵀ", by_hand.da2_dw2, _baselines.row_gradients(w_2, h_1)
     yield "∂BCE/∂w₂ = h₁ᵀ(ŷ−y)", by_hand.dbce_dw2, dw_2
     yield "∂BCE/∂b₂ = Σ(ŷ−y)", by_hand.dbce_db2, db_2
     yield "∂BCE/∂h₁ = (ŷ−y)w₂ᵀ", by_hand.dbce_dh1, dh_1
     theirs = jax.grad(summed(jax.nn.relu))(x @ w_1 + b_1)
     yield "∂h₁/∂a₁ = [a₁>0]", by_hand.dh1_da1, theirs
-    yield "∂a₁/∂w₁ = Xᵀ", by_hand.da1_dw1, row_gradient(w_1, x)
+    yield "∂a₁/∂w₁ = Xᵀ", by_hand.da1_dw1, _baselines.row_gradients(w_1, x)
     yield "∂BCE/∂w₁ = Xᵀ((ŷ−y)w₂ᵀ⊙[a₁>0])", by_hand.dbce_dw1, dw_1
     yield "∂BCE/∂b₁ = Σ(ŷ−y)w₂ᵀ⊙[a₁>0]", by_hand.dbce_db1, db_1
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbce import _validate
+
 # Bytes of activations above which a batch is split, and that a block should hold.
 # On a CPU: a batch under 16 MiB gains nothing from blocks, and blocks of 2 MiB, in
 # 512 to 2048 rows, were best or within 5% of it on all sizes of
@@ -24,7 +26,13 @@ _ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))
 
 
 def rows_per_block(block_size: int | str | None, params: Any, rows: int) -> int:
-    """The number of rows in a block that `block_size` asks for, from shapes alone."""
+    """The number of rows in a block that `block_size` asks for, from shapes alone.
+
+    Raises:
+      TypeError: If it is neither None, "auto" nor an integer.
+      ValueError: If it is another word, or below 1.
+    """
+    _validate.block_size(block_size)
     if block_size is None:
         return rows
     if block_size != "auto":

@@ -17,7 +17,7 @@ DTYPES = ("bfloat16", "float32", "float64")
 
 def accumulation_dtype(dtype: Any) -> Any:
     """The dtype sums are taken in: float32 for bfloat16, otherwise its own."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32 if dtype == jnp.bfloat16 else dtype)
 
 
 def _array(name: str, value: Any, accepted: str) -> None:

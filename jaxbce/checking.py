@@ -268,7 +268,7 @@ def _compare(
     """One point's comparisons: the value, then each leaf with each oracle."""
     with jax.enable_x64(True):
         true_value, true_grads = jax.tree.map(
-            _double, jax.value_and_grad(_loss)(*point[1:], **options)
+            _double, _loss_and_autodiff(*point[1:], **options)
         )
     error = _relative(abs(value - true_value), abs(true_value))
     reason = f"is {value:.6g} for {true_value:.6g}"
@@ -346,6 +346,9 @@ def _loss(
     ell = -jnp.sum(pos_weight * y * log_p + (1 - y) * log_not_p, axis=1)
     s = jnp.ones(len(ell)) if sample_weight is None else sample_weight
     return jnp.sum(s * ell) / (jnp.sum(s) if reduction == "mean" else 1)
+
+
+_loss_and_autodiff = jax.jit(jax.value_and_grad(_loss), static_argnames="reduction")
 
 
 def _loss_numpy(
