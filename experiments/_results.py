@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table for a terminal; floats to 2 digits, booleans as ok or FAILED."""
+    """Rows as a table for a terminal; floats short, booleans as ok or FAILED."""
 
     def text(value: Any) -> str:
         if isinstance(value, bool):

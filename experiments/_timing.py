@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _LEAST_SECONDS = 2e-3  # of one measurement; shorter calls are repeated to fill it
@@ -27,22 +28,45 @@ class Cost(NamedTuple):
 
 
 def compare(
-    functions: dict[str, Callable[..., Any]], *args: Any, rounds: int = 31
+    functions: dict[str, Callable[..., Any]],
+    *args: Any,
+    rounds: int = 31,
+    repeats: int = 1,
 ) -> dict[str, Cost]:
     """Times functions of the same arguments in turn, A B C A B C, after a warm-up.
 
     Args:
       functions: By name; the first is the one the others are compared with.
       *args: Their arguments.
-      rounds: How often each is measured.
+      rounds: How often each is measured, in each repeat.
+      repeats: How often to compile anew and copy the arguments anew. Where large
+        buffers happen to lie can change a time by a third, and lasts until then.
 
     Returns:
-      The `Cost` of each, by name.
+      The `Cost` of each, by name, over all rounds of all repeats.
     """
-    compiled = {
-        name: jax.jit(function).lower(*args).compile()
-        for name, function in functions.items()
+    times, compiled = [], []
+    for _ in range(repeats):
+        copies = jax.tree.map(jnp.copy, args)
+        compiled = [
+            jax.jit(lambda *a, function=function: function(*a)).lower(*copies).compile()
+            for function in functions.values()
+        ]
+        times.append(_times(compiled, copies, rounds))
+    times = np.concatenate(times)
+    speeds = np.quantile(times[:, :1] / times, [0.5, 0.25, 0.75], axis=0)
+    return {
+        name: Cost(
+            float(np.median(times[:, i])),
+            (float(speeds[0, i]), float(speeds[1, i]), float(speeds[2, i])),
+            temp_bytes(compiled[i]),
+        )
+        for i, name in enumerate(functions)
     }
+
+
+def _times(compiled: list[Any], args: Any, rounds: int) -> np.ndarray:
+    """Seconds a call, `[rounds, functions]`."""
 
     def seconds(function: Callable[..., Any], calls: int) -> float:
         start = time.perf_counter()
@@ -51,22 +75,9 @@ def compare(
         jax.block_until_ready(function(*args))
         return (time.perf_counter() - start) / calls
 
-    slowest = max(
-        min(seconds(function, 1) for _ in range(3)) for function in compiled.values()
-    )
+    slowest = max(min(seconds(f, 1) for _ in range(3)) for f in compiled)
     calls = max(1, int(_LEAST_SECONDS / slowest))
-    times = np.array(
-        [[seconds(f, calls) for f in compiled.values()] for _ in range(rounds)]
-    )
-    speeds = np.quantile(times[:, :1] / times, [0.5, 0.25, 0.75], axis=0)
-    return {
-        name: Cost(
-            float(np.median(times[:, i])),
-            (float(speeds[0, i]), float(speeds[1, i]), float(speeds[2, i])),
-            temp_bytes(function),
-        )
-        for i, (name, function) in enumerate(compiled.items())
-    }
+    return np.array([[seconds(f, calls) for f in compiled] for _ in range(rounds)])
 
 
 def temp_bytes(compiled: Any) -> int:

@@ -21,7 +21,13 @@ from experiments import _baselines, _cli, _results, _timing
 
 _SUITE = flags.DEFINE_enum("suite", "gradient", ["gradient"], "What to measure.")
 _ROUNDS = flags.DEFINE_integer(
-    "rounds", 31, "How often each side is timed.", lower_bound=3
+    "rounds", 15, "How often each side is timed in each repeat.", lower_bound=3
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats",
+    5,
+    "How often both sides are compiled and their data copied anew.",
+    lower_bound=1,
 )
 
 Row = dict[str, Any]
@@ -42,7 +48,8 @@ AGREEMENT = 1e-5
 def run(
     *,
     suite: str = "gradient",
-    rounds: int = 31,
+    rounds: int = 15,
+    repeats: int = 5,
     seed: int = 0,
     sizes: tuple[tuple[int, tuple[int, ...]], ...] = GRADIENT_SIZES,
     report: Callable[[Row], None] = lambda row: None,
@@ -51,7 +58,8 @@ def run(
 
     Args:
       suite: "gradient".
-      rounds: How often each side is timed.
+      rounds: How often each side is timed in each repeat.
+      repeats: How often both sides are compiled and their data copied anew.
       seed: Seed of the data and parameters.
       sizes: Rows and layer sizes to measure.
       report: Called with each row as it is done.
@@ -65,12 +73,14 @@ def run(
     del suite  # the one there is
     rows = []
     for n, layers in sizes:
-        rows.append(_gradient(n, layers, rounds, jax.random.key(seed)))
+        rows.append(_gradient(n, layers, rounds, repeats, jax.random.key(seed)))
         report(rows[-1])
     return rows
 
 
-def _gradient(n: int, layers: tuple[int, ...], rounds: int, key: jax.Array) -> Row:
+def _gradient(
+    n: int, layers: tuple[int, ...], rounds: int, repeats: int, key: jax.Array
+) -> Row:
     key_p, key_x, key_y = jax.random.split(key, 3)
     params = jaxbce.init(key_p, layers)
     x = jax.random.normal(key_x, (n, layers[0]))
@@ -82,7 +92,7 @@ def _gradient(n: int, layers: tuple[int, ...], rounds: int, key: jax.Array) -> R
     error = _disagreement(*(f(params, x, y) for f in functions.values()))
     if not error <= AGREEMENT:
         raise ValueError(f"{n} rows, {layers}: the gradients differ by {error:.1e}")
-    costs = _timing.compare(functions, params, x, y, rounds=rounds)
+    costs = _timing.compare(functions, params, x, y, rounds=rounds, repeats=repeats)
     baseline, by_hand = costs["jax.grad"], costs["by hand"]
     return {
         "rows": n,
@@ -116,6 +126,7 @@ def main() -> int:
     configuration = {
         "suite": _SUITE.value,
         "rounds": _ROUNDS.value,
+        "repeats": _REPEATS.value,
         "seed": _cli.SEED.value,
     }
     rows = run(

@@ -32,7 +32,7 @@ def _strict_dtypes() -> Iterator[None]:
 class Problem(NamedTuple):
     """A network and a batch, in float64 NumPy."""
 
-    params: Params
+    params: Any
     x: np.ndarray
     y: np.ndarray
     sample_weight: np.ndarray
@@ -57,8 +57,9 @@ NETWORKS = {
 def problem(sizes: tuple[int, ...], rows: int = 37, seed: int = 0) -> Problem:
     """A random problem with soft labels, biases that are not 0, and weights."""
     rng = np.random.default_rng(seed)
-    params: Any = tuple(
-        jaxbce.Layer(rng.normal(size=(a, b)) * np.sqrt(2 / a), rng.normal(size=b) / 2)
+    layer: Any = jaxbce.Layer
+    params = tuple(
+        layer(rng.normal(size=(a, b)) * np.sqrt(2 / a), rng.normal(size=b) / 2)
         for a, b in itertools.pairwise(sizes)
     )
     x = rng.normal(size=(rows, sizes[0]))

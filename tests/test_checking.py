@@ -232,10 +232,10 @@ def test_x64_is_left_as_it_was_also_when_the_function_raises(before):
 
     with jax.enable_x64(before):
         check(jaxbce.value_and_grad)
-        assert jax.config.jax_enable_x64 == before
+        assert (jnp.result_type(float) == jnp.float64) == before
         with pytest.raises(RuntimeError, match="mine"):
             check(raises)
-        assert jax.config.jax_enable_x64 == before
+        assert (jnp.result_type(float) == jnp.float64) == before
 
 
 def test_a_function_of_numpy_alone_can_be_checked():

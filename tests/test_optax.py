@@ -36,6 +36,7 @@ def test_the_table_of_aliases_is_not_empty():
     assert {"sgd", "adam", "adamw", "lbfgs", "rprop", "lion"} <= set(aliases())
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", aliases())
 def test_an_alias_lowers_the_loss_with_hand_derived_gradients(name):
     params, x, y = problem((5, 8, 1)).arguments(np.float32)
@@ -69,7 +70,7 @@ def test_a_line_search_takes_loss_as_it_takes_any_function():
     params, x, y = problem((5, 8, 1)).arguments(np.float32)
     optimizer = optax.chain(
         optax.sgd(1.0),
-        optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
+        optax.scale_by_backtracking_linesearch(15, store_grad=True),
     )
 
     def loss(params):

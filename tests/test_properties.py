@@ -1,6 +1,7 @@
 """The equalities hold, and errors are the promised ones, whatever the arguments."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ import jaxbce
 
 # Each example compiles; the number of them is what the suite's time allows.
 EXAMPLES = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 SCALES = st.sampled_from([0.0, 1e-6, 1.0, 30.0])
 
@@ -33,10 +34,9 @@ def calls(draw):
     def rounded(values):
         return np.asarray(values).astype(jnp.dtype(dtype)).astype(float)
 
+    layer: Any = jaxbce.Layer
     params = tuple(
-        jaxbce.Layer(
-            rounded(scale_w * rng.normal(size=(a, b))), rounded(rng.normal(size=b))
-        )
+        layer(rounded(scale_w * rng.normal(size=(a, b))), rounded(rng.normal(size=b)))
         for a, b in itertools.pairwise(sizes)
     )
     x = rounded(scale_x * rng.normal(size=(rows, sizes[0])))

@@ -1,0 +1,218 @@
+"""The scripts at toy size, and as processes: their output, files and errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from absl import flags
+from conftest import problem
+
+import jaxbce
+from experiments import _baselines, _data, _explain, benchmark, compare_gradients
+from experiments._cli import InputError
+from jaxbce import gradients
+
+mpl.use("Agg")
+ROOT = Path(__file__).parent.parent
+flags.FLAGS.mark_as_parsed()
+
+
+def start(name, *arguments):
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def toy(**kwargs):
+    p = problem((5, 4, 1), rows=20)
+    y = np.round(p.y)
+    return compare_gradients.run(x=p.x, y=y, trials=3, rounds=1, block_size=7, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_compare_gradients_finds_the_derivation_right(dtype):
+    parts = toy(hidden=(4,), dtype=dtype)
+    assert list(parts) == ["factors", "oracles", "tail", "networks", "cost"]
+    rows = [row for rows in parts.values() for row in rows]
+    assert all(row.get("verdict", True) for row in rows)
+    assert len(parts["factors"]) == 10 + 1 + 4 + 2
+    assert {"autodiff", "complex step", "differences", "scikit-learn"} <= {
+        row["oracle"] for row in parts["oracles"]
+    }
+
+
+@pytest.mark.parametrize("hidden", [(), (4, 3, 2)])
+def test_compare_gradients_takes_any_depth(hidden):
+    parts = toy(hidden=hidden)
+    assert all(row.get("verdict", True) for rows in parts.values() for row in rows)
+    assert len(parts["factors"]) == 1 + 2 * (len(hidden) + 1) + 2
+
+
+def test_compare_gradients_finds_a_wrong_derivation(monkeypatch):
+    import jax
+
+    honest = gradients.deltas
+
+    def wrong(*args, **kwargs):
+        first, *rest = honest(*args, **kwargs)
+        return (first * 1.001, *rest)
+
+    monkeypatch.setattr(gradients, "deltas", wrong)
+    jax.clear_caches()
+    parts = toy(hidden=(4,))
+    monkeypatch.undo()
+    jax.clear_caches()
+    for part in ("factors", "oracles", "networks"):
+        assert not all(row["verdict"] for row in parts[part])
+
+
+def test_the_tail_shows_the_textbook_failing_and_the_derivation_exact():
+    rows = compare_gradients.tail((5.0, 15.0, 40.0))
+    assert [row["textbook, ŷ−y"] > 0.1 for row in rows] == [False, True, True]
+    assert all(row[compare_gradients.BY_HAND] < 1e-6 for row in rows)
+    assert all(row["verdict"] for row in rows)
+
+
+def test_explain_shows_each_equation_and_holds():
+    text, holds = _explain.walk()
+    assert holds
+    for equation in ("a₁ = X w₁ + b₁", "∂BCE/∂w₁ = Xᵀ δ₁", "∂ŷ/∂a₂ = ŷ(1 − ŷ)"):
+        assert equation in text
+    assert "  jax: " in text
+
+
+def test_the_benchmark_measures_what_agrees_and_refuses_what_does_not(monkeypatch):
+    sizes = ((16, (3, 2, 1)), (64, (4, 8, 2)))
+    rows = benchmark.run(sizes=sizes, rounds=3, repeats=1)
+    assert [row["rows"] for row in rows] == [16, 64]
+    assert all(row["speed"] > 0 and row["differ by"] <= 1e-5 for row in rows)
+    monkeypatch.setattr(_baselines, "plain_loss", lambda *a: 1.001 * jaxbce.loss(*a))
+    with pytest.raises(ValueError, match="the gradients differ by 1"):
+        benchmark.run(sizes=sizes, rounds=3, repeats=1)
+
+
+def test_as_a_process_it_writes_results_that_say_what_made_them(tmp_path):
+    table = pd.DataFrame(
+        {"a": range(30), "b": [0, 1, 5] * 10, "label": ["n", "p"] * 15}
+    )
+    table.to_parquet(tmp_path / "data.parquet")
+    process = start(
+        "compare_gradients",
+        f"--data={tmp_path / 'data.parquet'}",
+        "--target=label",
+        "--hidden=3",
+        "--trials=2",
+        f"--output_dir={tmp_path / 'out' / 'here'}",
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "30 rows, network 2→3→1" in out
+    assert "comparisons hold." in out
+    assert err == ""
+    folder = tmp_path / "out" / "here"
+    document = json.loads((folder / "compare_gradients.json").read_text())
+    assert document["holds"] is True
+    assert document["configuration"]["hidden"] == [3]
+    assert document["environment"]["jax"]
+    rows = pd.read_csv(folder / "compare_gradients.csv")
+    assert set(rows["part"]) == set(document["parts"])
+    assert (folder / "compare_gradients.png").stat().st_size > 10_000
+
+
+CSV = "a,b,label\n1,2,0\n3,4,1\n5,6,0\n"
+BAD_FILES = {
+    "missing column": (CSV, "c", "no column 'c'; its columns are a, b, label"),
+    "not a number": (CSV.replace("4", ""), "label", "column 'b' has nan in row 2"),
+    "infinite": (CSV.replace("4", "inf"), "label", "column 'b' has inf in row 2"),
+    "text": (CSV.replace("4", "four"), "label", "column 'b' is not numeric"),
+    "one class": (CSV.replace("4,1", "4,0"), "label", "has 1 distinct values (0)"),
+    "three classes": (CSV.replace("6,0", "6,2"), "label", "has 3 distinct values"),
+    "missing label": (CSV.replace("4,1", "4,"), "label", "is missing in row 2"),
+    "no rows": ("a,b,label\n", "label", "has no rows"),
+    "empty": ("", "label", "No columns to parse"),
+    "no features": ("label\n0\n1\n", "label", "has no column beside 'label'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "message"), BAD_FILES.values(), ids=BAD_FILES
+)
+def test_a_bad_file_is_refused_with_what_is_wrong(tmp_path, text, target, message):
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        _data.load(data=str(path), target=target)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"data": "nowhere.csv", "target": "y"}, "nowhere.csv: No such file"),
+        ({"data": "data.xlsx", "target": "y"}, "not a .csv or .parquet file"),
+        ({"data": "data.csv"}, "--data needs --target"),
+        ({"target": "y"}, "--target goes with --data"),
+    ],
+)
+def test_a_bad_choice_of_data_is_refused(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        _data.load(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "labels", [(0, 1), (-1, 1), ("no", "yes"), (False, True), (1, 2)]
+)
+def test_labels_of_any_two_values_become_0_and_1(tmp_path, labels):
+    path = tmp_path / "data.csv"
+    pd.DataFrame({"a": [1.0, 2, 3, 5], "y": [labels[1], *labels, labels[0]]}).to_csv(
+        path, index=False
+    )
+    data = _data.load(data=str(path), target="y")
+    np.testing.assert_array_equal(data.y, [[1], [0], [1], [0]])
+    np.testing.assert_allclose(data.x.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(data.x.std(0), 1)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "breast_cancer"])
+def test_shipped_data_is_standardised_and_has_both_classes(dataset):
+    data = _data.load(dataset=dataset)
+    np.testing.assert_allclose(data.x.mean(0), 0, atol=1e-9)
+    assert set(np.round(data.x.std(0), 9)) <= {0, 1}
+    assert set(data.y.ravel()) == {0, 1}
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_a_failure(tmp_path):
+    (tmp_path / "file").touch()
+    mistakes = {
+        ("--no_such_flag",): "no_such_flag",
+        ("--trials=0",): "trials",
+        ("--trials=many",): "trials",
+        ("--dataset=iris",): "dataset",
+        ("--hidden=8,x",): "--hidden=8,x: widths are integers >= 1",
+        ("--batch=99999",): "--batch=99999: digits has 1797 rows",
+        (f"--output_dir={tmp_path}/file",): "file: File exists",
+        ("stray",): "'stray': not a flag",
+    }
+    started = {flags: start("compare_gradients", *flags) for flags in mistakes}
+    for flags_, process in started.items():
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2, (flags_, out, err)
+        assert out == ""
+        assert err.startswith("compare_gradients: ")
+        assert mistakes[flags_] in err
+        assert err.count("\n") == 1, err
