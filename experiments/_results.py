@@ -36,7 +36,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             return "ok" if value else "FAILED"
         if isinstance(value, float):
             return (
-                f"{value:.2g}" if value == 0 or 0.1 <= value < 1e3 else f"{value:.1e}"
+                f"{value:.3g}" if value == 0 or 0.1 <= value < 1e3 else f"{value:.1e}"
             )
         if isinstance(value, tuple):
             return "×".join(map(str, value)) if value else "scalar"

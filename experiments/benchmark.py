@@ -100,7 +100,7 @@ def _gradient(
         "differ by": error,
         "jax.grad µs": round(1e6 * baseline.seconds),
         "by hand µs": round(1e6 * by_hand.seconds),
-        "speed": round(by_hand.speed[0], 2),
+        "speed": by_hand.speed[0],
         "quartiles": f"{by_hand.speed[1]:.2f}-{by_hand.speed[2]:.2f}",
         "jax.grad temp MB": round(baseline.temp_bytes / 1e6, 3),
         "by hand temp MB": round(by_hand.temp_bytes / 1e6, 3),
