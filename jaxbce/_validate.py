@@ -118,6 +118,25 @@ def features(x: Any, params_: Any) -> jax.Array:
     return jnp.asarray(x, dtype)
 
 
+def trace(value: Any, params_: Any) -> None:
+    """Checks that `value` is a Trace that `forward(params, x)` can have returned."""
+    if getattr(value, "_fields", None) != ("a", "h"):
+        raise TypeError(
+            f"trace is a {type(value).__name__}; what forward(params, x) returned is "
+            "accepted"
+        )
+    params(params_)
+    widths = [params_[0].w.shape[0], *(layer.w.shape[1] for layer in params_)]
+    shapes = [jnp.shape(h) for h in value.h], [jnp.shape(a) for a in value.a]
+    rows = shapes[0][0][:1] if shapes[0] else ()
+    accepted = [(*rows, n) for n in widths], [(*rows, n) for n in widths[1:]]
+    if shapes != accepted:
+        raise ValueError(
+            f"trace has h and a of shapes {shapes}; {accepted} is accepted, what "
+            "forward returns for these params"
+        )
+
+
 def labels(
     y: Any, shape: tuple[int, ...], dtype: Any, against: str = "logits have"
 ) -> jax.Array:

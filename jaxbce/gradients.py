@@ -75,7 +75,7 @@ def deltas(
       >>> [f"{d:.4g}" for d in delta.ravel().tolist()]
       ['-0.5', '-4.248e-18']
     """
-    _validate.params(params)
+    _validate.trace(trace, params)
     a_last = trace.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)

@@ -13,7 +13,14 @@ from absl import flags
 from conftest import problem
 
 import jaxbce
-from experiments import _baselines, _data, _explain, benchmark, compare_gradients
+from experiments import (
+    _baselines,
+    _comparisons,
+    _data,
+    _explain,
+    benchmark,
+    compare_gradients,
+)
 from experiments._cli import InputError
 from jaxbce import gradients
 
@@ -81,9 +88,9 @@ def test_compare_gradients_finds_a_wrong_derivation(monkeypatch):
 
 
 def test_the_tail_shows_the_textbook_failing_and_the_derivation_exact():
-    rows = compare_gradients.tail((5.0, 15.0, 40.0))
+    rows = _comparisons.tail((5.0, 15.0, 40.0))
     assert [row["textbook, ŷ−y"] > 0.1 for row in rows] == [False, True, True]
-    assert all(row[compare_gradients.BY_HAND] < 1e-6 for row in rows)
+    assert all(row[_comparisons.BY_HAND] < 1e-6 for row in rows)
     assert all(row["verdict"] for row in rows)
 
 

@@ -374,3 +374,21 @@ def test_rejects(function, change, error, match):
     positional = [call.pop(name) for name in ("params", "x", "y")]
     with pytest.raises(error, match=match):
         function(*positional, **call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda trace: (trace.a, trace.h), TypeError, "trace is a tuple; what forward"),
+        (lambda trace: trace._replace(a=trace.a[:1]), ValueError, "trace has h and a"),
+        (
+            lambda trace: trace._replace(h=(trace.h[0][:4], *trace.h[1:])),
+            ValueError,
+            r"trace has h and a of shapes \(\[\(4, 3\)",
+        ),
+    ],
+)
+def test_deltas_rejects_a_trace_of_something_else(change, error, match):
+    params, x, y = GOOD
+    with pytest.raises(error, match=match):
+        jaxbce.deltas(params, change(jaxbce.forward(params, x)), y)
