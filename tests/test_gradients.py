@@ -11,6 +11,7 @@ from conftest import NETWORKS, TOLERANCE, loss_reference, problem, relative_erro
 import jaxbce
 from experiments import _baselines, _timing
 from jaxbce import gradients
+from jaxbce._blocks import sum_over_blocks
 
 OPTIONS = {
     "mean": {},
@@ -392,3 +393,22 @@ def test_deltas_rejects_a_trace_of_something_else(change, error, match):
     params, x, y = GOOD
     with pytest.raises(error, match=match):
         jaxbce.deltas(params, change(jaxbce.forward(params, x)), y)
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_size", "length"), [(9, 8, 5), (16, 8, 8), (17, 8, 6), (3, 8, 3)]
+)
+def test_blocks_are_equally_long_so_that_few_rows_are_taken_twice(
+    rows, block_size, length
+):
+    lengths = set()
+
+    def block(weight, x):
+        lengths.add(x.shape[0])
+        return jnp.sum(weight[:, None] * x), x
+
+    x = jnp.arange(2.0 * rows).reshape(rows, 2)
+    total, per_row = sum_over_blocks(block, jnp.ones(rows), (x,), block_size)
+    assert lengths == {length}
+    assert total == x.sum()
+    np.testing.assert_array_equal(per_row, x)
