@@ -10,6 +10,7 @@ import optax
 
 import jaxbce
 from experiments import _baselines, _timing
+from jaxbce.checking import LEAST_SHARES, TOLERANCES
 from jaxbce.network import Params
 
 Row = dict[str, Any]
@@ -19,24 +20,28 @@ TAIL_TOLERANCE = 1e-6
 BY_HAND = "by hand, δ"
 
 
-def compared(name: str, mine: Any, theirs: Any, tolerance: float) -> Row:
-    """One line on how far two arrays are apart; `theirs` is the reference."""
-    dtype = np.asarray(mine).dtype
-    epsilon = float(jnp.finfo(dtype).eps)
+def compared(
+    name: str, mine: Any, theirs: Any, tolerance: float, least_norm: float = 0.0
+) -> Row:
+    """One line on how far two arrays are apart; `theirs` is the reference.
+
+    The verdict is on the norm of the difference over that of the reference, or over
+    `least_norm` if that is more.
+    """
+    epsilon = float(jnp.finfo(np.asarray(mine).dtype).eps)
     mine, theirs = (np.asarray(t, np.float64) for t in (mine, theirs))
     if mine.shape != theirs.shape:
         raise ValueError(f"{name} has shape {mine.shape}, JAX's {theirs.shape}")
     difference = abs(mine - theirs)
-    relative = difference / np.where(theirs == 0, 1, abs(theirs))
+    size = np.where(theirs == 0, 1, abs(theirs))
     # A unit in the last place of v is eps times the power of two at or below |v|.
-    ulp = epsilon * 2.0 ** np.floor(np.log2(np.where(theirs == 0, 1, abs(theirs))))
-    norm = np.linalg.norm(theirs)
-    error = float(np.linalg.norm(difference) / (norm or 1))
+    ulp = epsilon * 2.0 ** np.floor(np.log2(size))
+    error = _relative(difference, theirs, least_norm)
     return {
         "quantity": name,
         "shape": mine.shape,
         "max abs": float(difference.max()),
-        "max rel": float(relative.max()),
+        "max rel": float((difference / size).max()),
         "ulps": round(float((difference / ulp).max()), 1),
         "norm rel": error,
         "allowed": tolerance,
@@ -44,23 +49,49 @@ def compared(name: str, mine: Any, theirs: Any, tolerance: float) -> Row:
     }
 
 
+def _relative(difference: np.ndarray, truth: np.ndarray, least_norm: float) -> float:
+    norm = max(float(np.linalg.norm(truth)), least_norm)
+    return float(np.linalg.norm(difference) / (norm or 1))
+
+
+def _whole_norm(grads: Any) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads))))
+
+
+def _in_float64(tree: Any) -> Any:
+    return jax.tree.map(lambda t: jnp.asarray(np.asarray(t, np.float64)), tree)
+
+
 def leaves_and_factors(
-    params: Params, x: jax.Array, y: jax.Array
-) -> Iterator[tuple[str, Any, Any]]:
-    """Each quantity by hand and as JAX differentiates it: name, mine, theirs."""
-    if len(params) == 2:
-        yield from _factors(params, x, y)
-    value, grads = jaxbce.value_and_grad(params, x, y)
-    jax_value, jax_grads = jax.value_and_grad(_baselines.plain_loss)(params, x, y)
-    yield "mean loss", value, jax_value
+    params: Params, x: jax.Array, y: jax.Array, tolerance: float
+) -> list[Row]:
+    """Each quantity by hand against JAX's derivative in float64.
+
+    The textbook's factors are in float64 on both sides: in less, ŷ rounds to 0 or 1
+    and they are not finite. The gradient is in the dtype of the arguments.
+    """
+    grads = jaxbce.value_and_grad(params, x, y)
+    of_data = jax.grad(jaxbce.loss, argnums=(1, 2))(params, x, y)
+    with jax.enable_x64(True):
+        exact = _in_float64((params, x, y))
+        true_grads = jax.value_and_grad(_baselines.plain_loss)(*exact)
+        true_of_data = jax.grad(_baselines.plain_loss, argnums=(1, 2))(*exact)
+        strict = min(tolerance, TOLERANCES["float64"])
+        if x.dtype == jnp.float64:
+            strict = tolerance
+        rows = []
+        if len(params) == 2:
+            rows = [compared(*factor, strict) for factor in _factors(*exact)]
+    least = LEAST_SHARES[x.dtype.name] * _whole_norm(true_grads[1])
+    rows.append(compared("mean loss", grads[0], true_grads[0], tolerance))
     for (path, mine), theirs in zip(
-        jax.tree.leaves_with_path(grads), jax.tree.leaves(jax_grads), strict=True
+        jax.tree.leaves_with_path(grads[1]), jax.tree.leaves(true_grads[1]), strict=True
     ):
-        yield f"∂loss/∂params{jax.tree_util.keystr(path)}", mine, theirs
-    mine = jax.grad(jaxbce.loss, argnums=(1, 2))(params, x, y)
-    theirs = jax.grad(_baselines.plain_loss, argnums=(1, 2))(params, x, y)
-    yield "∂loss/∂x", mine[0], theirs[0]
-    yield "∂loss/∂y", mine[1], theirs[1]
+        name = f"∂loss/∂params{jax.tree_util.keystr(path)}"
+        rows.append(compared(name, mine, theirs, tolerance, least))
+    for name, mine, theirs in zip("xy", of_data, true_of_data, strict=True):
+        rows.append(compared(f"∂loss/∂{name}", mine, theirs, tolerance))
+    return rows
 
 
 def _factors(
@@ -137,15 +168,10 @@ def oracles(
     )
     grads = jaxbce.grad(params, x, y)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
-    for name, mine, theirs in zip(
-        names,
-        jax.tree.leaves(grads),
-        _baselines.scikit_learn_gradient(params, x, y),
-        strict=True,
-    ):
-        theirs = np.asarray(theirs)
-        difference = np.linalg.norm(np.asarray(mine, np.float64) - theirs)
-        error = float(difference / (np.linalg.norm(theirs) or 1))
+    truth = _baselines.scikit_learn_gradient(params, x, y)
+    least = LEAST_SHARES[x.dtype.name] * _whole_norm(truth)
+    for name, mine, theirs in zip(names, jax.tree.leaves(grads), truth, strict=True):
+        error = _relative(np.asarray(mine, np.float64) - theirs, theirs, least)
         rows.append(
             {
                 "leaf": name,
@@ -212,30 +238,41 @@ def many_networks(
             for layer, b in zip(params, biases, strict=True)
         )
 
-    def both(params: Params) -> Any:
-        by_hand = jaxbce.value_and_grad(params, x, y)
-        return by_hand, jax.value_and_grad(_baselines.plain_loss)(params, x, y)
+    def by_hand(params: Params) -> Any:
+        return jaxbce.value_and_grad(params, x, y)
 
     params = jax.vmap(network)(jax.random.split(key, trials))
-    by_hand, by_jax = jax.jit(jax.vmap(both))(params)
+    found = jax.jit(jax.vmap(by_hand))(params)
+    with jax.enable_x64(True):
+        exact, x_64, y_64 = _in_float64((params, x, y))
+        by_jax = jax.vmap(jax.value_and_grad(_baselines.plain_loss), (0, None, None))
+        truth = jax.tree.map(np.asarray, jax.jit(by_jax)(exact, x_64, y_64))
+    share = LEAST_SHARES[x.dtype.name]
+    least = [
+        share * _whole_norm(jax.tree.map(lambda leaf, i=i: leaf[i], truth[1]))
+        for i in range(trials)
+    ]
     rows = []
     for (path, mine), theirs in zip(
-        jax.tree.leaves_with_path(by_hand), jax.tree.leaves(by_jax), strict=True
+        jax.tree.leaves_with_path(found), jax.tree.leaves(truth), strict=True
     ):
-        mine, theirs = (
-            np.asarray(t, np.float64).reshape(trials, -1) for t in (mine, theirs)
+        leaf = jax.tree_util.keystr(path[1:])
+        difference = np.asarray(mine, np.float64) - theirs
+        errors = np.array(
+            [
+                _relative(difference[i], theirs[i], least[i] if leaf else 0.0)
+                for i in range(trials)
+            ]
         )
-        norms = np.linalg.norm(theirs, axis=1)
-        error = np.linalg.norm(mine - theirs, axis=1) / np.where(norms == 0, 1, norms)
-        worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
+        worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
         rows.append(
             {
-                "leaf": jax.tree_util.keystr(path[1:]) or "value",
+                "leaf": leaf or "value",
                 "worst network": worst,
-                "its error": float(error[worst]),
-                "median error": float(np.median(error)),
+                "its error": float(errors[worst]),
+                "median error": float(np.median(errors)),
                 "allowed": tolerance,
-                "verdict": bool(error[worst] <= tolerance),
+                "verdict": bool(errors[worst] <= tolerance),
             }
         )
     return rows

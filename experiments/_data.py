@@ -5,10 +5,31 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from absl import flags
 from sklearn import datasets
 from sklearn.preprocessing import StandardScaler
 
 from experiments._cli import InputError
+
+DATASET = flags.DEFINE_enum(
+    "dataset",
+    None,
+    ["digits", "breast_cancer"],
+    "Data that ships with scikit-learn; digits (odd against even, 1797 images of 8x8) "
+    "if neither this nor --data is given.",
+)
+DATA = flags.DEFINE_string(
+    "data", None, "A .csv or .parquet file to use in place of --dataset."
+)
+TARGET = flags.DEFINE_string(
+    "target",
+    None,
+    "The column of --data with the labels, of any two values; the larger is label 1. "
+    "Every other column is a feature and must be numeric.",
+)
+HIDDEN = flags.DEFINE_list(
+    "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
+)
 
 
 class Data(NamedTuple):
@@ -26,8 +47,29 @@ class Data(NamedTuple):
     y: np.ndarray
 
 
+def hidden_sizes() -> tuple[int, ...]:
+    """--hidden as integers.
+
+    Raises:
+      InputError: If one of them is not an integer >= 1.
+    """
+    try:
+        sizes = tuple(int(n) for n in HIDDEN.value)
+    except ValueError:
+        sizes = (0,)
+    if any(n < 1 for n in sizes):
+        raise InputError(
+            f"--hidden={','.join(HIDDEN.value)}: widths are integers >= 1, "
+            "comma-separated"
+        )
+    return sizes
+
+
 def load(
-    *, dataset: str = "digits", data: str | None = None, target: str | None = None
+    *,
+    dataset: str | None = None,
+    data: str | None = None,
+    target: str | None = None,
 ) -> Data:
     """The named dataset, or the file `data` with its labels in column `target`.
 
@@ -37,12 +79,21 @@ def load(
     if data is None:
         if target is not None:
             raise InputError("--target goes with --data")
-        name, (features, labels) = dataset, _shipped(dataset)
+        name = dataset or "digits"
+        features, labels = _shipped(name)
     else:
+        if dataset is not None:
+            raise InputError("--data and --dataset are two answers to one question")
         if target is None:
             raise InputError("--data needs --target, the column with the labels")
         name, (features, labels) = data, _from_file(Path(data), target)
-    x = np.asarray(StandardScaler().fit_transform(features))
+    scaler = StandardScaler()
+    with np.errstate(all="ignore"):
+        x = np.asarray(scaler.fit_transform(features))
+    finite = np.isfinite(x).all(axis=0) & np.isfinite(np.asarray(scaler.var_))
+    if not finite.all():
+        column = int(np.argmin(finite)) + 1
+        raise InputError(f"{name}: feature {column} is too large to standardise")
     return Data(name, x, labels[:, None])
 
 
@@ -57,10 +108,15 @@ def _shipped(dataset: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_file(path: Path, target: str) -> tuple[np.ndarray, np.ndarray]:
     readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise InputError(f"{path}: not a .csv or .parquet file")
     try:
-        table = readers[path.suffix](path)
+        table = readers[path.suffix.lower()](path)
+        if path.suffix.lower() == ".csv":  # where pandas renames a second "a" to "a.1"
+            header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
+            repeated = header[header.duplicated()].tolist()
+            if repeated:
+                raise InputError(f"{path}: two columns are named {repeated[0]!r}")
     except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are either
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: {reason}") from None
@@ -89,7 +145,8 @@ def _check_numeric(path: Path, column: pd.Series) -> None:
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values)))
         raise InputError(
-            f"{path}: column {column.name!r} has {values[row]} in row {row + 1}"
+            f"{path}: column {column.name!r} has {values[row]} in row {row + 1} "
+            "below the header"
         )
 
 
@@ -102,7 +159,7 @@ def _labels(path: Path, column: pd.Series) -> np.ndarray:
     if len(values) != 2:
         shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
         raise InputError(
-            f"{path}: target {column.name!r} has {len(values)} distinct values "
-            f"({shown}); 2 are accepted"
+            f"{path}: target {column.name!r} has the values {shown}; two different "
+            "ones are accepted"
         )
     return (column == values[1]).to_numpy(np.float64)

@@ -60,6 +60,8 @@ def write(
 ) -> None:
     """Writes `NAME.json`, with the environment, and the rows as `NAME.csv`."""
     document = {"environment": environment(), **results}
-    text = json.dumps(document, indent=2, default=lambda value: value.item())
-    (folder / f"{name}.json").write_text(text + "\n")
+    text = json.dumps(
+        document, indent=2, ensure_ascii=False, default=lambda value: value.item()
+    )
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)

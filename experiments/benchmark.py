@@ -19,6 +19,7 @@ from absl import flags
 import jaxbce
 from experiments import _baselines, _cli, _results, _timing
 
+flags.adopt_module_key_flags(_cli)
 _SUITE = flags.DEFINE_enum("suite", "gradient", ["gradient"], "What to measure.")
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 15, "How often each side is timed in each repeat.", lower_bound=3

@@ -26,9 +26,9 @@ TAIL_LOGITS = (5.0, 10.0, 15.0, 20.0, 40.0, 80.0)
 _COMPLEX_STEP = 1e-30
 _DIFFERENCE_STEP = 1e-6
 _DIFFERENCE_TOLERANCE = 1e-6  # h² times a third derivative, and to spare
-# A leaf is judged by its own norm, or by this part of the whole gradient's where its
-# rows cancel and nothing but round-off is left of it.
-_LEAST_SHARE = 1e-3
+# A leaf is judged by its own norm, or by this part of the whole gradient's if that is
+# more: where a leaf's rows cancel, nothing but their round-off is left of it.
+LEAST_SHARES = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 1.0}
 
 
 class Comparison(NamedTuple):
@@ -195,12 +195,21 @@ def check_gradients(
     options = _options(params, x, y, sample_weight, pos_weight, reduction)
     if tolerance is None:
         tolerance = TOLERANCES[dtype.name]
+    if not 0 < tolerance < np.inf:
+        raise ValueError(f"tolerance is {tolerance}; a number > 0 is accepted")
+    share = LEAST_SHARES[dtype.name]
     rng = np.random.default_rng(seed)
 
     def run(point: _Point, **options: Any) -> tuple[float, list[np.ndarray]]:
         with jax.enable_x64(dtype.name == "float64"):
             arguments = jax.tree.map(lambda t: jnp.asarray(t, dtype), point[1:])
-            value, grads = fun(*arguments, **options)
+            result = fun(*arguments, **options)
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    f"fun returned a {type(result).__name__}; a tuple (value, grads) "
+                    "is accepted"
+                )
+            value, grads = result
             return float(value), [_double(g) for g in jax.tree.leaves(grads)]
 
     # Rounded to the dtype first, so that fun and the oracles see the same numbers.
@@ -208,7 +217,7 @@ def check_gradients(
     worst: dict[tuple[str, str], Comparison] = {}
     for point in _points(given, rng, dtype):
         value, grads = run(point, **options)
-        for c in _compare(point, value, grads, options, tolerance, rng):
+        for c in _compare(point, value, grads, options, tolerance, share, rng):
             seen = worst.setdefault((c.leaf, c.oracle), c)
             if not c.error / c.tolerance <= seen.error / seen.tolerance:  # or NaN
                 worst[c.leaf, c.oracle] = c
@@ -263,6 +272,7 @@ def _compare(
     grads: list[np.ndarray],
     options: dict[str, Any],
     tolerance: float,
+    least_share: float,
     rng: np.random.Generator,
 ) -> Iterator[Comparison]:
     """One point's comparisons: the value, then each leaf with each oracle."""
@@ -286,7 +296,7 @@ def _compare(
             reason = f"has shape {g.shape} for {truth.shape}"
             yield Comparison(leaf, "autodiff", point.name, np.inf, tolerance, reason)
             continue
-        scale = max(np.linalg.norm(truth), _LEAST_SHARE * whole)
+        scale = max(np.linalg.norm(truth), least_share * whole)
         reason = _diagnose(g, truth, float(tolerance * scale))
         v = rng.normal(size=g.shape)
         v *= np.copysign(1 / np.linalg.norm(v), np.sum(v * g))

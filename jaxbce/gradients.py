@@ -51,7 +51,7 @@ def deltas(
       \delta_k = (\delta_{k+1} W_{k+1}^\top) \odot [a_k > 0]
 
     Nothing is averaged. For every finite logit δ_L is accurate relative to its own
-    size; for an infinite one it is 0 or ±1 (times p).
+    size; for an infinite one and a label of 0 or 1 it is 0 or ±1 (times p).
 
     Args:
       params: A tuple of `Layer`.

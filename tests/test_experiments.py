@@ -146,11 +146,21 @@ BAD_FILES = {
     "not a number": (CSV.replace("4", ""), "label", "column 'b' has nan in row 2"),
     "infinite": (CSV.replace("4", "inf"), "label", "column 'b' has inf in row 2"),
     "text": (CSV.replace("4", "four"), "label", "column 'b' is not numeric"),
-    "one class": (CSV.replace("4,1", "4,0"), "label", "has 1 distinct values (0)"),
-    "three classes": (CSV.replace("6,0", "6,2"), "label", "has 3 distinct values"),
+    "one class": (
+        CSV.replace("4,1", "4,0"),
+        "label",
+        "has the values 0; two",
+    ),
+    "three classes": (
+        CSV.replace("6,0", "6,2"),
+        "label",
+        "the values 0, 1, 2; two",
+    ),
     "missing label": (CSV.replace("4,1", "4,"), "label", "is missing in row 2"),
     "no rows": ("a,b,label\n", "label", "has no rows"),
     "empty": ("", "label", "No columns to parse"),
+    "two columns of a name": (CSV.replace("b", "a", 1), "label", "are named 'a'"),
+    "too large": ("a,label\n1.7e308,0\n-1.7e308,1\n", "label", "feature 1 is too"),
     "no features": ("label\n0\n1\n", "label", "has no column beside 'label'"),
 }
 
@@ -212,7 +222,10 @@ def test_a_mistake_on_the_command_line_is_one_line_and_a_failure(tmp_path):
         ("--dataset=iris",): "dataset",
         ("--hidden=8,x",): "--hidden=8,x: widths are integers >= 1",
         ("--batch=99999",): "--batch=99999: digits has 1797 rows",
-        (f"--output_dir={tmp_path}/file",): "file: File exists",
+        (f"--output_dir={tmp_path}/file",): "file: a file, not a folder",
+        ("--tolerance=0",): "--tolerance=0.0: not a number > 0",
+        ("--tolerance=nan",): "--tolerance=nan: not a number",
+        ("--data=x.csv", "--dataset=digits", "--target=y"): "two answers",
         ("stray",): "'stray': not a flag",
     }
     started = {flags: start("compare_gradients", *flags) for flags in mistakes}
