@@ -191,6 +191,21 @@ def test_scikit_learns_backward_pass_agrees_with_weights(sizes):
     assert relative_error(jax.tree.leaves(grads), theirs) <= TOLERANCE["float64"]
 
 
+def test_pos_weights_of_each_output_are_differentiated_by_output():
+    p = problem((4, 3, 2))
+    with jax.enable_x64(True):
+        arguments, s = p.arguments(), jnp.asarray(p.sample_weight)
+
+        def in_pos_weight(loss):
+            options = {"sample_weight": s, "reduction": "sum"}
+            return jax.grad(lambda q: loss(*arguments, pos_weight=q, **options))(
+                jnp.array([0.5, 3.0])
+            )
+
+        mine, truth = in_pos_weight(jaxbce.loss), in_pos_weight(loss_reference)
+        assert relative_error(mine, truth) <= TOLERANCE["float64"]
+
+
 def test_deltas_are_the_derivatives_in_the_pre_activations():
     p = problem((5, 6, 4, 2))
     with jax.enable_x64(True):
