@@ -6,7 +6,7 @@ r"""Is every hand-derived gradient what jax.grad says it is, and what does each 
 
 Five parts, on digits (odd against even) unless told otherwise: (1) each factor of the
 textbook chain rule and each leaf of the gradient against JAX's own derivative of the
-same thing; (2) three oracles at five points, and scikit-learn's backward pass; (3) the
+same thing; (2) three oracles, and scikit-learn's backward pass; (3) the
 error in the tail, as a logit grows; (4) many random networks at once; (5) time and
 memory. Expect every line of 1, 2 and 4 to agree to 1e-12 in float64, the hand-derived
 gradient to keep its digits in the tail, and an exit status of 0. `--explain` walks one
@@ -106,7 +106,7 @@ def run(
         title = f"1. By hand, {dtype}, against JAX's own derivative (verdict: norm rel)"
         done("factors", title, rows)
         rows = _comparisons.oracles(*arguments, tolerance=tolerance, seed=seed)
-        done("oracles", "2. The gradient against oracles, the worst of 5 points", rows)
+        done("oracles", "2. The gradient against oracles, the worst point", rows)
     done(
         "tail",
         "3. The tail: relative error of δ = ∂BCE/∂a, float32, as the logit grows",

@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     Attributes:
       leaf: "value", or the leaf's path, such as "[0].w".
       oracle: "autodiff", "complex step" or "differences".
-      point: "given", "random 1" to "random 3", or "kink".
+      point: "given", "random 1" to "random 3", or "kink 1" (a layer), ...
       error: Relative error; inf where there is nothing to compare.
       tolerance: The largest error that passes.
       reason: What is wrong, in words; empty where nothing is.
@@ -145,9 +145,9 @@ def check_gradients(
 ) -> Report:
     """Checks a gradient of binary cross-entropy, anyone's, against three oracles.
 
-    `fun` is compared at five points: the one given, three with every parameter
-    perturbed, and one on the kink of every relu (zero biases and a row of zeros),
-    where relu′(0) = 0 is expected. The oracles:
+    `fun` is compared at the point given, at three with every parameter perturbed, and
+    at one for each hidden layer on the kink of its relus (a row of zeros, and no biases
+    up to there), where relu′(0) = 0 is expected. The oracles:
 
     * autodiff: `jax.grad` in float64 of the loss as anyone would write it;
     * complex step: Im L(θ + ihv) / h with h = 1e-30, in complex128;
@@ -210,7 +210,13 @@ def check_gradients(
                     "is accepted"
                 )
             value, grads = result
-            return float(value), [_double(g) for g in jax.tree.leaves(grads)]
+            leaves = [np.asarray(g) for g in jax.tree.leaves(grads)]
+            if not leaves or any(map(np.iscomplexobj, leaves)):
+                raise TypeError(
+                    "fun returned grads that are empty or complex; a real array for "
+                    "each leaf of params is accepted"
+                )
+            return float(value), [_double(g) for g in leaves]
 
     # Rounded to the dtype first, so that fun and the oracles see the same numbers.
     given = _Point("given", *_rounded((params, x, y), dtype))
@@ -261,9 +267,16 @@ def _points(given: _Point, rng: np.random.Generator, dtype: Any) -> Iterator[_Po
     for i in range(1, 4):
         params = _rounded(jax.tree.map(perturbed, given.params), dtype)
         yield given._replace(name=f"random {i}", params=params)
-    params = tuple(layer._replace(b=np.zeros_like(layer.b)) for layer in given.params)
+    # A row of zeros and no biases up to layer k put that row on layer k's kink; the
+    # biases above it let a wrong mask there be seen.
     x = np.concatenate([np.zeros_like(given.x[:1]), given.x[1:]])
-    yield given._replace(name="kink", params=params, x=x)
+    above = _rounded(jax.tree.map(perturbed, given.params), dtype)
+    for k in range(1, len(given.params)):
+        params = tuple(
+            layer._replace(b=np.zeros_like(layer.b)) if i < k else layer
+            for i, layer in enumerate(above)
+        )
+        yield given._replace(name=f"kink {k}", params=params, x=x)
 
 
 def _compare(
@@ -424,6 +437,8 @@ def _rounded(tree: Any, dtype: Any) -> Any:
 
 
 def _relative(difference: Any, scale: Any) -> float:
+    if np.isnan(difference):  # else a later point could hide it
+        return np.inf
     if scale == 0:
         return 0.0 if difference == 0 else np.inf
     return float(difference / scale)

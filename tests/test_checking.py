@@ -135,6 +135,40 @@ def check(fun, p=SQUARE, **kwargs):
     return jaxbce.check_gradients(fun, *p.arguments(np.float32), **kwargs)
 
 
+@pytest.mark.parametrize("call", range(4))
+def test_a_nan_at_any_one_point_is_rejected(call):
+    calls = []
+
+    def mutant(params, x, y):
+        value, grads = by_hand(params, x, y)
+        calls.append(1)
+        if len(calls) != call + 1:
+            return value, grads
+        return value, jax.tree.map(lambda g: g * jnp.nan, grads)
+
+    assert not check(mutant).passed
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_a_wrong_derivative_at_the_kink_of_one_layer_is_rejected(hidden):
+    def mutant(params, x, y):
+        trace = jaxbce.forward(params, x)
+        deltas = [(trace.h[-1] - y) / len(x)]
+        for k in (1, 0):
+            on = trace.a[k] >= 0 if k == hidden else trace.a[k] > 0
+            deltas.insert(0, deltas[0] @ params[k + 1].w.T * on)
+        grads = [(h.T @ d, d.sum(0)) for h, d in zip(trace.h, deltas, strict=False)]
+        return jaxbce.loss(params, x, y), grads
+
+    assert not check(mutant).passed
+
+
+@pytest.mark.parametrize("grads", [(), None, (1j * jnp.ones(3),)], ids=str)
+def test_grads_that_cannot_be_compared_are_a_type_error(grads):
+    with pytest.raises(TypeError, match="empty or complex"):
+        check(lambda params, x, y: (jaxbce.loss(params, x, y), grads))
+
+
 @pytest.mark.parametrize("fun", MUTANTS.values(), ids=MUTANTS.keys())
 def test_a_mutant_is_rejected_with_a_reason(fun):
     report = check(fun)
