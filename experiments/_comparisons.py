@@ -76,9 +76,7 @@ def leaves_and_factors(
         exact = _in_float64((params, x, y))
         true_grads = jax.value_and_grad(_baselines.plain_loss)(*exact)
         true_of_data = jax.grad(_baselines.plain_loss, argnums=(1, 2))(*exact)
-        strict = min(tolerance, TOLERANCES["float64"])
-        if x.dtype == jnp.float64:
-            strict = tolerance
+        strict = tolerance if x.dtype == jnp.float64 else TOLERANCES["float64"]
         rows = []
         if len(params) == 2:
             rows = [compared(*factor, strict) for factor in _factors(*exact)]

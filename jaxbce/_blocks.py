@@ -18,7 +18,7 @@ from jaxbce import _validate
 # rows it may have. On a CPU a pass over a smaller batch is as fast as blocks are;
 # above, its temporaries (twice the activations) no longer stay in memory that the
 # allocator keeps, and blocks that fit the caches win: with 256 rows or fewer a block
-# loses time adding gradients up, with 1024 at 512→1024 it is up to 8% faster at twice
+# loses time adding gradients up, with 1024 a wide network gains little and takes twice
 # the memory. On an accelerator, not measured, blocks only bound memory.
 _SPLIT_ABOVE = {"cpu": 16 << 20}
 _BLOCK_BYTES = {"cpu": 2 << 20}

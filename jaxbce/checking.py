@@ -225,7 +225,7 @@ def check_gradients(
         value, grads = run(point, **options)
         for c in _compare(point, value, grads, options, tolerance, share, rng):
             seen = worst.setdefault((c.leaf, c.oracle), c)
-            if not c.error / c.tolerance <= seen.error / seen.tolerance:  # or NaN
+            if c.error / c.tolerance > seen.error / seen.tolerance:
                 worst[c.leaf, c.oracle] = c
     tail = [
         _tail_error(logit, run(_tail_point(given, logit))[1][-1], dtype.name)
