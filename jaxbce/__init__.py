@@ -11,5 +11,6 @@ from jaxbce.gradients import (
 )
 from jaxbce.losses import bce, bce_with_logits
 from jaxbce.network import Layer, Trace, forward, init, logits, predict_proba
+from jaxbce.training import FitResult, fit
 
 __version__ = "0.1.0"

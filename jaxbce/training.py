@@ -1,0 +1,382 @@
+"""Training: one network's whole run as one pure function."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxbce import _validate, gradients
+from jaxbce.network import Params
+
+
+class FitResult(NamedTuple):
+    """What a run has come to; passed to `fit` in place of params, it goes on.
+
+    Attributes:
+      params: Parameters after the last step.
+      best_params: Parameters of the evaluation with the least validation loss, or
+        the least train loss where there is no validation.
+      train_loss: The loss of all training rows at each evaluation, in nats,
+        `[evaluations]`; NaN from where the run had stopped.
+      validation_loss: The same of the validation rows; NaN if there are none.
+      diverged_at: The first step whose loss was not finite, or −1. The parameters
+        are left as they were at that step.
+      opt_state: The optimizer's state after the last step.
+      best_loss: The loss of `best_params`; inf before the first evaluation.
+      best_step: Steps that had been taken at `best_params`.
+      step: Steps taken, less than asked for if the run stopped.
+    """
+
+    params: Params
+    best_params: Params
+    train_loss: jax.Array
+    validation_loss: jax.Array
+    diverged_at: jax.Array
+    opt_state: Any
+    best_loss: jax.Array
+    best_step: jax.Array
+    step: jax.Array
+
+
+def fit(
+    key: jax.Array,
+    params: Params | FitResult,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int | None = None,
+    validation: tuple[jax.Array, jax.Array] | None = None,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    sample_weight: jax.Array | None = None,
+    pos_weight: jax.Array | float = 1.0,
+    loss: Callable[..., jax.Array] = gradients.loss,
+) -> FitResult:
+    r"""Trains one network, as one pure function of its arguments.
+
+    It works under `jit`, `vmap` (over keys, params, data, and hyperparameters from
+    which the optimizer is built inside the mapped function), `shard_map` and, since
+    its loops end where the data says, forward-mode differentiation only.
+
+    An epoch is every row once, in an order drawn from the key and the epoch's number;
+    its last batch may be short, and is averaged over the rows it has. With weights
+    :math:`s` the loss of a batch of B rows is
+    :math:`\frac1B \sum_i \frac{s_i}{\bar s}\, \ell_i`, :math:`\bar s` their mean over
+    all rows: its mean over an epoch of full batches is the loss of all rows.
+
+    Args:
+      key: A JAX random key, for the order of rows; not used by a full batch.
+      params: A tuple of `Layer` to start from; or the `FitResult` of a call with the
+        same key and data, to go on. Two runs of n steps are one of 2n to the bit, if
+        `evaluate_every` divides n or there is no patience.
+      x: Features `[N, n_0]`, floating, N >= 1.
+      y: Labels in [0, 1], `[N, n_L]`, real or boolean.
+      optimizer: Any optax transformation. One that asks for them is given `value`,
+        `grad` and `value_fn` of the batch; `grad_fn`, if its `update` names it.
+      num_steps: Steps to take, >= 1.
+      batch_size: Rows in a batch, 1 to N; None is all of them.
+      validation: Features `[M, n_0]` and labels `[M, n_L]`.
+      evaluate_every: Steps between evaluations, the last of which follows the last
+        step; None is that one alone. Each costs a forward pass over all rows.
+      patience: Stop at the first evaluation that comes this many steps, or more,
+        after the best one; None is never. Nothing is computed after a stop, unless
+        under `vmap` others go on.
+      sample_weight: Weights s >= 0 of the training rows, `[N]`; None is all ones.
+      pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`; in the
+        validation loss too.
+      loss: The objective whose gradient is followed, of `jaxbce.loss`'s signature;
+        for a penalty, say. It is called with `sample_weight`, `pos_weight` and
+        `reduction="sum"`. What is reported is `jaxbce.loss` all the same.
+
+    Returns:
+      A `FitResult`.
+
+    Raises:
+      TypeError: If an argument is of a type or dtype that is not accepted.
+      ValueError: If shapes do not fit or a number is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce, optax
+      >>> x = jax.random.normal(jax.random.key(0), (256, 2))
+      >>> y = x[:, :1] * x[:, 1:] > 0  # exclusive or
+      >>> params = jaxbce.init(jax.random.key(1), (2, 16, 1))
+      >>> run = jaxbce.fit(
+      ...     jax.random.key(2), params, x, y, optimizer=optax.adam(1e-2),
+      ...     num_steps=500, batch_size=32, evaluate_every=100)
+      >>> run.train_loss.shape, bool(run.train_loss[-1] < 0.1)
+      ((5,), True)
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; an optax transformation, such "
+            "as optax.sgd(0.1), is accepted"
+        )
+    num_steps = _validate.count("num_steps", num_steps)
+    if evaluate_every is None:
+        evaluate_every = num_steps
+    if patience is not None:
+        patience = _validate.count("patience", patience)
+    x = _validate.features(
+        x, params.params if isinstance(params, FitResult) else params
+    )
+    if batch_size is not None:
+        batch_size = _validate.count("batch_size", batch_size, most=x.shape[0])
+    if validation is not None and (
+        not isinstance(validation, (tuple, list)) or len(validation) != 2
+    ):
+        raise TypeError("validation is not a pair; (x, y) is accepted")
+    return _fit(
+        key,
+        params,
+        (x, y, sample_weight),
+        None if validation is None else tuple(validation),
+        pos_weight,
+        optimizer=optimizer,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        evaluate_every=_validate.count("evaluate_every", evaluate_every),
+        patience=patience,
+        loss=loss,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "optimizer",
+        "num_steps",
+        "batch_size",
+        "evaluate_every",
+        "patience",
+        "loss",
+    ),
+)
+def _fit(
+    key: jax.Array,
+    start: Params | FitResult,
+    data: tuple[jax.Array, jax.Array, jax.Array | None],
+    validation: tuple[jax.Array, jax.Array] | None,
+    pos_weight: jax.Array | float,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int | None,
+    evaluate_every: int,
+    patience: int | None,
+    loss: Callable[..., jax.Array],
+) -> FitResult:
+    x, y, sample_weight = data
+    rows = x.shape[0]
+
+    # What the loops carry: the run, with the losses of its last evaluation alone.
+    run = _varying(_start(start, optimizer))
+    dtype = run.best_loss.dtype
+    relative = jnp.ones(rows, dtype)
+    if sample_weight is not None:
+        s = _validate.sample_weight(sample_weight, rows, dtype)
+        relative = s / jnp.mean(s)
+
+    def step(t: jax.Array, run: FitResult, x: Any, y: Any, c: jax.Array) -> FitResult:
+        """One update on rows (x, y), which count c in the batch's loss."""
+
+        def objective(params: Params) -> jax.Array:
+            weights = {"sample_weight": c, "pos_weight": pos_weight}
+            return loss(params, x, y, **weights, reduction="sum")
+
+        if batch_size is None and _keeps_gradient(run.opt_state):
+            value_and_grad = optax.value_and_grad_from_state(objective)
+            value, grads = value_and_grad(run.params, state=run.opt_state)
+        else:
+            value, grads = jax.value_and_grad(objective)(run.params)
+        updates, opt_state = _update(optimizer, run, objective, value, grads)
+        healthy = (run.diverged_at < 0) & jnp.isfinite(value)
+        params = optax.apply_updates(run.params, updates)
+        return run._replace(
+            params=_select(healthy, params, run.params),
+            opt_state=opt_state,
+            diverged_at=jnp.where(healthy | (run.diverged_at >= 0), run.diverged_at, t),
+        )
+
+    def advance(begin: jax.Array, end: jax.Array, run: FitResult) -> FitResult:
+        """Takes the steps from `begin` to `end`, and evaluates."""
+        if batch_size is None:
+            c = relative / rows
+            run = lax.fori_loop(begin, end, lambda t, run: step(t, run, x, y, c), run)
+        else:
+
+            def batch(t: Any, chosen: Any, share: Any, run: FitResult) -> FitResult:
+                return step(
+                    t, run, x[chosen], y[chosen], share.astype(dtype) * relative[chosen]
+                )
+
+            run = _over_batches(batch, key, rows, batch_size, begin, end, run)
+        train = judged = gradients.loss(
+            run.params, x, y, sample_weight=sample_weight, pos_weight=pos_weight
+        )
+        if validation is not None:
+            judged = gradients.loss(run.params, *validation, pos_weight=pos_weight)
+        diverged_at = jnp.where(
+            (run.diverged_at < 0) & ~jnp.isfinite(train), end, run.diverged_at
+        )
+        better = (diverged_at < 0) & (judged < run.best_loss)
+        return run._replace(
+            best_params=_select(better, run.params, run.best_params),
+            train_loss=train,
+            validation_loss=run.validation_loss if validation is None else judged,
+            diverged_at=diverged_at,
+            best_loss=jnp.where(better, judged, run.best_loss),
+            best_step=jnp.where(better, end, run.best_step),
+            step=jnp.where(diverged_at < 0, end, diverged_at),
+        )
+
+    def evaluation(run: FitResult, begin: jax.Array) -> tuple[FitResult, Any]:
+        end = jnp.minimum(begin + evaluate_every, first + num_steps)
+        stopped = run.diverged_at >= 0
+        if patience is not None:
+            stopped |= run.step - run.best_step >= patience
+        nan = jnp.full_like(run.train_loss, jnp.nan)
+        idle = run._replace(train_loss=nan, validation_loss=nan)
+        run = lax.cond(
+            _all(stopped),
+            lambda run: idle,
+            lambda run: _select(stopped, idle, advance(begin, end, run)),
+            run,
+        )
+        return run, (run.train_loss, run.validation_loss)
+
+    # Time does not follow run.step, which under vmap is each member's own: then
+    # every member would have an order of rows to itself.
+    first = run.step
+    begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
+    run, (train_loss, validation_loss) = lax.scan(evaluation, run, begins)
+    return run._replace(train_loss=train_loss, validation_loss=validation_loss)
+
+
+def _start(
+    start: Params | FitResult, optimizer: optax.GradientTransformation
+) -> FitResult:
+    """A run that begins at params, or goes on from a result."""
+    if isinstance(start, FitResult):
+        nan = jnp.full_like(start.best_loss, jnp.nan)
+        state = jax.eval_shape(optimizer.init, start.params)
+        if jax.tree.map(jnp.shape, start.opt_state) != jax.tree.map(jnp.shape, state):
+            raise ValueError(
+                "params is a FitResult whose opt_state is not of the optimizer's "
+                "structure; the result of a run with the same optimizer is accepted"
+            )
+        return start._replace(train_loss=nan, validation_loss=nan)
+    dtype = _validate.accumulation_dtype(_validate.params(start))
+    return FitResult(
+        params=start,
+        best_params=start,
+        train_loss=jnp.full((), jnp.nan, dtype),
+        validation_loss=jnp.full((), jnp.nan, dtype),
+        diverged_at=jnp.int32(-1),
+        opt_state=optimizer.init(start),
+        best_loss=jnp.full((), jnp.inf, dtype),
+        best_step=jnp.int32(0),
+        step=jnp.int32(0),
+    )
+
+
+def _over_batches(
+    body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
+    key: jax.Array,
+    rows: int,
+    size: int,
+    begin: jax.Array,
+    end: jax.Array,
+    carry: Any,
+) -> Any:
+    """Folds `body(t, chosen, share, carry)` over the batches of steps begin to end.
+
+    `chosen [size]` are the batch's rows and `share [size]` the part that each has in
+    its mean. An epoch's order is drawn where it begins, or where the steps begin
+    within it: carried along, it would be copied at every step.
+    """
+    per_epoch = -(-rows // size)
+
+    def epoch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        t, carry = state
+        number = t // per_epoch
+        order = jax.random.permutation(jax.random.fold_in(key, number), rows)
+
+        def batch(t: jax.Array, carry: Any) -> Any:
+            # A short batch is as long as the others: it starts with rows of the one
+            # before, whose share is 0.
+            first = (t - number * per_epoch) * size
+            start = jnp.minimum(first, rows - size)
+            chosen = lax.dynamic_slice_in_dim(order, start, size)
+            fresh = start + jnp.arange(size) >= first
+            share = fresh.astype(float) / jnp.minimum(size, rows - first).astype(float)
+            return body(t, chosen, share, carry)
+
+        until = jnp.minimum(end, (number + 1) * per_epoch)
+        return until, lax.fori_loop(t, until, batch, carry)
+
+    return lax.while_loop(lambda state: state[0] < end, epoch, (begin, carry))[1]
+
+
+@jax.custom_batching.custom_vmap
+def _all(stopped: jax.Array) -> jax.Array:
+    """Whether every member of the `vmap`s that this is under has stopped.
+
+    A branch on it stays a branch; on each member's own it would become both branches,
+    with begin and end, and with them the order of rows, each member's own.
+    """
+    return stopped
+
+
+@_all.def_vmap
+def _(size: int, batched: list[bool], stopped: jax.Array) -> tuple[jax.Array, bool]:
+    del size, batched
+    return _all(jnp.all(stopped, axis=0)), False
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    run: FitResult,
+    objective: Callable[[Params], jax.Array],
+    value: Any,
+    grads: Any,
+) -> tuple[Any, Any]:
+    """The optimizer's update, given what its signature can take."""
+    given = {"value": value, "grad": grads, "value_fn": objective}
+    accepted = inspect.signature(optimizer.update).parameters
+    if "grad_fn" in accepted:  # optax.contrib.sam; a line search refuses it
+        given["grad_fn"] = lambda params, _: jax.grad(objective)(params)
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        given = {name: given[name] for name in accepted if name in given}
+    return optimizer.update(grads, run.opt_state, run.params, **given)
+
+
+def _keeps_gradient(opt_state: Any) -> bool:
+    """Whether a line search has left the value and gradient at the new params."""
+    try:
+        kept = [optax.tree.get(opt_state, name) for name in ("value", "grad")]
+    except KeyError:  # several of a name
+        return False
+    return all(leaf is not None for leaf in kept)
+
+
+def _select(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _varying(tree: Any) -> Any:
+    """Inside `shard_map`, leaves typed as different on each device; else as they are.
+
+    A loop's carry must keep its type, and what begins as a constant would not.
+    """
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if not axes:
+        return tree
+    same = sum(lax.axis_index(axis) for axis in axes) >= 0  # True, and varying
+    return jax.tree.map(lambda leaf: jnp.where(same, leaf, leaf), tree)
