@@ -16,6 +16,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "A folder for the results as files; made if needed."
 )
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float64", "float32", "bfloat16"],
+    "What to compute in; if not set, float64 to compare gradients, float32 to train.",
+)
 
 
 class InputError(Exception):

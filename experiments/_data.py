@@ -1,48 +1,74 @@
-"""Data: what ships with scikit-learn, or the user's own file; always checked."""
+"""Data: what ships with scikit-learn, or the user's own file; prepared and split."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from absl import flags
 from sklearn import datasets
-from sklearn.preprocessing import StandardScaler
+from sklearn.compose import ColumnTransformer, make_column_selector
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from experiments import _tables
 from experiments._cli import InputError
 
 DATASET = flags.DEFINE_enum(
     "dataset",
     None,
-    ["digits", "breast_cancer"],
-    "Data that ships with scikit-learn; digits (odd against even, 1797 images of 8x8) "
-    "if neither this nor --data is given.",
+    ["digits", "breast_cancer", "moons", "xor"],
+    "Data that ships with scikit-learn or is generated; digits (odd against even, 1797 "
+    "images of 8x8) if neither this nor --data is given.",
 )
 DATA = flags.DEFINE_string(
     "data", None, "A .csv or .parquet file to use in place of --dataset."
 )
-TARGET = flags.DEFINE_string(
+TARGET = flags.DEFINE_list(
     "target",
     None,
-    "The column of --data with the labels, of any two values; the larger is label 1. "
-    "Every other column is a feature and must be numeric.",
+    "The column of --data with the labels, of any two values; several columns, "
+    "comma-separated, are as many outputs. All other columns are features: numbers are "
+    "standardised, text is taken as categories.",
+)
+POSITIVE = flags.DEFINE_string(
+    "positive", None, "The value of --target that is label 1; the larger if not set."
 )
 HIDDEN = flags.DEFINE_list(
     "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
 )
 
+GENERATED_ROWS = 1000
+LEAST_ROWS = 5  # of either label, so that each part of a split has one
 
-class Data(NamedTuple):
-    """A binary classification problem.
+
+class Table(NamedTuple):
+    """A binary classification problem, as it came.
 
     Attributes:
       name: Where it is from.
-      x: Features `[N, n_0]`, float64, standardised (mean 0, variance 1; a constant
-        column is 0).
-      y: Labels 0 and 1, `[N, 1]`, float64.
+      features: Columns of float64 numbers, or of text where they are categories.
+      y: Labels 0 and 1, `[N, n_L]`, float64.
+      classes: For each target its name, and what labels 0 and 1 stand for.
     """
 
     name: str
+    features: pd.DataFrame
+    y: np.ndarray
+    classes: dict[str, tuple[Any, Any]]
+
+
+class Part(NamedTuple):
+    """One part of a split.
+
+    Attributes:
+      rows: Which rows of the table they are, `[n]`.
+      x: Features `[n, n_0]`, float64, prepared.
+      y: Labels `[n, n_L]`, float64.
+    """
+
+    rows: np.ndarray
     x: np.ndarray
     y: np.ndarray
 
@@ -65,101 +91,180 @@ def hidden_sizes() -> tuple[int, ...]:
     return sizes
 
 
+def from_flags(seed: int) -> Table:
+    """What the flags above ask for; see `load`."""
+    return load(
+        dataset=DATASET.value,
+        data=DATA.value,
+        target=TARGET.value,
+        positive=POSITIVE.value,
+        seed=seed,
+    )
+
+
 def load(
     *,
     dataset: str | None = None,
     data: str | None = None,
-    target: str | None = None,
-) -> Data:
-    """The named dataset, or the file `data` with its labels in column `target`.
+    target: list[str] | None = None,
+    positive: str | None = None,
+    seed: int = 0,
+) -> Table:
+    """The named dataset, or the file `data` with its labels in the columns `target`.
+
+    Args:
+      dataset: A name that --dataset accepts.
+      data: A file's path.
+      target: Columns of `data`.
+      positive: The value of label 1, as text.
+      seed: Of what is generated.
 
     Raises:
       InputError: If the file cannot be read, or holds what cannot be learned from.
     """
     if data is None:
-        if target is not None:
-            raise InputError("--target goes with --data")
-        name = dataset or "digits"
-        features, labels = _shipped(name)
-    else:
-        if dataset is not None:
-            raise InputError("--data and --dataset are two answers to one question")
-        if target is None:
-            raise InputError("--data needs --target, the column with the labels")
-        name, (features, labels) = data, _from_file(Path(data), target)
-    scaler = StandardScaler()
-    with np.errstate(all="ignore"):
-        x = np.asarray(scaler.fit_transform(features))
-    finite = np.isfinite(x).all(axis=0) & np.isfinite(np.asarray(scaler.var_))
-    if not finite.all():
-        column = int(np.argmin(finite)) + 1
-        raise InputError(f"{name}: feature {column} is too large to standardise")
-    return Data(name, x, labels[:, None])
-
-
-def _shipped(dataset: str) -> tuple[np.ndarray, np.ndarray]:
-    loaders = {
-        "digits": datasets.load_digits,
-        "breast_cancer": datasets.load_breast_cancer,
+        for flag, value in (("target", target), ("positive", positive)):
+            if value is not None:
+                raise InputError(f"--{flag} goes with --data")
+        return _named(dataset or "digits", seed)
+    if dataset is not None:
+        raise InputError("--data and --dataset are two answers to one question")
+    if not target:
+        raise InputError("--data needs --target, the column with the labels")
+    table = _tables.read(Path(data))
+    _tables.need_columns(data, table, target)
+    if len(set(target)) < len(target):
+        raise InputError(f"--target={','.join(target)}: a column is named twice")
+    rest = table.drop(columns=target)
+    if rest.shape[1] == 0:
+        raise InputError(f"{data}: has no column beside {', '.join(map(repr, target))}")
+    found = {
+        name: _tables.labels(data, pd.Series(table[name]), positive) for name in target
     }
-    features, labels = map(np.asarray, loaders[dataset](return_X_y=True))
-    return features, (labels % 2).astype(np.float64)
+    return Table(
+        data,
+        _tables.features(data, rest),
+        np.stack([y for y, _ in found.values()], axis=1),
+        {name: classes for name, (_, classes) in found.items()},
+    )
 
 
-def _from_file(path: Path, target: str) -> tuple[np.ndarray, np.ndarray]:
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: not a .csv or .parquet file")
-    try:
-        table = readers[path.suffix.lower()](path)
-        if path.suffix.lower() == ".csv":  # where pandas renames a second "a" to "a.1"
-            header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
-            repeated = header[header.duplicated()].tolist()
-            if repeated:
-                raise InputError(f"{path}: two columns are named {repeated[0]!r}")
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are either
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{path}: {reason}") from None
-    if target not in table.columns:
-        known = ", ".join(map(str, table.columns))
-        raise InputError(f"{path}: no column {target!r}; its columns are {known}")
-    if table.empty:
-        raise InputError(f"{path}: has no rows")
-    features = table.drop(columns=target)
-    if features.empty:
-        raise InputError(f"{path}: has no column beside {target!r}")
-    for name in features.columns:
-        _check_numeric(path, features[name])
-    return features.to_numpy(np.float64), _labels(path, table[target])
+def _named(name: str, seed: int) -> Table:
+    rng = np.random.default_rng(seed)
+    if name == "moons":
+        x, y = datasets.make_moons(GENERATED_ROWS, noise=0.2, random_state=seed)
+        columns, classes = ["x1", "x2"], {"moon": ("upper", "lower")}
+    elif name == "xor":
+        x = rng.uniform(-1, 1, (GENERATED_ROWS, 2))
+        y = (x[:, 0] * x[:, 1] < 0).astype(int)
+        x += rng.normal(scale=0.1, size=x.shape)
+        columns, classes = ["x1", "x2"], {"signs": ("equal", "different")}
+    else:
+        loaders: dict[str, Callable[..., Any]] = {
+            "digits": datasets.load_digits,
+            "breast_cancer": datasets.load_breast_cancer,
+        }
+        bunch = loaders[name]()
+        x, y, columns = bunch.data, bunch.target % 2, list(bunch.feature_names)
+        classes = {
+            "digits": {"digit": ("even", "odd")},
+            "breast_cancer": {"diagnosis": ("malignant", "benign")},
+        }[name]
+    features = pd.DataFrame(np.asarray(x, np.float64), columns=columns)
+    return Table(name, features, np.asarray(y, np.float64)[:, None], classes)
 
 
-def _check_numeric(path: Path, column: pd.Series) -> None:
-    if not (
-        pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
-    ):
-        example = column.dropna().iloc[0] if column.notna().any() else None
-        raise InputError(
-            f"{path}: column {column.name!r} is not numeric (it has {example!r})"
+def preparation(name: str, features: pd.DataFrame) -> ColumnTransformer:
+    """Standardised numbers and one-hot categories, fitted on these rows.
+
+    A category that these rows do not have becomes all zeros, a constant column zero.
+
+    Raises:
+      InputError: If numbers are too large to standardise.
+    """
+    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    transformer = ColumnTransformer(
+        [
+            ("numbers", StandardScaler(), make_column_selector(dtype_include=float)),
+            ("categories", encoder, make_column_selector(dtype_exclude=float)),
+        ],
+        verbose_feature_names_out=False,
+    )
+    with np.errstate(all="ignore"):
+        x = transformer.fit_transform(features)
+    _check_finite(name, transformer, x)
+    scaler = transformer.named_transformers_["numbers"]
+    variances = getattr(scaler, "var_", np.zeros(0))
+    if not np.isfinite(variances).all():
+        column = scaler.feature_names_in_[np.argmin(np.isfinite(variances))]
+        raise InputError(f"{name}: column {column!r} is too large to standardise")
+    return transformer
+
+
+def prepared(
+    name: str, transformer: ColumnTransformer, features: pd.DataFrame
+) -> np.ndarray:
+    """Features `[N, n_0]` as a fitted preparation makes them.
+
+    Raises:
+      InputError: If numbers are too large to standardise.
+    """
+    with np.errstate(all="ignore"):
+        x = np.asarray(transformer.transform(features), np.float64)
+    _check_finite(name, transformer, x)
+    return x
+
+
+def _check_finite(name: str, transformer: ColumnTransformer, x: Any) -> None:
+    finite = np.isfinite(x).all(axis=0)
+    if not finite.all():
+        column = transformer.get_feature_names_out()[np.argmin(finite)]
+        raise InputError(f"{name}: column {column!r} is too large to standardise")
+
+
+def whole(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """All rows as `x [N, n_0]` and `y [N, n_L]`, prepared together."""
+    transformer = preparation(table.name, table.features)
+    return prepared(table.name, transformer, table.features), table.y
+
+
+def split(table: Table, seed: int) -> tuple[dict[str, Part], ColumnTransformer]:
+    """Three parts, 60% train, 20% validation and 20% test, stratified by the labels.
+
+    Returns:
+      The parts by name, prepared by what is fitted on the training part alone; and
+      that preparation.
+
+    Raises:
+      InputError: If a label is too rare to be in every part.
+    """
+    for column, (name, classes) in enumerate(table.classes.items()):
+        counts = [int(np.sum(table.y[:, column] == label)) for label in (0, 1)]
+        if min(counts) < LEAST_ROWS:
+            rare = classes[int(np.argmin(counts))]
+            raise InputError(
+                f"{table.name}: target {name!r} has {min(counts)} rows of {rare}; at "
+                f"least {LEAST_ROWS} are needed for three parts"
+            )
+    _, group, counts = np.unique(
+        table.y, axis=0, return_inverse=True, return_counts=True
+    )
+    # Of several targets a combination may be rare; it goes with the most common one.
+    group = np.where(counts[group] < LEAST_ROWS, np.argmax(counts), group.ravel())
+    rows = np.arange(len(table.y))
+    rest, test = train_test_split(
+        rows, test_size=0.2, stratify=group, random_state=seed
+    )
+    train, validation = train_test_split(
+        rest, test_size=0.25, stratify=group[rest], random_state=seed
+    )
+    transformer = preparation(table.name, table.features.iloc[train])
+    parts = {"train": train, "validation": validation, "test": test}
+    return {
+        name: Part(
+            np.asarray(chosen),
+            prepared(table.name, transformer, table.features.iloc[chosen]),
+            table.y[chosen],
         )
-    values = column.to_numpy(np.float64, na_value=np.nan)
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values)))
-        raise InputError(
-            f"{path}: column {column.name!r} has {values[row]} in row {row + 1} "
-            "below the header"
-        )
-
-
-def _labels(path: Path, column: pd.Series) -> np.ndarray:
-    if column.isna().any():
-        row = int(column.isna().to_numpy().argmax()) + 1
-        raise InputError(f"{path}: target {column.name!r} is missing in row {row}")
-    values = list(column.unique())
-    values.sort(key=str if column.dtype == object else None)
-    if len(values) != 2:
-        shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
-        raise InputError(
-            f"{path}: target {column.name!r} has the values {shown}; two different "
-            "ones are accepted"
-        )
-    return (column == values[1]).to_numpy(np.float64)
+        for name, chosen in parts.items()
+    }, transformer

@@ -1,7 +1,10 @@
 """Results for people and programs: tables, and files that say what made them."""
 
+import contextlib
 import json
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` when the block has ended well.
+
+    A reader, also one after a crash, sees the old file or the new one, whole.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write(
     folder: Path, name: str, results: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
@@ -63,5 +82,7 @@ def write(
     text = json.dumps(
         document, indent=2, ensure_ascii=False, default=lambda value: value.item()
     )
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+    with replacing(folder / f"{name}.json") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    with replacing(folder / f"{name}.csv") as path:
+        pd.DataFrame(rows).to_csv(path, index=False)

@@ -31,12 +31,6 @@ flags.adopt_module_key_flags(_data)
 _BATCH = flags.DEFINE_integer(
     "batch", None, "Rows of the data to use; all of them if not set.", lower_bound=1
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "float64",
-    ["float64", "float32", "bfloat16"],
-    "What parts 1, 2 and 4 compute in. Parts 3 and 5 are in float32.",
-)
 _TRIALS = flags.DEFINE_integer(
     "trials", 256, "Random networks in part 4.", lower_bound=1
 )
@@ -163,25 +157,25 @@ def main() -> int:
     if _TOLERANCE.value is not None and not 0 < _TOLERANCE.value < float("inf"):
         raise _cli.InputError(f"--tolerance={_TOLERANCE.value}: not a number > 0")
     hidden = _data.hidden_sizes()
-    data = _data.load(
-        dataset=_data.DATASET.value, data=_data.DATA.value, target=_data.TARGET.value
-    )
-    batch = _BATCH.value or len(data.x)
-    if batch > len(data.x):
-        raise _cli.InputError(f"--batch={batch}: {data.name} has {len(data.x)} rows")
+    table = _data.from_flags(_cli.SEED.value)
+    x, y = _data.whole(table)
+    batch = _BATCH.value or len(x)
+    if batch > len(x):
+        raise _cli.InputError(f"--batch={batch}: {table.name} has {len(x)} rows")
+    dtype = _cli.DTYPE.value or "float64"
     folder = _cli.output_dir()
     configuration = {
-        "data": data.name,
+        "data": table.name,
         "hidden": hidden,
         "batch": batch,
-        "dtype": _DTYPE.value,
+        "dtype": dtype,
         "trials": _TRIALS.value,
         "seed": _cli.SEED.value,
         "tolerance": _TOLERANCE.value,
         "block_size": _BLOCK_SIZE.value,
     }
-    sizes = "→".join(map(str, (data.x.shape[1], *hidden, 1)))
-    print(f"{data.name}: {batch} rows, network {sizes}")
+    sizes = "→".join(map(str, (x.shape[1], *hidden, y.shape[1])))
+    print(f"{table.name}: {batch} rows, network {sizes}")
     print(", ".join(f"{k} {v}" for k, v in _results.environment().items()))
 
     def report(title: str, rows: list[Row]) -> None:
@@ -190,10 +184,10 @@ def main() -> int:
     if warning := _timing.load_warning():
         print(warning)
     parts = run(
-        x=data.x[:batch],
-        y=data.y[:batch],
+        x=x[:batch],
+        y=y[:batch],
         hidden=hidden,
-        dtype=_DTYPE.value,
+        dtype=dtype,
         trials=_TRIALS.value,
         seed=_cli.SEED.value,
         tolerance=_TOLERANCE.value,

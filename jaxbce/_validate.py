@@ -202,13 +202,15 @@ def block_size(value: Any) -> None:
         raise ValueError(f"block_size is {value!r}; {accepted}")
 
 
-def count(name: str, value: Any, most: int | None = None) -> int:
-    """Checks a number of things: an int from 1 to `most`, that of the rows of x."""
-    accepted = "an integer >= 1" if most is None else f"1 to the {most} rows of x"
+def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """Checks an integer from `least` to `most`, that of the rows of x."""
+    accepted = (
+        f"an integer >= {least}" if most is None else f"1 to the {most} rows of x"
+    )
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; {accepted} is accepted") from None
-    if isinstance(value, bool) or number < 1 or (most is not None and number > most):
+    if isinstance(value, bool) or number < least or (most and number > most):
         raise ValueError(f"{name} is {value!r}; {accepted} is accepted")
     return number

@@ -80,7 +80,7 @@ def fit(
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       optimizer: Any optax transformation. One that asks for them is given `value`,
         `grad` and `value_fn` of the batch; `grad_fn`, if its `update` names it.
-      num_steps: Steps to take, >= 1.
+      num_steps: Steps to take; 0 gives the run that has not begun.
       batch_size: Rows in a batch, 1 to N; None is all of them.
       validation: Features `[M, n_0]` and labels `[M, n_L]`.
       evaluate_every: Steps between evaluations, the last of which follows the last
@@ -118,9 +118,9 @@ def fit(
             f"optimizer is a {type(optimizer).__name__}; an optax transformation, such "
             "as optax.sgd(0.1), is accepted"
         )
-    num_steps = _validate.count("num_steps", num_steps)
+    num_steps = _validate.count("num_steps", num_steps, least=0)
     if evaluate_every is None:
-        evaluate_every = num_steps
+        evaluate_every = max(num_steps, 1)
     if patience is not None:
         patience = _validate.count("patience", patience)
     x = _validate.features(
@@ -251,6 +251,9 @@ def _fit(
         )
         return run, (run.train_loss, run.validation_loss)
 
+    if num_steps == 0:
+        none = run.train_loss[None][:0]
+        return run._replace(train_loss=none, validation_loss=none)
     # Time does not follow run.step, which under vmap is each member's own: then
     # every member would have an order of rows to itself.
     first = run.step

@@ -1,7 +1,10 @@
 """What all tests share: strict JAX, two devices, tolerances and small problems."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +30,17 @@ def _strict_dtypes() -> Iterator[None]:
     """No implicit promotion: a float32 computation stays one."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def start(experiment: str, *arguments: str) -> subprocess.Popen[str]:
+    """Starts an experiment as a user would, its output to be read from pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{experiment}", *arguments],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 class Problem(NamedTuple):

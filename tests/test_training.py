@@ -246,7 +246,10 @@ def test_two_runs_are_one_long_run_to_the_bit(optimizer, options):
     options |= {"optimizer": optimizer, "validation": (x[:7], y[:7])}
     options |= {"evaluate_every": 6}
     whole = fit(params, x, y, num_steps=36, **options)
-    first = fit(params, x, y, num_steps=12, **options)
+    begun = fit(params, x, y, num_steps=0, **options)
+    assert equal(begun.params, params)
+    assert begun.train_loss.shape == begun.validation_loss.shape == (0,)
+    first = fit(begun, x, y, num_steps=12, **options)
     second = fit(first, x, y, num_steps=24, **options)
     for name in ("train_loss", "validation_loss"):
         parts = jnp.concatenate([getattr(first, name), getattr(second, name)])
@@ -450,8 +453,8 @@ def test_the_derivative_in_a_hyperparameter_is_the_difference_quotient(batch_siz
 
 REFUSED = {
     "optimizer": ({"optimizer": "adam"}, TypeError, "optimizer is a str; an optax"),
-    "no steps": ({"num_steps": 0}, ValueError, "num_steps is 0; an integer >= 1"),
-    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps is 1.5; an integer >= 1"),
+    "steps": ({"num_steps": -1}, ValueError, "num_steps is -1; an integer >= 0"),
+    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps is 1.5; an integer >= 0"),
     "no rows": ({"batch_size": 0}, ValueError, "batch_size is 0; 1 to the 37 rows"),
     "too many": ({"batch_size": 38}, ValueError, "batch_size is 38; 1 to the 37 rows"),
     "every": ({"evaluate_every": -1}, ValueError, "evaluate_every is -1; an integer"),

@@ -1,0 +1,166 @@
+"""The optimizers of optax by name, with arguments and schedules from text."""
+
+import ast
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from absl import flags
+
+from experiments._cli import InputError
+from jaxbce.network import Params
+
+OPTIMIZER = flags.DEFINE_string(
+    "optimizer", "adam", "An optimizer of optax or optax.contrib, by its name there."
+)
+OPTIMIZER_ARG = flags.DEFINE_multi_string(
+    "optimizer_arg", [], "An argument of it, as b1=0.95; may be repeated."
+)
+LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate",
+    None,
+    "The learning rate. If not set, the optimizer's own default, or 0.003 if it has "
+    "none.",
+)
+SCHEDULE = flags.DEFINE_enum(
+    "schedule",
+    "constant",
+    ["constant", "cosine", "warmup-cosine", "exponential"],
+    "How the learning rate changes over all steps: it falls to 0, rises over the first "
+    "tenth before that, or falls to a hundredth.",
+)
+WEIGHT_DECAY = flags.DEFINE_float(
+    "weight_decay",
+    0.001,
+    "The optimizer's own weight_decay if it has one, as adamw's; else half of this "
+    "times the weights' squares is added to the objective.",
+    lower_bound=0.0,
+)
+
+LEARNING_RATE_WITHOUT_DEFAULT = 0.003
+
+
+def known() -> dict[str, Callable[..., Any]]:
+    """The optimizers of optax by name.
+
+    Left out are those that need more than a batch's gradient and value (per-example
+    gradients, curvature), and those whose parameters must be averaged before use.
+    """
+    modules = (optax, "optax._src.alias"), (optax.contrib, "optax.contrib._")
+    return {
+        name: function
+        for module, prefix in modules
+        for name, function in sorted(vars(module).items())
+        if inspect.isfunction(function)
+        and function.__module__.startswith(prefix)
+        and any("learning_rate" in p for p in inspect.signature(function).parameters)
+        and not name.startswith(("dpsgd", "sophia", "schedule_free", "scale_by"))
+    }
+
+
+def arguments(texts: list[str]) -> dict[str, Any]:
+    """`name=value` texts as a dict; values are Python's numbers, booleans and None.
+
+    Raises:
+      InputError: If one is not of that form, or a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not equals or not name.isidentifier() or name in found:
+                raise ValueError
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            why = "given twice" if name in found else "not NAME=NUMBER, True or None"
+            raise InputError(f"--optimizer_arg={text}: {why}") from None
+    return found
+
+
+@functools.cache  # one object for equal arguments, so that fit compiles once for them
+def build(
+    name: str,
+    *,
+    learning_rate: float | None = None,
+    schedule: str = "constant",
+    num_steps: int = 1,
+    weight_decay: float = 0.0,
+    args: tuple[tuple[str, Any], ...] = (),
+) -> tuple[optax.GradientTransformation, float]:
+    """An optimizer, and the penalty its objective needs in place of a weight decay.
+
+    Args:
+      name: Its name in optax or optax.contrib.
+      learning_rate: The (peak) learning rate; None is the optimizer's default.
+      schedule: A name that --schedule accepts.
+      num_steps: Steps of the run, for the schedule.
+      weight_decay: Its weight_decay, or the penalty's factor.
+      args: Its other arguments.
+
+    Raises:
+      InputError: If there is no such optimizer, or it does not take an argument.
+    """
+    if name not in known():
+        raise InputError(f"--optimizer={name}: not one of {', '.join(known())}")
+    make = known()[name]
+    accepted = inspect.signature(make).parameters
+    given = dict(args)
+    for argument in given:
+        if argument not in accepted:
+            raise InputError(
+                f"--optimizer_arg={argument}: {name} takes {', '.join(accepted)}"
+            )
+        if argument in ("learning_rate", "weight_decay"):
+            raise InputError(f"--optimizer_arg={argument}: has a flag, --{argument}")
+    rate = learning_rate
+    if "learning_rate" not in accepted:
+        if rate is not None or schedule != "constant":
+            raise InputError(f"--optimizer={name}: takes no learning rate or schedule")
+    else:
+        default = accepted["learning_rate"].default
+        if rate is None and (default is inspect.Parameter.empty):
+            rate = LEARNING_RATE_WITHOUT_DEFAULT
+        if schedule != "constant":
+            rate = default if rate is None else rate
+            if not isinstance(rate, float):
+                raise InputError(f"--schedule={schedule}: needs --learning_rate")
+            given["learning_rate"] = _schedule(schedule, rate, num_steps)
+        elif rate is not None:
+            given["learning_rate"] = rate
+    penalty = weight_decay
+    if "weight_decay" in accepted:
+        given["weight_decay"], penalty = weight_decay, 0.0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of an argument that it needs
+            optimizer = make(**given)
+    except (TypeError, ValueError, UserWarning) as error:
+        raise InputError(f"--optimizer={name}: {error}") from None
+    return optimizer, penalty
+
+
+def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
+    if name == "cosine":
+        return optax.cosine_decay_schedule(rate, num_steps)
+    if name == "exponential":
+        return optax.exponential_decay(rate, num_steps, decay_rate=0.01)
+    warmup = max(1, num_steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(num_steps, 2))
+
+
+@functools.cache
+def objective(loss: Callable[..., Any], penalty: float) -> Callable[..., Any]:
+    """A loss, and half of `penalty` times the squares of the weights (not biases)."""
+    if penalty == 0:
+        return loss
+
+    def penalised(params: Params, *data: Any, **options: Any) -> Any:
+        value = loss(params, *data, **options)
+        squares = [jnp.sum(jnp.square(layer.w.astype(value.dtype))) for layer in params]
+        return value + 0.5 * penalty * jnp.sum(jnp.stack(squares))
+
+    return penalised

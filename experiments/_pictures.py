@@ -1,0 +1,88 @@
+"""Pictures of a trained network: its losses, its predictions, its boundary."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_curve
+
+from experiments import _results
+from experiments._metrics import CALIBRATION_BINS
+
+DPI = 120
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with _results.replacing(path) as partial:
+        figure.savefig(partial, dpi=DPI)
+    plt.close(figure)
+
+
+def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
+    """Train and validation loss `[evaluations, 2]` over steps, and the best one."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(steps, history[:, 0], label="train")
+    axis.plot(steps, history[:, 1], label="validation")
+    axis.axvline(best_step, color="0.6", ls=":", label="parameters kept")
+    axis.set(xlabel="step", ylabel="loss (nats)", yscale="log", title="Loss")
+    axis.legend()
+    _save(figure, path)
+
+
+def roc_and_reliability(
+    path: Path, target: str, y: np.ndarray, probabilities: dict[str, np.ndarray]
+) -> None:
+    """ROC and reliability of each model's probabilities `[N]` for labels `[N]`."""
+    figure, (roc, reliability) = plt.subplots(
+        1, 2, figsize=(10, 4.6), layout="constrained"
+    )
+    for name, probability in probabilities.items():
+        false_positive, true_positive, _ = roc_curve(y, probability)
+        roc.plot(false_positive, true_positive, label=name)
+        share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
+        rows, _ = np.histogram(probability, bins=CALIBRATION_BINS, range=(0, 1))
+        (line,) = reliability.plot(mean, share, lw=1, alpha=0.6)
+        reliability.scatter(mean, share, s=rows[rows > 0], color=line.get_color())
+    for axis in (roc, reliability):
+        axis.plot([0, 1], [0, 1], color="0.7", ls=":")
+        axis.set_aspect("equal")
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    reliability.set(
+        xlabel="predicted probability",
+        ylabel="share of label 1",
+        title="Reliability (area: rows)",
+    )
+    roc.legend(loc="lower right")
+    figure.suptitle(f"{target}, on {len(y)} test rows")
+    _save(figure, path)
+
+
+def boundary(
+    path: Path,
+    features: np.ndarray,
+    y: np.ndarray,
+    names: list[str],
+    predict: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Probability over the plane of two features, and the rows `[N, 2]` in it."""
+    low, high = features.min(axis=0), features.max(axis=0)
+    margin = 0.1 * (high - low)
+    axes = [np.linspace(low[i] - margin[i], high[i] + margin[i], 200) for i in (0, 1)]
+    grid = np.stack(np.meshgrid(*axes), axis=-1)
+    probability = predict(grid.reshape(-1, 2)).reshape(grid.shape[:2])
+    figure, axis = plt.subplots(figsize=(6.4, 5), layout="constrained")
+    levels = np.linspace(0, 1, 21)
+    filled = axis.contourf(*axes, probability, levels=levels, cmap="RdBu_r", alpha=0.8)
+    axis.contour(*axes, probability, levels=[0.5], colors="k", linewidths=1)
+    for label, marker in ((0, "o"), (1, "s")):
+        chosen = features[y == label]
+        color = plt.get_cmap("RdBu_r")(0.05 if label == 0 else 0.95)
+        axis.scatter(
+            *chosen.T, c=[color], marker=marker, s=14, edgecolors="k", linewidths=0.4
+        )
+    axis.set(xlabel=names[0], ylabel=names[1], title="Probability of label 1")
+    figure.colorbar(filled, ax=axis, ticks=[0, 0.25, 0.5, 0.75, 1])
+    _save(figure, path)

@@ -1,0 +1,139 @@
+"""One network trained in chunks of compiled steps: progress, checkpoints, resuming."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxbce
+from experiments._checkpoints import Checkpoints
+from experiments._cli import InputError
+from experiments._data import Part
+
+CHUNKS = 20  # a run is checkpointed, and its progress shown, this many times or fewer
+
+
+class Trained(NamedTuple):
+    """A run that has ended, or stopped.
+
+    Attributes:
+      run: Its `FitResult`, without the losses.
+      history: Train and validation loss in nats at each evaluation that was made,
+        `[evaluations, 2]`.
+      steps: The steps after which they were made, `[evaluations]`.
+    """
+
+    run: jaxbce.FitResult
+    history: np.ndarray
+    steps: np.ndarray
+
+
+def train(
+    parts: dict[str, Part],
+    *,
+    seed: int,
+    hidden: tuple[int, ...],
+    dtype: str,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[..., Any],
+    num_steps: int,
+    batch_size: int | None,
+    evaluate_every: int,
+    patience: int | None,
+    pos_weight: tuple[float, ...],
+) -> Callable[[Checkpoints | None], Trained]:
+    """Checks that a run can be made, without computing anything.
+
+    Args:
+      parts: The split.
+      seed: Of the parameters and the order of rows.
+      hidden: Widths of the hidden layers.
+      dtype: Of the parameters.
+      optimizer: What `jaxbce.fit` takes, and so all below.
+      loss: The objective.
+      num_steps: Steps in all.
+      batch_size: Rows in a batch; None is all of them.
+      evaluate_every: Steps between evaluations.
+      patience: Steps without a better validation loss after which to stop, or None.
+      pos_weight: Weight of the positive class, for each output.
+
+    Returns:
+      A function that makes the run: given checkpoints it goes on from the last one,
+      and saves one after each chunk of steps.
+
+    Raises:
+      InputError: If the optimizer does not take its arguments, or part of the run.
+    """
+    x, y = (jnp.asarray(t, dtype) for t in parts["train"][1:])
+    valid_x, valid_y = (jnp.asarray(t, dtype) for t in parts["validation"][1:])
+    key_params, key_rows = jax.random.split(jax.random.key(seed))
+    params = jaxbce.init(key_params, (x.shape[1], *hidden, y.shape[1]), dtype=dtype)
+    evaluations = -(-num_steps // evaluate_every)
+    chunk = -(-evaluations // CHUNKS)  # evaluations
+
+    def fit(run: Any, steps: int) -> jaxbce.FitResult:
+        return jaxbce.fit(
+            key_rows,
+            run,
+            x,
+            y,
+            optimizer=optimizer,
+            num_steps=steps,
+            batch_size=batch_size,
+            validation=(valid_x, valid_y),
+            evaluate_every=evaluate_every,
+            patience=patience,
+            pos_weight=jnp.asarray(pos_weight, valid_y.dtype),
+            loss=loss,
+        )
+
+    def bare(run: jaxbce.FitResult) -> Any:
+        return run._replace(train_loss=(), validation_loss=())
+
+    try:
+        begin = bare(fit(params, 0))
+        jax.eval_shape(lambda: fit(begin, 1))
+    except Exception as error:  # whatever optax raises of arguments that do not fit
+        raise InputError(f"--optimizer cannot be used so: {error}") from None
+
+    def make(checkpoints: Checkpoints | None) -> Trained:
+        done = np.int32(0)  # evaluations
+        history = np.full((evaluations, 2), np.nan)
+        run = begin
+        if checkpoints is not None:
+            saved = checkpoints.restore((begin, history, done))
+            if saved is not None:
+                run, history, done = saved
+                history = np.array(history)
+        steps = np.minimum(np.arange(1, evaluations + 1) * evaluate_every, num_steps)
+        with tqdm(
+            total=num_steps,
+            initial=int(steps[done - 1]) if done else 0,
+            unit="step",
+            disable=None,
+        ) as bar:
+            while done < evaluations and not _stopped(run, patience):
+                until = min(int(done) + chunk, evaluations)
+                count = steps[until - 1] - (steps[done - 1] if done else 0)
+                result = fit(run, int(count))
+                history[done:until, 0] = result.train_loss
+                history[done:until, 1] = result.validation_loss
+                run, done = bare(result), np.int32(until)
+                if checkpoints is not None:
+                    checkpoints.save(int(done), (run, history, done))
+                bar.update(int(count))
+                train_loss, valid_loss = history[done - 1]
+                bar.set_postfix_str(f"train {train_loss:.4f}, valid {valid_loss:.4f}")
+        made = np.flatnonzero(~np.isnan(history[:, 0]))
+        return Trained(run, history[made], steps[made])
+
+    return make
+
+
+def _stopped(run: jaxbce.FitResult, patience: int | None) -> bool:
+    stale = int(run.step) - int(run.best_step)
+    return int(run.diverged_at) >= 0 or (patience is not None and stale >= patience)
