@@ -47,6 +47,36 @@ def plain_objective(
     return jnp.sum(sample_weight[:, None] * ell)
 
 
+def plain_fit(
+    key: jax.Array,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    batch_size: int,
+) -> Params:
+    """Training as anyone would write it: jax.grad, optax and scans over epochs.
+
+    The order of rows is `jaxbce.fit`'s; `batch_size` divides the number of rows.
+    """
+
+    def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+        batch = (x[rows], y[rows]) if batch_size < len(x) else (x, y)
+        value, grads = jax.value_and_grad(plain_loss)(params, *batch)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    def epoch(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
+        order = jax.random.permutation(jax.random.fold_in(key, number), len(x))
+        return jax.lax.scan(step, carry, order.reshape(-1, batch_size))
+
+    start = params, optimizer.init(params)
+    return jax.lax.scan(epoch, start, jnp.arange(epochs))[0][0]
+
+
 def scikit_learn_gradient(
     params: Params, x: Any, y: Any, sample_weight: Any = None
 ) -> list[np.ndarray]:

@@ -37,11 +37,14 @@ def score(y: np.ndarray, probability: np.ndarray) -> dict[str, float]:
 
 def calibration_error(y: np.ndarray, probability: np.ndarray) -> float:
     """`Σ_b n_b/N |mean label − mean probability|` over bins b of equal width."""
-    bins = np.minimum(
-        (probability * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1
-    )
-    gaps = np.bincount(bins, weights=y - probability, minlength=CALIBRATION_BINS)
+    gaps = np.bincount(calibration_bins(probability), weights=y - probability)
     return float(np.sum(np.abs(gaps)) / len(y))
+
+
+def calibration_bins(probability: np.ndarray) -> np.ndarray:
+    """The bin of each probability, 0 to 9, as scikit-learn's calibration_curve has it."""
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    return np.searchsorted(edges[1:-1], probability)
 
 
 def baselines(

@@ -10,7 +10,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
 from experiments import _results
-from experiments._metrics import CALIBRATION_BINS
+from experiments._metrics import CALIBRATION_BINS, calibration_bins
 
 DPI = 120
 
@@ -43,9 +43,10 @@ def roc_and_reliability(
         false_positive, true_positive, _ = roc_curve(y, probability)
         roc.plot(false_positive, true_positive, label=name)
         share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
-        rows, _ = np.histogram(probability, bins=CALIBRATION_BINS, range=(0, 1))
+        _, rows = np.unique(calibration_bins(probability), return_counts=True)
         (line,) = reliability.plot(mean, share, lw=1, alpha=0.6)
-        reliability.scatter(mean, share, s=rows[rows > 0], color=line.get_color())
+        area = 400 * rows / len(y)
+        reliability.scatter(mean, share, s=area, color=line.get_color(), alpha=0.8)
     for axis in (roc, reliability):
         axis.plot([0, 1], [0, 1], color="0.7", ls=":")
         axis.set_aspect("equal")

@@ -31,12 +31,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table for a terminal; floats short, booleans as ok or FAILED."""
+def table(rows: list[dict[str, Any]], floats: str | None = None) -> str:
+    """Rows as a table for a terminal; floats short, booleans as ok or FAILED.
+
+    Args:
+      rows: The rows, with the same keys.
+      floats: A format for all floats; None is three digits, of any size.
+    """
 
     def text(value: Any) -> str:
         if isinstance(value, bool):
             return "ok" if value else "FAILED"
+        if isinstance(value, float) and floats is not None:
+            return format(value, floats)
         if isinstance(value, float):
             return (
                 f"{value:.3g}" if value == 0 or 0.1 <= value < 1e3 else f"{value:.1e}"

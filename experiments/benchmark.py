@@ -1,11 +1,16 @@
 """How does jaxbce compare with what a user would otherwise use, in the same run?
 
     python -m experiments.benchmark --suite gradient
+    python -m experiments.benchmark --suite fit
 
 Suite gradient: `jaxbce.value_and_grad` with its default block size beside
 `jax.value_and_grad` of optax's loss, float32. Both are compiled, compared with each
 other, and timed in turn. Expect a speed of at least 1 at every size, more where the
 batch does not fit the cache, and a small part of the temporary memory there.
+
+Suite fit: a step of `jaxbce.fit` beside one of the same loop written with
+`jax.value_and_grad` and optax; both must end with the same parameters in float64.
+Expect a speed of about 1: what `fit` watches over costs next to nothing.
 """
 
 from collections.abc import Callable
@@ -14,13 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 
 import jaxbce
 from experiments import _baselines, _cli, _results, _timing
 
 flags.adopt_module_key_flags(_cli)
-_SUITE = flags.DEFINE_enum("suite", "gradient", ["gradient"], "What to measure.")
+_SUITE = flags.DEFINE_enum("suite", "gradient", ["gradient", "fit"], "What to measure.")
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 15, "How often each side is timed in each repeat.", lower_bound=3
 )
@@ -45,6 +51,19 @@ GRADIENT_SIZES = (
 )
 AGREEMENT = 1e-5
 
+# Rows, rows in a batch, layer sizes, optimizer.
+FIT_SIZES = (
+    (1024, 32, (30, 16, 1), "sgd"),
+    (1024, 32, (30, 16, 1), "adam"),
+    (1408, 32, (64, 32, 1), "adam"),
+    (1984, 64, (64, 64, 32, 1), "adam"),
+    (2048, 128, (64, 128, 1), "adam"),
+    (569, 569, (30, 32, 1), "adam"),
+    (131072, 256, (30, 64, 1), "adam"),
+)
+FIT_STEPS = 1000  # of one measurement, about
+FIT_AGREEMENT = 1e-10
+
 
 def run(
     *,
@@ -52,17 +71,17 @@ def run(
     rounds: int = 15,
     repeats: int = 5,
     seed: int = 0,
-    sizes: tuple[tuple[int, tuple[int, ...]], ...] = GRADIENT_SIZES,
+    sizes: tuple[Any, ...] | None = None,
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Measures one suite.
 
     Args:
-      suite: "gradient".
+      suite: "gradient" or "fit".
       rounds: How often each side is timed in each repeat.
       repeats: How often both sides are compiled and their data copied anew.
       seed: Seed of the data and parameters.
-      sizes: Rows and layer sizes to measure.
+      sizes: What to measure in place of GRADIENT_SIZES or FIT_SIZES.
       report: Called with each row as it is done.
 
     Returns:
@@ -71,10 +90,13 @@ def run(
     Raises:
       ValueError: If the two sides of a row do not agree.
     """
-    del suite  # the one there is
+    measure, default = {
+        "gradient": (_gradient, GRADIENT_SIZES),
+        "fit": (_fit, FIT_SIZES),
+    }[suite]
     rows = []
-    for n, layers in sizes:
-        rows.append(_gradient(n, layers, rounds, repeats, jax.random.key(seed)))
+    for size in default if sizes is None else sizes:
+        rows.append(measure(*size, rounds, repeats, jax.random.key(seed)))
         report(rows[-1])
     return rows
 
@@ -106,6 +128,60 @@ def _gradient(
         "jax.grad temp MB": round(baseline.temp_bytes / 1e6, 3),
         "by hand temp MB": round(by_hand.temp_bytes / 1e6, 3),
         "memory": f"1/{baseline.temp_bytes / max(by_hand.temp_bytes, 1):.1f}",
+    }
+
+
+def _fit(
+    n: int,
+    batch_size: int,
+    layers: tuple[int, ...],
+    optimizer: str,
+    rounds: int,
+    repeats: int,
+    key: jax.Array,
+) -> Row:
+    key_p, key_x, key_rows = jax.random.split(key, 3)
+    transformation = getattr(optax, optimizer)(1e-3)
+    epochs = max(1, FIT_STEPS * batch_size // n)
+    steps = epochs * n // batch_size
+
+    def plain(params: Any, x: Any, y: Any) -> Any:
+        options = {"optimizer": transformation, "epochs": epochs}
+        options |= {"batch_size": batch_size}
+        return _baselines.plain_fit(key_rows, params, x, y, **options)
+
+    def by_fit(params: Any, x: Any, y: Any) -> Any:
+        options = {"optimizer": transformation, "num_steps": steps}
+        options |= {"batch_size": batch_size if batch_size < n else None}
+        return jaxbce.fit(key_rows, params, x, y, **options).params
+
+    functions = {"plain": plain, "fit": by_fit}
+
+    def arguments(dtype: str) -> Any:
+        x = jax.random.normal(key_x, (n, layers[0]), dtype)
+        y = (jnp.sum(x[:, :2], axis=1, keepdims=True) > 0).astype(dtype)
+        return jaxbce.init(key_p, layers, dtype=dtype), x, y
+
+    with jax.enable_x64(True):
+        exact = arguments("float64")
+        error = _disagreement(*(jax.jit(f)(*exact) for f in functions.values()))
+    if not error <= FIT_AGREEMENT:
+        raise ValueError(f"{n} rows, {layers}: the parameters differ by {error:.1e}")
+    costs = _timing.compare(
+        functions, *arguments("float32"), rounds=rounds, repeats=repeats
+    )
+    baseline, mine = costs["plain"], costs["fit"]
+    return {
+        "rows": n,
+        "batch": batch_size,
+        "network": "→".join(map(str, layers)),
+        "optimizer": optimizer,
+        "steps": steps,
+        "differ by": error,
+        "plain µs/step": round(1e6 * baseline.seconds / steps, 1),
+        "fit µs/step": round(1e6 * mine.seconds / steps, 1),
+        "speed": mine.speed[0],
+        "quartiles": f"{mine.speed[1]:.2f}-{mine.speed[2]:.2f}",
     }
 
 

@@ -388,7 +388,9 @@ def main() -> int:
     )
     print(f"\n{_results.table(result['metrics'])}")
     if _cli.OUTPUT_DIR.value is not None:
-        print(f"\nWritten to {_cli.OUTPUT_DIR.value}: metrics.json, and more.")
+        folder = Path(_cli.OUTPUT_DIR.value)
+        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        print(f"\nIn {folder}: {', '.join(names)}")
     return 0
 
 

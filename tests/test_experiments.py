@@ -99,6 +99,17 @@ def test_the_benchmark_measures_what_agrees_and_refuses_what_does_not(monkeypatc
         benchmark.run(sizes=sizes, rounds=3, repeats=1)
 
 
+def test_the_benchmark_of_fit_measures_runs_that_agree(monkeypatch):
+    sizes = ((12, 4, (3, 2, 1), "adam"), (12, 12, (3, 2, 1), "sgd"))
+    monkeypatch.setattr(benchmark, "FIT_STEPS", 6)
+    rows = benchmark.run(suite="fit", sizes=sizes, rounds=3, repeats=1)
+    assert [row["steps"] for row in rows] == [6, 6]
+    assert all(row["speed"] > 0 and row["differ by"] <= 1e-10 for row in rows)
+    monkeypatch.setattr(_baselines, "plain_loss", lambda *a: 1.001 * jaxbce.loss(*a))
+    with pytest.raises(ValueError, match="the parameters differ by"):
+        benchmark.run(suite="fit", sizes=sizes, rounds=3, repeats=1)
+
+
 def test_as_a_process_it_writes_results_that_say_what_made_them(tmp_path):
     table = pd.DataFrame(
         {"a": range(30), "b": [0, 1, 5] * 10, "label": ["n", "p"] * 15}
