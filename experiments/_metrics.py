@@ -42,7 +42,7 @@ def calibration_error(y: np.ndarray, probability: np.ndarray) -> float:
 
 
 def calibration_bins(probability: np.ndarray) -> np.ndarray:
-    """The bin of each probability, 0 to 9, as scikit-learn's calibration_curve has it."""
+    """The bin of each probability, 0 to 9, as in scikit-learn's calibration_curve."""
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     return np.searchsorted(edges[1:-1], probability)
 
