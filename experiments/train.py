@@ -20,11 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import joblib
 import numpy as np
-import pandas as pd
 from absl import flags
-from sklearn.compose import ColumnTransformer
 
 import jaxbce
 from experiments import (
@@ -33,9 +30,9 @@ from experiments import (
     _cli,
     _data,
     _metrics,
+    _models,
     _optimizers,
     _results,
-    _tables,
     _training,
 )
 
@@ -81,7 +78,6 @@ _PREDICT = flags.DEFINE_string(
 )
 
 Row = dict[str, Any]
-NETWORK = "jaxbce"
 
 
 def run(
@@ -207,7 +203,10 @@ def run(
                 )
             params = trained.run.best_params
             probabilities = {
-                NETWORK: {name: predict(params, part.x) for name, part in parts.items()}
+                _models.NETWORK: {
+                    name: _models.predict(params, part.x)
+                    for name, part in parts.items()
+                }
             }
             if with_baselines:
                 probabilities |= _metrics.baselines(parts, hidden, seed)
@@ -225,14 +224,8 @@ def run(
                 "params": params,
             }
             if folder is not None:
-                _keep(folder, result, table, parts, preparation, probabilities)
+                _models.keep(folder, result, table, parts, preparation, probabilities)
     return result
-
-
-def predict(params: Any, x: np.ndarray) -> np.ndarray:
-    """Probabilities `[N, n_L]` in float64 for prepared features `[N, n_0]`."""
-    features = jax.numpy.asarray(x, params[0].w.dtype)
-    return np.asarray(jaxbce.predict_proba(params, features), np.float64)
 
 
 def _digest(table: _data.Table) -> str:
@@ -256,95 +249,6 @@ def _pos_weight(value: float | str, y: np.ndarray) -> tuple[float, ...]:
     return (number,) * y.shape[1]
 
 
-def _keep(
-    folder: Path,
-    result: dict[str, Any],
-    table: _data.Table,
-    parts: dict[str, _data.Part],
-    preparation: ColumnTransformer,
-    probabilities: dict[str, dict[str, np.ndarray]],
-) -> None:
-    """Writes everything but the checkpoints, each file whole."""
-    from experiments import _pictures  # matplotlib takes a second to import
-
-    params = jax.tree.map(np.asarray, result["params"])
-    with _results.replacing(folder / "model.joblib") as path:
-        model = {"preparation": preparation, "params": params, "classes": table.classes}
-        joblib.dump(model, path)
-    document = {key: value for key, value in result.items() if key != "params"}
-    _results.write(folder, "metrics", document, result["metrics"])
-    with _results.replacing(folder / "losses.csv") as path:
-        pd.DataFrame(result["history"]).to_csv(path, index=False)
-    mine = probabilities[NETWORK]
-    rows = pd.concat(
-        pd.DataFrame({"row": part.rows, "part": name})
-        .join(_columns("label of", table, part.y.astype(int)))
-        .join(_columns("probability of", table, mine[name]))
-        for name, part in parts.items()
-    )
-    with _results.replacing(folder / "predictions.csv") as path:
-        rows.sort_values("row").to_csv(path, index=False)
-
-    losses = [(row["train loss"], row["validation loss"]) for row in result["history"]]
-    steps = np.array([row["step"] for row in result["history"]])
-    path = folder / "losses.png"
-    _pictures.losses(path, steps, np.array(losses), result["best_step"])
-    for column in range(table.y.shape[1]):
-        number = f"_{column + 1}" if table.y.shape[1] > 1 else ""
-        _pictures.roc_and_reliability(
-            folder / f"roc_and_reliability{number}.png",
-            list(table.classes)[column],
-            parts["test"].y[:, column],
-            {
-                name: by_part["test"][:, column]
-                for name, by_part in probabilities.items()
-            },
-        )
-    names = list(table.features.columns)
-    if len(names) == 2 and parts["train"].x.shape[1] == 2 and table.y.shape[1] == 1:
-
-        def probability(plane: np.ndarray) -> np.ndarray:
-            x = preparation.transform(pd.DataFrame(plane, columns=names))
-            return predict(params, np.asarray(x))[:, 0]
-
-        _pictures.boundary(
-            folder / "boundary.png",
-            table.features.to_numpy(np.float64),
-            table.y[:, 0],
-            names,
-            probability,
-        )
-
-
-def _columns(what: str, table: Any, values: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(values, columns=[f"{what} {name}" for name in table.classes])
-
-
-def _score(file: str, folder: Path) -> None:
-    """Writes the probabilities of new rows, by the model in a folder."""
-    path = folder / "model.joblib"
-    if not path.exists():
-        raise _cli.InputError(
-            f"--output_dir={folder}: has no finished run to score with"
-        )
-    model = joblib.load(path)
-    preparation = model["preparation"]
-    table = _tables.read(Path(file))
-    names = list(preparation.feature_names_in_)
-    _tables.need_columns(file, table, names)
-    categories = list(preparation.transformers_[1][2])
-    features = _tables.features(file, table.filter(names), categories)
-    x = _data.prepared(file, preparation, features)
-    found = predict(model["params"], x)
-    scored = pd.DataFrame({"row": np.arange(len(x))})
-    for column, (name, classes) in enumerate(model["classes"].items()):
-        scored[f"probability of {name}={classes[1]}"] = found[:, column]
-    target = folder / f"{Path(file).stem}.scored.csv"
-    with _results.replacing(target) as partial:
-        scored.to_csv(partial, index=False)
-    print(f"{len(x)} rows scored: {target}")
-
-
 def main() -> int:
     """Trains, or scores, what the flags say."""
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -352,7 +256,8 @@ def main() -> int:
         if _cli.OUTPUT_DIR.value is None:
             raise _cli.InputError("--predict needs --output_dir, where the run is")
         with jax.enable_x64(True):  # whatever dtype the parameters have
-            _score(_PREDICT.value, Path(_cli.OUTPUT_DIR.value))
+            rows, path = _models.score(_PREDICT.value, Path(_cli.OUTPUT_DIR.value))
+        print(f"{rows} rows scored: {path}")
         return 0
     hidden = _data.hidden_sizes()
     table = _data.from_flags(_cli.SEED.value)

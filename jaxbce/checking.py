@@ -363,10 +363,11 @@ def _loss(
     """The loss with nothing of the rest of the package in it, for `jax.grad`."""
     h = x
     for w, b in params[:-1]:
-        h = jax.nn.relu(h @ w + b)
-    a = h @ params[-1].w + params[-1].b
+        h = jax.nn.relu(h @ w + b[None, :])
+    a = h @ params[-1].w + params[-1].b[None, :]
     log_p, log_not_p = jax.nn.log_sigmoid(a), jax.nn.log_sigmoid(-a)
-    ell = -jnp.sum(pos_weight * y * log_p + (1 - y) * log_not_p, axis=1)
+    p = jnp.broadcast_to(pos_weight, y.shape)
+    ell = -jnp.sum(p * y * log_p + (1 - y) * log_not_p, axis=1)
     s = jnp.ones(len(ell)) if sample_weight is None else sample_weight
     return jnp.sum(s * ell) / (jnp.sum(s) if reduction == "mean" else 1)
 

@@ -79,6 +79,7 @@ def deltas(
     a_last = trace.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
+    p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
     delta = (1 - y) * sigmoid(a_last) - p * y * sigmoid(-a_last)  # [N, n_L]
     if sample_weight is not None:  # every δ_k below is linear in this one
         c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
@@ -321,7 +322,8 @@ def _loss_jvp(
     if with_logits:
         a, y, p = per_row["logits"], problem.y, problem.pos_weight
         c = problem.c[:, None]
-        dy = weighted(c, p * softplus(-a) - softplus(a))  # [N, n_L]
+        dy = jnp.broadcast_to(p, a.shape) * softplus(-a) - softplus(a)
+        dy = weighted(c, dy)  # [N, n_L]
         dc = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)  # [N]
         dp = weighted(c, weighted(y, softplus(-a)))  # [N, n_L]
         dp = jnp.sum(dp, axis=0) if p.ndim else jnp.sum(dp)

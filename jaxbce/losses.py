@@ -99,6 +99,7 @@ def bce_with_logits(
     y = _validate.labels(y, logits.shape, dtype)
     outputs = logits.shape[-1] if logits.ndim else None
     p = _validate.pos_weight(pos_weight, outputs, dtype)
+    p = jnp.broadcast_to(p, logits.shape)
     a = logits.astype(dtype)
     ell = weighted(p * y, softplus(-a)) + weighted(1 - y, softplus(a))
     return ell.astype(logits.dtype)

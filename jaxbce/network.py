@@ -133,7 +133,7 @@ def forward(params: Params, x: jax.Array) -> Trace:
     a, h = [], [_validate.features(x, params)]
     for k, (w, b) in enumerate(params, start=1):
         a_k = matmul(h[-1], w)  # [N, n_k]
-        a.append(a_k + b.astype(a_k.dtype))
+        a.append(a_k + b.astype(a_k.dtype)[None, :])
         if k < len(params):
             h.append(jax.nn.relu(a[-1]).astype(w.dtype))
     h.append(sigmoid(a[-1]))

@@ -1,8 +1,11 @@
 """What the compiler sees: platforms, traces, work that is not asked for, devices."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import problem, relative_error
 from jax import P
@@ -83,3 +86,19 @@ def test_shard_map_over_rows_adds_up_to_the_batch(block_size):
     for function in (by_hand, through_loss):
         found = jax.jit(jax.shard_map(function, **specs))(params, x, y)
         assert relative_error(found, truth) <= 1e-6
+
+
+def test_nothing_relies_on_rank_promotion():
+    params, x, y = problem((5, 4, 2)).arguments(np.float32)
+    p = jnp.array([1.0, 2.0])
+    with jax.numpy_rank_promotion("raise"):
+        jaxbce.chain_rule(params, x, y)
+        jax.grad(jaxbce.loss, (0, 1, 2))(params, x, y, pos_weight=p)
+        jax.grad(lambda p: jaxbce.loss(params, x, y, pos_weight=p))(p)
+        options: Any = {"pos_weight": p, "sample_weight": jnp.ones(37)}
+        options |= {"optimizer": optax.sgd(0.1), "num_steps": 3, "batch_size": 8}
+        jaxbce.fit(jax.random.key(0), params, x, y, **options)
+        checked = jaxbce.check_gradients(
+            jaxbce.value_and_grad, params, x, y, pos_weight=p
+        )
+        assert checked.passed

@@ -1,0 +1,128 @@
+"""What a training run leaves behind: its files, and a model that scores new rows."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import joblib
+import numpy as np
+import pandas as pd
+from sklearn.compose import ColumnTransformer
+
+import jaxbce
+from experiments import _cli, _data, _pictures, _results, _tables
+
+NETWORK = "jaxbce"
+
+
+def predict(params: Any, x: np.ndarray) -> np.ndarray:
+    """Probabilities `[N, n_L]` in float64 for prepared features `[N, n_0]`."""
+    features = jax.numpy.asarray(x, params[0].w.dtype)
+    return np.asarray(jaxbce.predict_proba(params, features), np.float64)
+
+
+def keep(
+    folder: Path,
+    result: dict[str, Any],
+    table: _data.Table,
+    parts: dict[str, _data.Part],
+    preparation: ColumnTransformer,
+    probabilities: dict[str, dict[str, np.ndarray]],
+) -> None:
+    """Writes what a run has come to, each file whole.
+
+    Args:
+      folder: Where to.
+      result: What `train.run` returns.
+      table: The data.
+      parts: Its split.
+      preparation: What is fitted on its training part.
+      probabilities: Of each model and part, `[n, n_L]`.
+    """
+    params = jax.tree.map(np.asarray, result["params"])
+    with _results.replacing(folder / "model.joblib") as path:
+        model = {"preparation": preparation, "params": params, "classes": table.classes}
+        joblib.dump(model, path)
+    document = {key: value for key, value in result.items() if key != "params"}
+    _results.write(folder, "metrics", document, result["metrics"])
+    with _results.replacing(folder / "losses.csv") as path:
+        pd.DataFrame(result["history"]).to_csv(path, index=False)
+    mine = probabilities[NETWORK]
+    rows = pd.concat(
+        pd.DataFrame({"row": part.rows, "part": name})
+        .join(_columns("label of", table, part.y.astype(int)))
+        .join(_columns("probability of", table, mine[name]))
+        for name, part in parts.items()
+    )
+    with _results.replacing(folder / "predictions.csv") as path:
+        rows.sort_values("row").to_csv(path, index=False)
+
+    losses = [(row["train loss"], row["validation loss"]) for row in result["history"]]
+    steps = np.array([row["step"] for row in result["history"]])
+    path = folder / "losses.png"
+    _pictures.losses(path, steps, np.array(losses), result["best_step"])
+    for column in range(table.y.shape[1]):
+        number = f"_{column + 1}" if table.y.shape[1] > 1 else ""
+        _pictures.roc_and_reliability(
+            folder / f"roc_and_reliability{number}.png",
+            list(table.classes)[column],
+            parts["test"].y[:, column],
+            {
+                name: by_part["test"][:, column]
+                for name, by_part in probabilities.items()
+            },
+        )
+    names = list(table.features.columns)
+    if len(names) == 2 and parts["train"].x.shape[1] == 2 and table.y.shape[1] == 1:
+
+        def probability(plane: np.ndarray) -> np.ndarray:
+            x = preparation.transform(pd.DataFrame(plane, columns=names))
+            return predict(params, np.asarray(x))[:, 0]
+
+        _pictures.boundary(
+            folder / "boundary.png",
+            table.features.to_numpy(np.float64),
+            table.y[:, 0],
+            names,
+            probability,
+        )
+
+
+def _columns(what: str, table: Any, values: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(values, columns=[f"{what} {name}" for name in table.classes])
+
+
+def score(file: str, folder: Path) -> tuple[int, Path]:
+    """Writes the probabilities of new rows, by the model in a folder.
+
+    Args:
+      file: A .csv or .parquet file with the columns that the model was trained on.
+      folder: What `keep` has written to.
+
+    Returns:
+      The number of rows, and the file written.
+
+    Raises:
+      InputError: If there is no model, or the file is not what it needs.
+    """
+    path = folder / "model.joblib"
+    if not path.exists():
+        raise _cli.InputError(
+            f"--output_dir={folder}: has no finished run to score with"
+        )
+    model = joblib.load(path)
+    preparation = model["preparation"]
+    table = _tables.read(Path(file))
+    names = list(preparation.feature_names_in_)
+    _tables.need_columns(file, table, names)
+    categories = list(preparation.transformers_[1][2])
+    features = _tables.features(file, table.filter(names), categories)
+    x = _data.prepared(file, preparation, features)
+    found = predict(model["params"], x)
+    scored = pd.DataFrame({"row": np.arange(len(x))})
+    for column, (name, classes) in enumerate(model["classes"].items()):
+        scored[f"probability of {name}={classes[1]}"] = found[:, column]
+    target = folder / f"{Path(file).stem}.scored.csv"
+    with _results.replacing(target) as partial:
+        scored.to_csv(partial, index=False)
+    return len(x), target
