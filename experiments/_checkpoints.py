@@ -51,9 +51,12 @@ def configuration(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: not a run's configuration") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a run's configuration")
+    return found
 
 
 def _claim(folder: Path, mine: dict[str, Any]) -> None:
@@ -73,7 +76,9 @@ def _claim(folder: Path, mine: dict[str, Any]) -> None:
         shown = ", ".join(
             f"{n}={theirs.get(n)} there, not {mine.get(n)}" for n in other
         )
-        raise InputError(f"--output_dir={folder}: has another run, with {shown}")
+        raise InputError(
+            f"--output_dir={folder}: has another run, with {shown}; take another folder"
+        )
 
 
 class Checkpoints:
@@ -90,9 +95,17 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves a pytree of arrays; once it returns, a kill cannot lose it."""
+        """Saves a pytree of arrays; once it returns, a kill cannot lose it.
+
+        Raises:
+          InputError: If it cannot be written, on a full disk say.
+        """
         leaves = {str(i): _data(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        self._manager.save(step, args=ocp.args.StandardSave(leaves))
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(leaves))
+        except Exception as error:  # a full disk is a ValueError to Orbax
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{self._manager.directory}: {reason}") from error
 
     def restore(self, like: Any) -> Any | None:
         """The last pytree saved, of the structure of `like`; None if there is none.

@@ -12,7 +12,9 @@ from absl import app, flags, logging
 # JAX's C++ logs warnings of no use to a reader of results; an explicit level stands.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of everything random.", lower_bound=0, upper_bound=2**32 - 1
+)
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "A folder for the results as files; made if needed."
 )
@@ -20,7 +22,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float64", "float32", "bfloat16"],
-    "What to compute in; if not set, float64 to compare gradients, float32 to train.",
+    "What to compute in. compare_gradients takes float64 if not set, train float32.",
 )
 
 
@@ -52,7 +54,7 @@ def launch(main: Callable[[], int]) -> NoReturn:
     """Parses flags and runs `main`, whose result is the exit status.
 
     A bad flag, an `InputError` and a file that cannot be read or written are one line
-    on stderr and status 2; asking for help is status 0.
+    on stderr and status 2; an interrupt is status 130, asking for help 0.
     """
     program = Path(sys.argv[0]).stem
     for stream in (sys.stdout, sys.stderr):
@@ -82,6 +84,9 @@ def launch(main: Callable[[], int]) -> NoReturn:
             return 1
         except (InputError, OSError) as error:
             fail(error)
+        except KeyboardInterrupt:
+            print(f"{program}: interrupted", file=sys.stderr)
+            return 130
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)

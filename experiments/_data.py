@@ -19,8 +19,8 @@ DATASET = flags.DEFINE_enum(
     "dataset",
     None,
     ["digits", "breast_cancer", "moons", "xor"],
-    "Data that ships with scikit-learn or is generated; digits (odd against even, 1797 "
-    "images of 8x8) if neither this nor --data is given.",
+    "Data that ships with scikit-learn (breast_cancer; digits, odd against even, which "
+    "is the default) or is generated (moons, xor).",
 )
 DATA = flags.DEFINE_string(
     "data", None, "A .csv or .parquet file to use in place of --dataset."
@@ -33,13 +33,16 @@ TARGET = flags.DEFINE_list(
     "standardised, text is taken as categories.",
 )
 POSITIVE = flags.DEFINE_string(
-    "positive", None, "The value of --target that is label 1; the larger if not set."
+    "positive",
+    None,
+    "The value that is label 1, of every --target; the larger if not set.",
 )
 HIDDEN = flags.DEFINE_list(
     "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
 )
 
 GENERATED_ROWS = 1000
+LARGEST = 1e15  # standard deviations from the mean; beyond, no dtype is safe
 LEAST_ROWS = 5  # of either label, so that each part of a split has one
 
 
@@ -71,6 +74,11 @@ class Part(NamedTuple):
     rows: np.ndarray
     x: np.ndarray
     y: np.ndarray
+
+
+def label_1(classes: dict[str, tuple[Any, Any]]) -> list[str]:
+    """What label 1 of each target stands for, as "target=value"."""
+    return [f"{name}={values[1]}" for name, values in classes.items()]
 
 
 def hidden_sizes() -> tuple[int, ...]:
@@ -192,7 +200,7 @@ def preparation(name: str, features: pd.DataFrame) -> ColumnTransformer:
     )
     with np.errstate(all="ignore"):
         x = transformer.fit_transform(features)
-    _check_finite(name, transformer, x)
+    _check_size(name, transformer, x)
     scaler = transformer.named_transformers_["numbers"]
     variances = getattr(scaler, "var_", np.zeros(0))
     if not np.isfinite(variances).all():
@@ -211,14 +219,14 @@ def prepared(
     """
     with np.errstate(all="ignore"):
         x = np.asarray(transformer.transform(features), np.float64)
-    _check_finite(name, transformer, x)
+    _check_size(name, transformer, x)
     return x
 
 
-def _check_finite(name: str, transformer: ColumnTransformer, x: Any) -> None:
-    finite = np.isfinite(x).all(axis=0)
-    if not finite.all():
-        column = transformer.get_feature_names_out()[np.argmin(finite)]
+def _check_size(name: str, transformer: ColumnTransformer, x: Any) -> None:
+    usable = (np.abs(x) < LARGEST).all(axis=0)  # and not NaN
+    if not usable.all():
+        column = transformer.get_feature_names_out()[np.argmin(usable)]
         raise InputError(f"{name}: column {column!r} is too large to standardise")
 
 

@@ -1,5 +1,6 @@
 """What a training run leaves behind: its files, and a model that scores new rows."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def keep(
     mine = probabilities[NETWORK]
     rows = pd.concat(
         pd.DataFrame({"row": part.rows, "part": name})
-        .join(_columns("label of", table, part.y.astype(int)))
-        .join(_columns("probability of", table, mine[name]))
+        .join(_columns("", table, part.y.astype(int)))
+        .join(_columns("probability of ", table, mine[name]))
         for name, part in parts.items()
     )
     with _results.replacing(folder / "predictions.csv") as path:
@@ -65,7 +66,7 @@ def keep(
         number = f"_{column + 1}" if table.y.shape[1] > 1 else ""
         _pictures.roc_and_reliability(
             folder / f"roc_and_reliability{number}.png",
-            list(table.classes)[column],
+            _data.label_1(table.classes)[column],
             parts["test"].y[:, column],
             {
                 name: by_part["test"][:, column]
@@ -89,7 +90,8 @@ def keep(
 
 
 def _columns(what: str, table: Any, values: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(values, columns=[f"{what} {name}" for name in table.classes])
+    names = [what + target for target in _data.label_1(table.classes)]
+    return pd.DataFrame(values, columns=names)
 
 
 def score(file: str, folder: Path) -> tuple[int, Path]:
@@ -100,7 +102,8 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
       folder: What `keep` has written to.
 
     Returns:
-      The number of rows, and the file written.
+      The number of rows, and the file written. A category that training did not have
+      is told on stderr.
 
     Raises:
       InputError: If there is no model, or the file is not what it needs.
@@ -110,18 +113,35 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
         raise _cli.InputError(
             f"--output_dir={folder}: has no finished run to score with"
         )
-    model = joblib.load(path)
-    preparation = model["preparation"]
+    try:
+        model = joblib.load(path)
+        preparation, params, classes = (
+            model[name] for name in ("preparation", "params", "classes")
+        )
+    except Exception as error:  # a pickle may raise anything
+        reason = type(error).__name__
+        raise _cli.InputError(f"{path}: cannot be read ({reason})") from error
     table = _tables.read(Path(file))
     names = list(preparation.feature_names_in_)
     _tables.need_columns(file, table, names)
     categories = list(preparation.transformers_[1][2])
     features = _tables.features(file, table.filter(names), categories)
+    if categories:
+        known = preparation.named_transformers_["categories"].categories_
+        for name, values in zip(categories, known, strict=True):
+            new = features[name][~features[name].isin(values)]
+            if len(new):
+                shown = ", ".join(list(dict.fromkeys(new))[:5])
+                print(
+                    f"{Path(file).name}: {name} is {shown} in {len(new)} rows, not "
+                    "seen in training",
+                    file=sys.stderr,
+                )
     x = _data.prepared(file, preparation, features)
-    found = predict(model["params"], x)
+    found = predict(params, x)
     scored = pd.DataFrame({"row": np.arange(len(x))})
-    for column, (name, classes) in enumerate(model["classes"].items()):
-        scored[f"probability of {name}={classes[1]}"] = found[:, column]
+    for column, target in enumerate(_data.label_1(classes)):
+        scored[f"probability of {target}"] = found[:, column]
     target = folder / f"{Path(file).stem}.scored.csv"
     with _results.replacing(target) as partial:
         scored.to_csv(partial, index=False)

@@ -15,10 +15,12 @@ from experiments._cli import InputError
 from jaxbce.network import Params
 
 OPTIMIZER = flags.DEFINE_string(
-    "optimizer", "adam", "An optimizer of optax or optax.contrib, by its name there."
+    "optimizer",
+    "adam",
+    "An optimizer of optax or optax.contrib by its name; a wrong name lists them.",
 )
 OPTIMIZER_ARG = flags.DEFINE_multi_string(
-    "optimizer_arg", [], "An argument of it, as b1=0.95; may be repeated."
+    "optimizer_arg", [], "An argument of the optimizer, as b1=0.95"
 )
 LEARNING_RATE = flags.DEFINE_float(
     "learning_rate",
@@ -30,8 +32,8 @@ SCHEDULE = flags.DEFINE_enum(
     "schedule",
     "constant",
     ["constant", "cosine", "warmup-cosine", "exponential"],
-    "How the learning rate changes over all steps: it falls to 0, rises over the first "
-    "tenth before that, or falls to a hundredth.",
+    "How the learning rate changes over all steps. cosine: falls to 0; warmup-cosine: "
+    "rises over the first tenth, then falls to 0; exponential: falls to a hundredth.",
 )
 WEIGHT_DECAY = flags.DEFINE_float(
     "weight_decay",
@@ -74,8 +76,11 @@ def arguments(texts: list[str]) -> dict[str, Any]:
         try:
             if not equals or not name.isidentifier() or name in found:
                 raise ValueError
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            read = ast.literal_eval(value)
+            if not isinstance(read, (bool, int, float, str, type(None))):
+                raise ValueError
+            found[name] = read
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             why = "given twice" if name in found else "not NAME=NUMBER, True or None"
             raise InputError(f"--optimizer_arg={text}: {why}") from None
     return found
@@ -116,6 +121,12 @@ def build(
             )
         if argument in ("learning_rate", "weight_decay"):
             raise InputError(f"--optimizer_arg={argument}: has a flag, --{argument}")
+    for flag, number in (
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+    ):
+        if number is not None and not 0 <= number < float("inf"):
+            raise InputError(f"--{flag}={number}: not a finite number >= 0")
     rate = learning_rate
     if "learning_rate" not in accepted:
         if rate is not None or schedule != "constant":

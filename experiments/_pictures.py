@@ -21,13 +21,20 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _plain(name: str) -> str:
+    """A name in which matplotlib finds no formula."""
+    return name.replace("$", r"\$")
+
+
 def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
     """Train and validation loss `[evaluations, 2]` over steps, and the best one."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(steps, history[:, 0], label="train")
     axis.plot(steps, history[:, 1], label="validation")
     axis.axvline(best_step, color="0.6", ls=":", label="parameters kept")
-    axis.set(xlabel="step", ylabel="loss (nats)", yscale="log", title="Loss")
+    axis.set(
+        xlabel="step", ylabel="loss (nats, outputs summed)", yscale="log", title="Loss"
+    )
     axis.legend()
     _save(figure, path)
 
@@ -44,20 +51,19 @@ def roc_and_reliability(
         roc.plot(false_positive, true_positive, label=name)
         share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
         _, rows = np.unique(calibration_bins(probability), return_counts=True)
-        (line,) = reliability.plot(mean, share, lw=1, alpha=0.6)
-        area = 400 * rows / len(y)
-        reliability.scatter(mean, share, s=area, color=line.get_color(), alpha=0.8)
+        area = 10 + 600 * rows / len(y)
+        reliability.scatter(mean, share, s=area, alpha=0.6, label=name)
     for axis in (roc, reliability):
         axis.plot([0, 1], [0, 1], color="0.7", ls=":")
         axis.set_aspect("equal")
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     reliability.set(
         xlabel="predicted probability",
-        ylabel="share of label 1",
+        ylabel="share of label 1 among them",
         title="Reliability (area: rows)",
     )
     roc.legend(loc="lower right")
-    figure.suptitle(f"{target}, on {len(y)} test rows")
+    figure.suptitle(f"{_plain(target)}, on {len(y)} test rows")
     _save(figure, path)
 
 
@@ -84,6 +90,8 @@ def boundary(
         axis.scatter(
             *chosen.T, c=[color], marker=marker, s=14, edgecolors="k", linewidths=0.4
         )
-    axis.set(xlabel=names[0], ylabel=names[1], title="Probability of label 1")
+    axis.set(
+        xlabel=_plain(names[0]), ylabel=_plain(names[1]), title="Probability of label 1"
+    )
     figure.colorbar(filled, ax=axis, ticks=[0, 0.25, 0.5, 0.75, 1])
     _save(figure, path)

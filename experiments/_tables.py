@@ -1,5 +1,7 @@
 """Tables from a user's files, checked: what can be learned from, and why not."""
 
+import functools
+import warnings
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,21 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
       InputError: If it cannot be read, is empty, or two columns share a name.
     """
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    readers = {
+        ".csv": functools.partial(pd.read_csv, index_col=False),
+        ".parquet": pd.read_parquet,
+    }
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: not a .csv or .parquet file")
     try:
-        table = readers[path.suffix.lower()](path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = readers[path.suffix.lower()](path)
         header = [str(name) for name in table.columns]
         if path.suffix.lower() == ".csv":  # where pandas renames a second "a" to "a.1"
             header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].tolist()
+    except pd.errors.ParserWarning:
+        raise InputError(f"{path}: has rows with more fields than its header") from None
     except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are either
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: {reason}") from None
@@ -105,7 +114,8 @@ def _new_categories(where: str, column: pd.Series) -> pd.Series:
     if values.nunique() > MOST_CATEGORIES:
         raise InputError(
             f"{where} is text of {values.nunique()} different values, as "
-            f"{values.iloc[0]!r}; at most {MOST_CATEGORIES} are taken as categories"
+            f"{values.iloc[0]!r}; at most {MOST_CATEGORIES} are taken as categories; "
+            "drop or encode the column"
         )
     return values
 
@@ -135,6 +145,9 @@ def labels(
         raise InputError(
             f"{name} is missing in {_row(int(column.isna().to_numpy().argmax()))}"
         )
+    if not all(isinstance(v, (str, bool, int, float)) for v in column.tolist()):
+        kind = type(column.iloc[0]).__name__
+        raise InputError(f"{name} is {kind}; numbers, text and booleans are accepted")
     values = column.unique().tolist()  # Python's own, not NumPy's
     try:
         values.sort()

@@ -109,6 +109,7 @@ def train(
             if saved is not None:
                 run, history, done = saved
                 history = np.array(history)
+                print(f"Going on from step {int(run.step)} of {num_steps}.", flush=True)
         steps = np.minimum(np.arange(1, evaluations + 1) * evaluate_every, num_steps)
         with tqdm(
             total=num_steps,

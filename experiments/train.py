@@ -6,11 +6,13 @@ r"""How well does one network do on this data, with this optimizer?
 
 Splits the rows 60/20/20, trains by jaxbce.fit on the first part, keeps the parameters
 with the least loss on the second, and prints scikit-learn's metrics on all three,
-beside logistic regression and scikit-learn's own network on the same split. Expect an
-accuracy on digits of about 0.98 on the test part, where logistic regression has 0.92.
+beside logistic regression and MLPClassifier on the same split: MLPClassifier has the
+same hidden layers and otherwise scikit-learn's defaults; each target has its own.
+Expect a test accuracy on digits of about 0.98, of logistic regression 0.91.
 
 With --output_dir everything is kept as files: the same command goes on where an
-earlier one ended, at whatever moment that was; --predict scores new rows.
+earlier one ended, at whatever moment that was; --predict scores new rows, and reads
+none of the other flags. A model is a pickle: score with those you trust.
 """
 
 import contextlib
@@ -57,7 +59,7 @@ _EVALUATE_EVERY = flags.DEFINE_integer(
 _PATIENCE = flags.DEFINE_integer(
     "patience",
     None,
-    "Stop when the validation loss has not improved for this many steps.",
+    "Stop at the first evaluation that comes this many steps, or more, after the best.",
     lower_bound=1,
 )
 _POS_WEIGHT = flags.DEFINE_string(
@@ -261,10 +263,12 @@ def main() -> int:
         return 0
     hidden = _data.hidden_sizes()
     table = _data.from_flags(_cli.SEED.value)
-    rows, outputs = table.y.shape
-    print(
-        f"{table.name}: {rows} rows, {table.features.shape[1]} columns, {outputs} out"
-    )
+    numbers = table.features.select_dtypes(float).shape[1]
+    categories = table.features.shape[1] - numbers
+    columns = f"{numbers} columns of numbers"
+    columns += f", {categories} of categories" if categories else ""
+    print(f"{table.name}: {len(table.y)} rows, {columns}")
+    print(f"label 1: {', '.join(_data.label_1(table.classes))}")
     print(", ".join(f"{k} {v}" for k, v in _results.environment().items()), flush=True)
     result = run(
         table=table,

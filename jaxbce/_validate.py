@@ -202,8 +202,13 @@ def block_size(value: Any) -> None:
         raise ValueError(f"block_size is {value!r}; {accepted}")
 
 
+def key(value: Any) -> None:
+    """Checks that `value` may be a JAX random key, typed or of the older kind."""
+    _array("key", value, "a key, such as jax.random.key(0),")
+
+
 def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
-    """Checks an integer from `least` to `most`, that of the rows of x."""
+    """Checks an integer from `least` to `most`, the number of rows of x if given."""
     accepted = (
         f"an integer >= {least}" if most is None else f"1 to the {most} rows of x"
     )
@@ -211,6 +216,8 @@ def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> 
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; {accepted} is accepted") from None
-    if isinstance(value, bool) or number < least or (most and number > most):
-        raise ValueError(f"{name} is {value!r}; {accepted} is accepted")
-    return number
+    if most is None and number >= 2**31:
+        accepted = "less than 2^31"
+    elif not isinstance(value, bool) and least <= number <= (most or number):
+        return number
+    raise ValueError(f"{name} is {value!r}; {accepted} is accepted")

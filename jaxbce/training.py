@@ -62,8 +62,9 @@ def fit(
     r"""Trains one network, as one pure function of its arguments.
 
     It works under `jit`, `vmap` (over keys, params, data, and hyperparameters from
-    which the optimizer is built inside the mapped function), `shard_map` and, since
-    its loops end where the data says, forward-mode differentiation only.
+    which the optimizer is built inside the mapped function) and `shard_map`, where its
+    results vary over every axis. Its loops can be differentiated forwards only. It is
+    compiled once for each optimizer object and each set of shapes and static options.
 
     An epoch is every row once, in an order drawn from the key and the epoch's number;
     its last batch may be short, and is averaged over the rows it has. With weights
@@ -74,8 +75,8 @@ def fit(
     Args:
       key: A JAX random key, for the order of rows; not used by a full batch.
       params: A tuple of `Layer` to start from; or the `FitResult` of a call with the
-        same key and data, to go on. Two runs of n steps are one of 2n to the bit, if
-        `evaluate_every` divides n or there is no patience.
+        same key and data, to go on. Two runs of n steps are one of 2n to the bit if
+        `evaluate_every` divides n; else, without patience, in params and opt_state.
       x: Features `[N, n_0]`, floating, N >= 1.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       optimizer: Any optax transformation. One that asks for them is given `value`,
@@ -113,6 +114,7 @@ def fit(
       >>> run.train_loss.shape, bool(run.train_loss[-1] < 0.1)
       ((5,), True)
     """
+    _validate.key(key)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; an optax transformation, such "
@@ -121,6 +123,7 @@ def fit(
     num_steps = _validate.count("num_steps", num_steps, least=0)
     if evaluate_every is None:
         evaluate_every = max(num_steps, 1)
+    evaluate_every = _validate.count("evaluate_every", evaluate_every)
     if patience is not None:
         patience = _validate.count("patience", patience)
     x = _validate.features(
@@ -141,7 +144,7 @@ def fit(
         optimizer=optimizer,
         num_steps=num_steps,
         batch_size=batch_size,
-        evaluate_every=_validate.count("evaluate_every", evaluate_every),
+        evaluate_every=min(evaluate_every, max(num_steps, 1)),
         patience=patience,
         loss=loss,
     )
@@ -181,6 +184,7 @@ def _fit(
     relative = jnp.ones(rows, dtype)
     if sample_weight is not None:
         s = _validate.sample_weight(sample_weight, rows, dtype)
+        s = s / jnp.max(s)  # so that their sum does not overflow
         relative = s / jnp.mean(s)
 
     def step(t: jax.Array, run: FitResult, x: Any, y: Any, c: jax.Array) -> FitResult:
@@ -190,11 +194,9 @@ def _fit(
             weights = {"sample_weight": c, "pos_weight": pos_weight}
             return loss(params, x, y, **weights, reduction="sum")
 
-        if batch_size is None and _keeps_gradient(run.opt_state):
-            value_and_grad = optax.value_and_grad_from_state(objective)
-            value, grads = value_and_grad(run.params, state=run.opt_state)
-        else:
-            value, grads = jax.value_and_grad(objective)(run.params)
+        # Not what a line search left in its state: it may be of other parameters, where
+        # something follows the search, and of another batch.
+        value, grads = jax.value_and_grad(objective)(run.params)
         updates, opt_state = _update(optimizer, run, objective, value, grads)
         healthy = (run.diverged_at < 0) & jnp.isfinite(value)
         params = optax.apply_updates(run.params, updates)
@@ -358,15 +360,6 @@ def _update(
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         given = {name: given[name] for name in accepted if name in given}
     return optimizer.update(grads, run.opt_state, run.params, **given)
-
-
-def _keeps_gradient(opt_state: Any) -> bool:
-    """Whether a line search has left the value and gradient at the new params."""
-    try:
-        kept = [optax.tree.get(opt_state, name) for name in ("value", "grad")]
-    except KeyError:  # several of a name
-        return False
-    return all(leaf is not None for leaf in kept)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

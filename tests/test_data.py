@@ -35,6 +35,7 @@ BAD_FILES = {
     "two columns of a name": (CSV.replace("b", "a", 1), "label", "are named 'a'"),
     "too large": ("a,label\n1.7e308,0\n-1.7e308,1\n", "label", "'a' is too large"),
     "no features": ("label\n0\n1\n", "label", "has no column beside 'label'"),
+    "more fields": ("a,b,label\n90,0,0,1\n91,1,1,0\n", "label", "more fields than"),
     "target twice": (CSV, "label,label", "a column is named twice"),
     "one target of two": (CSV, "label,a", "target 'a' has the values 1, 3, 5; two"),
 }
@@ -150,6 +151,28 @@ def test_a_rare_label_is_refused_and_a_rare_combination_is_not(tmp_path):
     table = _data.load(data=written(tmp_path, several), target=["y", "z"])
     parts, _ = _data.split(table, 0)
     assert all(set(part.y[:, 0]) == {0, 1} for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pd.to_datetime(["2020-01-01", "2021-01-01"]), "Timestamp"),
+        ([b"a", b"b"], "bytes"),
+        ([[1], [2]], "ndarray"),
+    ],
+)
+def test_a_target_of_another_kind_is_refused(tmp_path, values, kind):
+    path = written(tmp_path, pd.DataFrame({"a": [1.0, 2], "y": values}), "d.parquet")
+    with pytest.raises(InputError, match=f"'y' is {kind}; numbers, text and booleans"):
+        _data.load(data=path, target=["y"])
+
+
+def test_a_value_far_beyond_the_training_rows_is_refused():
+    table = _data.load(dataset="xor")
+    _, preparation = _data.split(table, 0)
+    row = table.features.iloc[:1].assign(x1=1e60)
+    with pytest.raises(InputError, match="new: column 'x1' is too large"):
+        _data.prepared("new", preparation, row)
 
 
 def test_categories_are_what_training_says_they_are():

@@ -18,7 +18,7 @@ from conftest import start
 from sklearn.datasets import load_iris
 
 import jaxbce
-from experiments import _checkpoints, _data, _metrics, _optimizers, train
+from experiments import _checkpoints, _data, _metrics, _models, _optimizers, train
 from experiments._cli import InputError
 
 mpl.use("Agg")
@@ -152,7 +152,8 @@ def test_it_keeps_results_that_say_what_made_them_and_scores_new_rows(tmp_path):
     )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "iris.csv: 150 rows, 5 columns, 2 out" in out
+    assert "iris.csv: 150 rows, 4 columns of numbers, 1 of categories" in out
+    assert "label 1: virginica=1, big=yes" in out
     assert "logistic regression" in out
     assert err == ""
     folder = tmp_path / "out"
@@ -174,12 +175,13 @@ def test_it_keeps_results_that_say_what_made_them_and_scores_new_rows(tmp_path):
     out, err = start(
         "train", f"--predict={tmp_path / 'new.parquet'}", *command
     ).communicate(timeout=120)
-    assert err == ""
+    assert err == "new.parquet: color is green in 1 rows, not seen in training\n"
     scored = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
-    for mine, theirs in (("virginica=1", "virginica"), ("big=yes", "big")):
-        a = scored[f"probability of {mine}"].to_numpy()
-        b = kept[f"probability of {theirs}"].to_numpy()
+    for target in ("virginica=1", "big=yes"):
+        assert set(kept[target]) == {0, 1}
+        a = scored[f"probability of {target}"].to_numpy()
+        b = kept[f"probability of {target}"].to_numpy()
         np.testing.assert_allclose(a[1:], b[1:], rtol=1e-5)
         assert a[0] != b[0]
     missing = new.drop(columns="color")
@@ -192,7 +194,11 @@ def test_it_keeps_results_that_say_what_made_them_and_scores_new_rows(tmp_path):
 
 
 def test_data_of_two_numbers_has_its_boundary_drawn(tmp_path):
-    moons(make_folder=lambda: tmp_path)
+    table = _data.load(dataset="moons")
+    renamed = table.features.set_axis(["in_$_and_%_$", "x$^$"], axis=1)
+    table = table._replace(features=renamed, classes={"a$^$": (0, 1)})
+    options: Any = {"num_steps": 20, "with_baselines": False}
+    train.run(table=table, make_folder=lambda: tmp_path, **options)
     assert (tmp_path / "boundary.png").stat().st_size > 10_000
     assert not list(tmp_path.glob(".*partial*"))
 
@@ -299,14 +305,32 @@ def test_a_folder_in_use_is_refused(tmp_path):
         pass
 
 
-def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
+def test_damaged_files_are_one_clear_error(tmp_path):
     moons(make_folder=lambda: tmp_path)
+    (tmp_path / "model.joblib").write_bytes(b"")
+    with pytest.raises(InputError, match=r"model\.joblib: cannot be read"):
+        _models.score("new.csv", tmp_path)
     for path in (tmp_path / "checkpoints").glob("*/default"):
         shutil.rmtree(path / "d", ignore_errors=True)
         for file in path.rglob("*"):
             if file.is_file():
                 file.write_bytes(b"")
     with pytest.raises(InputError, match="cannot be read"):
+        moons(make_folder=lambda: tmp_path)
+    for text in ("", "[]", "null", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match="not a run's configuration"):
+            moons(make_folder=lambda: tmp_path)
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: No space left on device\nand a long story"
+        )
+
+    monkeypatch.setattr(_checkpoints.ocp.CheckpointManager, "save", full)
+    with pytest.raises(InputError, match=r"checkpoints: .*No space left on device$"):
         moons(make_folder=lambda: tmp_path)
 
 
@@ -327,6 +351,8 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
         ({"optimizer": "polyak_sgd", "learning_rate": 1.0}, "takes no learning rate"),
         ({"pos_weight": -1.0}, "--pos_weight=-1.0: a finite number >= 0"),
         ({"pos_weight": "high"}, "--pos_weight=high: a finite number >= 0"),
+        ({"learning_rate": float("nan")}, "--learning_rate=nan: not a finite number"),
+        ({"weight_decay": -1.0}, "--weight_decay=-1.0: not a finite number >= 0"),
         ({"learning_rate": 1e30}, "not finite at step .*smaller --learning_rate"),
     ],
 )
@@ -338,7 +364,7 @@ def test_what_cannot_be_done_is_refused(options, message):
 def test_arguments_of_an_optimizer_are_read_from_text():
     found = _optimizers.arguments(["b1=0.5", "nesterov=True", "eps=1e-3", "mask=None"])
     assert found == {"b1": 0.5, "nesterov": True, "eps": 1e-3, "mask": None}
-    for text in ("b1", "b1=", "b1=os.system", "=3"):
+    for text in ("b1", "b1=", "b1=os.system", "=3", "b1=[1]", "b1=..."):
         with pytest.raises(InputError, match="not NAME=NUMBER, True or None"):
             _optimizers.arguments([text])
     with pytest.raises(InputError, match="given twice"):

@@ -13,7 +13,6 @@ from jax import P
 from sklearn.neural_network import MLPClassifier
 
 import jaxbce
-from jaxbce import training
 
 KEY = jax.random.key(7)
 ADAM = optax.adam(0.05)  # one object: each other one would be compiled for
@@ -297,6 +296,8 @@ def test_a_run_that_diverges_is_frozen_and_says_when(batch_size):
     assert not np.isfinite(run.train_loss).any()
     assert equal(run.best_params, params)
     assert fit(step, x, y, num_steps=1, **options).diverged_at == at
+    if batch_size is None:  # the evaluation after the last step sees it too
+        assert fit(params, x, y, num_steps=at, **options).diverged_at == at
 
 
 def test_a_loss_that_is_not_finite_at_the_start_is_step_0():
@@ -454,6 +455,7 @@ def test_the_derivative_in_a_hyperparameter_is_the_difference_quotient(batch_siz
 REFUSED = {
     "optimizer": ({"optimizer": "adam"}, TypeError, "optimizer is a str; an optax"),
     "steps": ({"num_steps": -1}, ValueError, "num_steps is -1; an integer >= 0"),
+    "many steps": ({"num_steps": 2**31}, ValueError, r"less than 2\^31 is accepted"),
     "half a step": ({"num_steps": 1.5}, TypeError, "num_steps is 1.5; an integer >= 0"),
     "no rows": ({"batch_size": 0}, ValueError, "batch_size is 0; 1 to the 37 rows"),
     "too many": ({"batch_size": 38}, ValueError, "batch_size is 38; 1 to the 37 rows"),
@@ -476,6 +478,13 @@ def test_a_bad_argument_is_refused_by_name(options, error, message):
         fit(*arguments(dtype="float32"), **options)
 
 
+def test_a_key_that_is_none_is_refused():
+    params, x, y = arguments(dtype="float32")
+    bad: Any = 3
+    with pytest.raises(TypeError, match=r"key is a int; a key, such as jax\.random"):
+        jaxbce.fit(bad, params, x, y, optimizer=ADAM, num_steps=1)
+
+
 def test_a_result_of_another_optimizer_is_refused():
     params, x, y = arguments(dtype="float32")
     run = fit(params, x, y, optimizer=optax.sgd(0.1))
@@ -489,11 +498,55 @@ def test_labels_of_another_shape_are_refused():
         fit(params, x, y.ravel())
 
 
-def test_a_line_search_does_not_compute_its_gradient_twice():
+def test_what_follows_a_line_search_does_not_leave_it_a_stale_gradient():
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+        search = optax.scale_by_zoom_linesearch(10)
+        optimizer = optax.chain(optax.sgd(1.0), search, optax.scale(0.5))
+
+        def loss(params):
+            return loss_reference(params, x, y)
+
+        @jax.jit
+        def step(params, state):
+            value, grads = jax.value_and_grad(loss)(params)
+            given = {"value": value, "grad": grads, "value_fn": loss}
+            updates, state = optimizer.update(grads, state, params, **given)
+            return optax.apply_updates(params, updates), state
+
+        run = fit(params, x, y, optimizer=optimizer, num_steps=3)
+        state = optimizer.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
+        assert relative_error(run.params, params) <= 1e-10
+
+
+def test_one_bad_row_freezes_a_run_where_it_is_met():
     params, x, y = arguments(dtype="float32")
-    assert training._keeps_gradient(optax.lbfgs().init(params))
-    assert not training._keeps_gradient(optax.adam(1.0).init(params))
-    two = optax.chain(optax.lbfgs(), optax.scale_by_zoom_linesearch(5))
-    assert not training._keeps_gradient(two.init(params))
-    start = jaxbce.loss(params, x, y)
-    assert fit(params, x, y, optimizer=optax.lbfgs()).train_loss[-1] < 0.6 * start
+    options = {"batch_size": 8, "validation": (x, y)}
+    order = jax.random.permutation(jax.random.fold_in(KEY, 0), 37)
+    x = x.at[order[20], 0].set(jnp.nan)  # of the third batch of five
+    run = fit(params, x, y, num_steps=20, evaluate_every=5, **options)
+    at = int(run.diverged_at)
+    assert at == 2
+    before = fit(params, x, y, num_steps=at, **options)
+    assert equal(run.params, before.params)  # later batches are finite
+    assert run.best_step == 0  # though the validation loss is finite
+    assert np.isfinite(run.validation_loss[0])
+    assert np.isnan(run.validation_loss[1:]).all()  # nothing is evaluated any more
+
+
+def test_weights_of_any_size_are_relative():
+    params, x, y = arguments(dtype="float32")
+    s = jnp.asarray(problem((5, 4, 1)).sample_weight, "float32")
+    runs = [fit(params, x, y, sample_weight=c * s).params for c in (1.0, 2.0**125)]
+    assert equal(*runs)
+
+
+@pytest.mark.parametrize("every", [2**31 - 1, 7])
+def test_an_evaluation_may_be_asked_for_later_than_the_end(every):
+    params, x, y = arguments(dtype="float32")
+    first = fit(params, x, y, num_steps=5, patience=2**31 - 1)
+    run = fit(first, x, y, num_steps=5, evaluate_every=every)
+    assert run.step == 10
+    assert run.train_loss.shape == (1,)
