@@ -86,7 +86,9 @@ def launch(main: Callable[[], int]) -> NoReturn:
             fail(error)
         except KeyboardInterrupt:
             print(f"{program}: interrupted", file=sys.stderr)
-            return 130
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)  # an orderly exit can crash in a compilation under way
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)

@@ -118,10 +118,14 @@ def test_a_line_search_takes_loss_as_it_takes_any_function():
         state = optimizer.init(params)
         value_and_grad = optax.value_and_grad_from_state(loss)
         start = loss(params)
-        for _ in range(10):
+
+        @jax.jit
+        def step(params, state):
             value, grads = value_and_grad(params, state=state)
-            updates, state = optimizer.update(
-                grads, state, params, value=value, grad=grads, value_fn=loss
-            )
-            params = optax.apply_updates(params, updates)
+            given = {"value": value, "grad": grads, "value_fn": loss}
+            updates, state = optimizer.update(grads, state, params, **given)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(10):
+            params, state = step(params, state)
         assert loss(params) < 0.9 * start

@@ -14,7 +14,7 @@ import jaxbce
 
 # Each example compiles; the number of them is what the suite's time allows.
 EXAMPLES = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

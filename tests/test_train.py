@@ -186,11 +186,8 @@ def test_it_keeps_results_that_say_what_made_them_and_scores_new_rows(tmp_path):
         assert a[0] != b[0]
     missing = new.drop(columns="color")
     missing.to_csv(tmp_path / "missing.csv", index=False)
-    process = start("train", f"--predict={tmp_path / 'missing.csv'}", *command)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "no column 'color'" in err
-    assert err.count("\n") == 1
+    with pytest.raises(InputError, match="no column 'color'"):
+        _models.score(str(tmp_path / "missing.csv"), folder)
 
 
 def test_data_of_two_numbers_has_its_boundary_drawn(tmp_path):
@@ -251,6 +248,18 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same_to_the_bit(tmp_path):
     assert files(killed) == files(whole)
     last = [folder / "checkpoints" / "40" / "default" for folder in (whole, killed)]
     assert all(path.exists() for path in last)
+
+
+def test_an_interrupt_is_one_line(tmp_path):
+    options = ("--dataset=moons", "--epochs=1000000", f"--output_dir={tmp_path}")
+    process = start("train", *options)
+    while not checkpoints(tmp_path):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err == "train: interrupted\n"
 
 
 def test_parameters_after_a_resumption_are_the_same_to_the_bit(tmp_path, monkeypatch):
@@ -374,8 +383,8 @@ def test_arguments_of_an_optimizer_are_read_from_text():
 def test_a_mistake_is_one_line_before_any_work_and_leaves_nothing(tmp_path):
     (tmp_path / "file").touch()
     mistakes = {
-        ("--data=nowhere.csv", "--target=y"): "nowhere.csv: No such file",
         (f"--output_dir={tmp_path}/file",): "file: a file, not a folder",
+        ("--data=nowhere.csv", "--target=y"): "nowhere.csv: No such file",
         ("--predict=x.csv", f"--output_dir={tmp_path}"): "has no finished run",
         ("--batch_size=-1",): "batch_size",
     }
