@@ -27,12 +27,11 @@ def opened(folder: Path, configuration: dict[str, Any]) -> Iterator["Checkpoints
     Raises:
       InputError: If another process has the folder open, or it is of another run.
     """
-    lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"--output_dir={folder}: another run is using it") from None
-    with lock:
+    with held:
         _claim(folder, configuration)
         checkpoints = Checkpoints(folder)
         try:

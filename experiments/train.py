@@ -295,7 +295,7 @@ def main() -> int:
         f"\nParameters of step {result['best_step']}, with the least validation loss; "
         + (f"all {asked} steps taken." if steps == asked else f"{why} at step {steps}.")
     )
-    print(f"\n{_results.table(result['metrics'])}")
+    print(f"\n{_results.table(result['metrics'], '.4f')}")
     if _cli.OUTPUT_DIR.value is not None:
         folder = Path(_cli.OUTPUT_DIR.value)
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
