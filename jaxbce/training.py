@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxbce import _validate, gradients
+from jaxbce import _columns, _validate, gradients
+from jaxbce._blocks import rows_per_block
+from jaxbce._columns import transposed
 from jaxbce.network import Params
 
 
@@ -176,33 +178,55 @@ def _fit(
     loss: Callable[..., jax.Array],
 ) -> FitResult:
     x, y, sample_weight = data
-    rows = x.shape[0]
-
-    # What the loops carry: the run, with the losses of its last evaluation alone.
-    run = _varying(_start(start, optimizer))
+    rows, n_in = x.shape
+    run = _start(start, optimizer)
     dtype = run.best_loss.dtype
+    outputs = run.params[-1].w.shape[1]
+    y = _validate.labels(y, (rows, outputs), dtype)
+    p = _validate.pos_weight(pos_weight, outputs, dtype)
     relative = jnp.ones(rows, dtype)
     if sample_weight is not None:
         s = _validate.sample_weight(sample_weight, rows, dtype)
         s = s / jnp.max(s)  # so that their sum does not overflow
         relative = s / jnp.mean(s)
+    block_rows = rows_per_block("auto", run.params, rows)
+    evaluated = [(x, y, relative / rows)]
+    if validation is not None:
+        valid_x = _validate.features(validation[0], run.params)
+        valid_y = _validate.labels(validation[1], (len(valid_x), outputs), dtype)
+        weight = jnp.full(len(valid_x), 1 / len(valid_x), dtype)
+        evaluated.append((valid_x, valid_y, weight))
+
+    # What the loops carry: the run, with the losses of its last evaluation alone, and
+    # with every leaf transposed; under vmap no step then moves any data.
+    # The barrier keeps a run of one evaluation the same program as a part of more.
+    run = _varying(lax.optimization_barrier(_flipped(run)))
+    x = _columns.with_ones(x)
 
     def step(t: jax.Array, run: FitResult, x: Any, y: Any, c: jax.Array) -> FitResult:
         """One update on rows (x, y), which count c in the batch's loss."""
 
         def objective(params: Params) -> jax.Array:
             weights = {"sample_weight": c, "pos_weight": pos_weight}
-            return loss(params, x, y, **weights, reduction="sum")
+            return loss(params, x[:, :n_in], y, **weights, reduction="sum")
 
         # Not what a line search left in its state: it may be of other parameters, where
         # something follows the search, and of another batch.
-        value, grads = jax.value_and_grad(objective)(run.params)
-        updates, opt_state = _update(optimizer, run, objective, value, grads)
-        healthy = (run.diverged_at < 0) & jnp.isfinite(value)
-        params = optax.apply_updates(run.params, updates)
+        params, state = transposed((run.params, run.opt_state))
+        if loss is gradients.loss:
+            value, hinge, grads = _columns.objective(
+                run.params, x, y, c, p, block_rows=block_rows
+            )
+            grads = transposed(grads)
+        else:
+            value, grads = jax.value_and_grad(objective)(params)
+            hinge = value
+        updates, state = _update(optimizer, params, state, objective, value, grads)
+        healthy = (run.diverged_at < 0) & jnp.isfinite(hinge)
+        params = transposed(optax.apply_updates(params, updates))
         return run._replace(
             params=_select(healthy, params, run.params),
-            opt_state=opt_state,
+            opt_state=transposed(state),
             diverged_at=jnp.where(healthy | (run.diverged_at >= 0), run.diverged_at, t),
         )
 
@@ -214,16 +238,15 @@ def _fit(
         else:
 
             def batch(t: Any, chosen: Any, share: Any, run: FitResult) -> FitResult:
-                return step(
-                    t, run, x[chosen], y[chosen], share.astype(dtype) * relative[chosen]
-                )
+                c = share.astype(dtype) * relative[chosen]
+                return step(t, run, x[chosen], y[chosen], c)
 
             run = _over_batches(batch, key, rows, batch_size, begin, end, run)
-        train = judged = gradients.loss(
-            run.params, x, y, sample_weight=sample_weight, pos_weight=pos_weight
-        )
-        if validation is not None:
-            judged = gradients.loss(run.params, *validation, pos_weight=pos_weight)
+        train, *other = [
+            _columns.loss(run.params, *data, p, block_rows=block_rows)
+            for data in evaluated
+        ]
+        judged = other[0] if other else train
         diverged_at = jnp.where(
             (run.diverged_at < 0) & ~jnp.isfinite(train), end, run.diverged_at
         )
@@ -231,7 +254,7 @@ def _fit(
         return run._replace(
             best_params=_select(better, run.params, run.best_params),
             train_loss=train,
-            validation_loss=run.validation_loss if validation is None else judged,
+            validation_loss=judged if other else run.validation_loss,
             diverged_at=diverged_at,
             best_loss=jnp.where(better, judged, run.best_loss),
             best_step=jnp.where(better, end, run.best_step),
@@ -255,13 +278,15 @@ def _fit(
 
     if num_steps == 0:
         none = run.train_loss[None][:0]
-        return run._replace(train_loss=none, validation_loss=none)
+        return _flipped(run)._replace(train_loss=none, validation_loss=none)
     # Time does not follow run.step, which under vmap is each member's own: then
     # every member would have an order of rows to itself.
     first = run.step
     begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
     run, (train_loss, validation_loss) = lax.scan(evaluation, run, begins)
-    return run._replace(train_loss=train_loss, validation_loss=validation_loss)
+    return _flipped(run)._replace(
+        train_loss=train_loss, validation_loss=validation_loss
+    )
 
 
 def _start(
@@ -289,6 +314,12 @@ def _start(
         best_step=jnp.int32(0),
         step=jnp.int32(0),
     )
+
+
+def _flipped(run: FitResult) -> FitResult:
+    """A run with every leaf transposed, and back: whatever an optimizer keeps."""
+    params, best, state = transposed((run.params, run.best_params, run.opt_state))
+    return run._replace(params=params, best_params=best, opt_state=state)
 
 
 def _over_batches(
@@ -347,7 +378,8 @@ def _(size: int, batched: list[bool], stopped: jax.Array) -> tuple[jax.Array, bo
 
 def _update(
     optimizer: optax.GradientTransformation,
-    run: FitResult,
+    params: Params,
+    state: Any,
     objective: Callable[[Params], jax.Array],
     value: Any,
     grads: Any,
@@ -359,7 +391,7 @@ def _update(
         given["grad_fn"] = lambda params, _: jax.grad(objective)(params)
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         given = {name: given[name] for name in accepted if name in given}
-    return optimizer.update(grads, run.opt_state, run.params, **given)
+    return optimizer.update(grads, state, params, **given)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

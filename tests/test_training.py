@@ -372,8 +372,8 @@ def test_under_vmap_members_of_one_key_share_the_order_of_rows():
 
     text = str(jax.make_jaxpr(jax.vmap(member))(jnp.ones(3)))
     # A batch each would be gathered, and an order each drawn, with a leading 3.
-    assert ":f32[8,5] = gather" in text
-    assert ":f32[3,8,5] = gather" not in text
+    assert ":f32[8,8] = gather" in text
+    assert ":f32[3,8,8] = gather" not in text
     assert "u32[3,37]" not in text
 
 

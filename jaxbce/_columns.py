@@ -1,0 +1,162 @@
+"""The derivation of `gradients.py` with an example a column, for loops over steps.
+
+Parameters are carried transposed, `w [n_k, n_{k-1}]`, and activations are `[n_k, N]`:
+
+    a_k = W_k h_{k-1} + b_k
+    δ_k = (W_{k+1}ᵀ δ_{k+1}) ⊙ [a_k > 0]      ∂/∂W_k = δ_k h_{k-1}ᵀ
+
+Written so, `jax.vmap` over networks that share their examples transposes nothing. The
+first layers of all of them are one matrix product, `[G n_1, n_0] [n_0, N]`, and so are
+their gradients, with the biases' as one column more; the later layers are batched
+products with the members in front. One network alone is not slower for it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbce._blocks import sum_over_blocks
+from jaxbce.losses import softplus, weighted
+from jaxbce.network import Layer, Params, matmul, sigmoid
+
+_COLUMNS = 8  # a width that vector units divide
+
+
+def transposed(tree: Any) -> Any:
+    """Every leaf transposed: of params their columns form, and the way back."""
+    return jax.tree.map(jnp.transpose, tree)
+
+
+def with_ones(x: jax.Array) -> jax.Array:
+    """Features `[N, n_0]`, a column of ones for the bias, zeros up to a whole width."""
+    rows, n_in = x.shape
+    after = -(-(n_in + 1) // _COLUMNS) * _COLUMNS - n_in
+    return jnp.concatenate([x, jnp.eye(1, after, dtype=x.dtype).repeat(rows, 0)], 1)
+
+
+class Objective(NamedTuple):
+    """Σ c ℓ over a batch, and what a step needs of it.
+
+    Attributes:
+      value: The loss, a scalar in the accumulation dtype.
+      hinge: Its part that is linear in the logits. The rest is at most log 2 a row, so
+        that the loss is finite just when this is; it costs no exponential.
+      grads: The gradient, as params in their columns form.
+    """
+
+    value: jax.Array
+    hinge: jax.Array
+    grads: Params
+
+
+def objective(
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    c: jax.Array,
+    pos_weight: jax.Array,
+    *,
+    block_rows: int,
+) -> Objective:
+    """The weighted loss of a batch and its hand-derived gradient.
+
+    Args:
+      params: In their columns form, `w [n_k, n_{k-1}]`.
+      x: What `with_ones` made of the features, rows of it.
+      y: Labels `[N, n_L]` in the accumulation dtype.
+      c: Weights of the rows, `[N]`, in that dtype.
+      pos_weight: Scalar or `[n_L]`.
+      block_rows: The most rows taken at a time.
+    """
+
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Objective, None]:
+        h, a = _forward(params, x)
+        positive, negative = _label_weights(y, pos_weight)  # [n_L, N]
+        hinge = weighted(positive, jax.nn.relu(-a)) + weighted(negative, jax.nn.relu(a))
+        weight = jnp.broadcast_to(c, a.shape)  # [n_L, N]
+        delta = _output_delta(a, weight, positive, negative)  # [n_L, N]
+        grads = []
+        for k in range(len(params) - 1, 0, -1):
+            w = params[k].w  # W_{k+1}, [n_{k+1}, n_k]
+            d = delta.astype(w.dtype)
+            grads.append(Layer(matmul(d, h[k].T), jnp.sum(delta, axis=1)))
+            outer = len(w) == 1  # as a product it would be one with an inner size of 1
+            back = w.T.astype(a.dtype) * delta if outer else matmul(w.T, d)
+            delta = jnp.where(h[k] > 0, back, 0)  # [n_k, N]
+        first = matmul(delta.astype(x.dtype), x)  # [n_1, n_0 + 1 ...]
+        n_in = params[0].w.shape[1]
+        grads.append(Layer(first[:, :n_in], first[:, n_in]))
+        value = _sum(c, _elementwise_loss(a, positive, negative))
+        return Objective(value, _sum(c, hinge), tuple(reversed(grads))), None
+
+    total, _ = sum_over_blocks(block, c, (x, y), block_rows)
+    grads = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), total.grads, params)
+    return total._replace(grads=grads)
+
+
+def loss(
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    c: jax.Array,
+    pos_weight: jax.Array,
+    *,
+    block_rows: int,
+) -> jax.Array:
+    """The value of `objective` alone."""
+
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
+        a = _forward(params, x)[1]
+        return _sum(c, _elementwise_loss(a, *_label_weights(y, pos_weight))), None
+
+    return sum_over_blocks(block, c, (x, y), block_rows)[0]
+
+
+def _forward(params: Params, x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Layer inputs `h_0, ...`, each `[n_k, N]`, and the logits `[n_L, N]`."""
+    h = [x[:, : params[0].w.shape[1]].T]  # [n_0, N]
+    a = h[0]
+    for k, (w, b) in enumerate(params, start=1):
+        a = matmul(w, h[-1])  # [n_k, N]
+        a = a + b.astype(a.dtype)[:, None]
+        if k < len(params):
+            h.append(jax.nn.relu(a).astype(w.dtype))
+    return h, a
+
+
+def _label_weights(y: jax.Array, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`p y` and `1 − y`, what the two terms of ℓ count, each `[n_L, N]`."""
+    return (jnp.broadcast_to(pos_weight, y.shape) * y).T, 1 - y.T
+
+
+def _elementwise_loss(
+    a: jax.Array, positive: jax.Array, negative: jax.Array
+) -> jax.Array:
+    return weighted(positive, softplus(-a)) + weighted(negative, softplus(a))
+
+
+def _sum(c: jax.Array, ell: jax.Array) -> jax.Array:
+    return jnp.sum(weighted(c, jnp.sum(ell, axis=0)))
+
+
+@jax.custom_jvp
+def _output_delta(
+    a: jax.Array, c: jax.Array, positive: jax.Array, negative: jax.Array
+) -> jax.Array:
+    """`c ((1−y) σ(a) − p y σ(−a))` with one exponential and one division.
+
+    Both σ are fractions over `1 + exp(−|a|)`, exact in both tails. The division comes
+    last: what ends in one XLA computes once, and not anew in all that use it.
+    """
+    e = jnp.exp(-jnp.abs(a))
+    falling, rising = jnp.where(a > 0, e, 1), jnp.where(a > 0, 1, e)
+    return c * (negative * rising - positive * falling) / (1 + e)
+
+
+@_output_delta.defjvp
+def _output_delta_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    def plain(a: jax.Array, c: jax.Array, positive: jax.Array, negative: jax.Array):
+        return c * (negative * sigmoid(a) - positive * sigmoid(-a))
+
+    return _output_delta(*primals), jax.jvp(plain, primals, tangents)[1]
