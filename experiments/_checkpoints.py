@@ -16,8 +16,8 @@ from experiments._cli import InputError
 
 
 @contextlib.contextmanager
-def opened(folder: Path, configuration: dict[str, Any]) -> Iterator["Checkpoints"]:
-    """Opens a folder for one run; what else writes there must wait.
+def claimed(folder: Path, configuration: dict[str, Any]) -> Iterator[None]:
+    """Holds a folder for one run; what else writes there must wait.
 
     Args:
       folder: An existing folder.
@@ -33,6 +33,13 @@ def opened(folder: Path, configuration: dict[str, Any]) -> Iterator["Checkpoints
         raise InputError(f"--output_dir={folder}: another run is using it") from None
     with held:
         _claim(folder, configuration)
+        yield
+
+
+@contextlib.contextmanager
+def opened(folder: Path, configuration: dict[str, Any]) -> Iterator["Checkpoints"]:
+    """Holds a folder for one run, as `claimed`, and opens its checkpoints."""
+    with claimed(folder, configuration):
         checkpoints = Checkpoints(folder)
         try:
             yield checkpoints

@@ -11,6 +11,7 @@ from jaxbce.gradients import (
 )
 from jaxbce.losses import bce, bce_with_logits
 from jaxbce.network import Layer, Trace, forward, init, logits, predict_proba
+from jaxbce.sweeps import SweepResult, grid, sweep
 from jaxbce.training import FitResult, fit
 
 __version__ = "0.1.0"
