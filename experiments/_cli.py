@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 # JAX's C++ logs warnings of no use to a reader of results; an explicit level stands.
@@ -23,6 +24,27 @@ DTYPE = flags.DEFINE_enum(
     None,
     ["float64", "float32", "bfloat16"],
     "What to compute in. compare_gradients takes float64 if not set, train float32.",
+)
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices",
+    None,
+    "CPU devices of this process, for sweeps; one a core if not set.",
+    lower_bound=1,
+    upper_bound=4096,
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of the first of several processes, for sweeps."
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes in all, with --coordinator.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Find the other processes by what JAX detects: SLURM, Kubernetes, TPU pods.",
 )
 
 
@@ -48,6 +70,34 @@ def output_dir() -> Path | None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir={path}: not writable")
     return path
+
+
+def use_devices() -> None:
+    """Gives this process its CPU devices and its part among processes, as flags say.
+
+    To be called before JAX does anything else.
+
+    Raises:
+      InputError: If only some of a process's flags are given, or no others are found.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    count = CPU_DEVICES.value or cores or os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", count)
+    given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    if given == (None, None, None) and not DISTRIBUTED.value:
+        return
+    if DISTRIBUTED.value == (given != (None, None, None)) or (
+        not DISTRIBUTED.value and None in given
+    ):
+        raise InputError(
+            "--coordinator, --num_processes and --process_id go together; "
+            "--distributed stands alone"
+        )
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no other processes can be joined: {reason}") from error
 
 
 def launch(main: Callable[[], int]) -> NoReturn:

@@ -1,5 +1,6 @@
 """Data: what ships with scikit-learn, or the user's own file; prepared and split."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +38,10 @@ POSITIVE = flags.DEFINE_string(
     None,
     "The value that is label 1, of every --target; the larger if not set.",
 )
-HIDDEN = flags.DEFINE_list(
-    "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
+HIDDEN = flags.DEFINE_multi_string(
+    "hidden",
+    ["32"],
+    "Widths of the hidden layers, comma-separated; '' for none. A sweep takes several.",
 )
 
 GENERATED_ROWS = 1000
@@ -81,21 +84,29 @@ def label_1(classes: dict[str, tuple[Any, Any]]) -> list[str]:
     return [f"{name}={values[1]}" for name, values in classes.items()]
 
 
-def hidden_sizes() -> tuple[int, ...]:
-    """--hidden as integers.
+def hidden_choices() -> list[tuple[int, ...]]:
+    """Each --hidden as integers.
 
     Raises:
       InputError: If one of them is not an integer >= 1.
     """
+    return [_widths(text) for text in HIDDEN.value]
+
+
+def hidden_sizes() -> tuple[int, ...]:
+    """The one --hidden there is, as integers; errors are as above, or of a second."""
+    if len(HIDDEN.value) > 1:
+        raise InputError("--hidden is given twice; one network is trained")
+    return hidden_choices()[0]
+
+
+def _widths(text: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(n) for n in HIDDEN.value)
+        sizes = tuple(int(n) for n in text.split(",")) if text else ()
     except ValueError:
         sizes = (0,)
     if any(n < 1 for n in sizes):
-        raise InputError(
-            f"--hidden={','.join(HIDDEN.value)}: widths are integers >= 1, "
-            "comma-separated"
-        )
+        raise InputError(f"--hidden={text}: widths are integers >= 1, comma-separated")
     return sizes
 
 
@@ -180,6 +191,12 @@ def _named(name: str, seed: int) -> Table:
         }[name]
     features = pd.DataFrame(np.asarray(x, np.float64), columns=columns)
     return Table(name, features, np.asarray(y, np.float64)[:, None], classes)
+
+
+def digest(table: Table) -> str:
+    """Sixteen hexadecimal digits that tell this table's content from another's."""
+    content = table.features.to_csv(index=False).encode() + table.y.tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def preparation(name: str, features: pd.DataFrame) -> ColumnTransformer:

@@ -154,6 +154,68 @@ def build(
     return optimizer, penalty
 
 
+@functools.cache  # one object, as above
+def family(
+    name: str,
+    *,
+    swept: tuple[str, ...],
+    learning_rate: float | None = None,
+    schedule: str = "constant",
+    num_steps: int = 1,
+    weight_decay: float = 0.0,
+    args: tuple[tuple[str, Any], ...] = (),
+) -> Callable[[dict[str, Any]], optax.GradientTransformation]:
+    """The optimizers that differ in the values of `swept`, for `jaxbce.sweep`.
+
+    Args:
+      name: As `build`, and so the others: what is not swept.
+      swept: Names of its arguments, learning_rate and weight_decay among them. Where
+        it has no weight_decay, its objective's penalty is added to the gradient.
+      learning_rate: See `build`.
+      schedule: See `build`.
+      num_steps: See `build`.
+      weight_decay: See `build`.
+      args: See `build`.
+
+    Raises:
+      InputError: As `build`, or if it does not take what is swept.
+    """
+    rest = tuple((k, v) for k, v in args if k not in swept)
+    options: dict[str, Any] = {"schedule": schedule, "num_steps": num_steps}
+    build(name, learning_rate=learning_rate, weight_decay=weight_decay, args=rest)
+    make = known()[name]
+    accepted = inspect.signature(make).parameters
+    for argument in swept:
+        if argument not in (*accepted, "weight_decay"):
+            raise InputError(f"--axis={argument}: {name} takes {', '.join(accepted)}")
+    if learning_rate is None and "learning_rate" in accepted:
+        default = accepted["learning_rate"].default
+        learning_rate = default if isinstance(default, float) else None
+        if default is inspect.Parameter.empty:
+            learning_rate = LEARNING_RATE_WITHOUT_DEFAULT
+
+    def of_point(values: dict[str, Any]) -> optax.GradientTransformation:
+        given = dict(rest) | {k: values[k] for k in swept if k in accepted}
+        rate = values.get("learning_rate", learning_rate)
+        decay = values.get("weight_decay", weight_decay)
+        if rate is not None:
+            given["learning_rate"] = rate
+        if options["schedule"] != "constant":
+            unit = _schedule(options["schedule"], 1.0, options["num_steps"])
+            given["learning_rate"] = lambda t: rate * unit(t)
+        if "weight_decay" in accepted:
+            return make(**given | {"weight_decay": decay})
+        if "weight_decay" not in swept and decay == 0:
+            return make(**given)
+        return optax.chain(optax.add_decayed_weights(decay, _weights), make(**given))
+
+    return of_point
+
+
+def _weights(params: Any) -> Any:
+    return tuple(layer._replace(w=True, b=False) for layer in params)
+
+
 def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
     if name == "cosine":
         return optax.cosine_decay_schedule(rate, num_steps)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
@@ -94,4 +96,63 @@ def boundary(
         xlabel=_plain(names[0]), ylabel=_plain(names[1]), title="Probability of label 1"
     )
     figure.colorbar(filled, ax=axis, ticks=[0, 0.25, 0.5, 0.75, 1])
+    _save(figure, path)
+
+
+def sweep(path: Path, members: pd.DataFrame, axes: dict[str, str]) -> None:
+    """Validation loss over the first axis or two, a panel for each choice.
+
+    Args:
+      path: Where to.
+      members: A row for each network, as experiments.sweep makes them.
+      axes: By name, how each is spaced: "log", "lin" or "values".
+    """
+    names = list(axes)[:2]
+    panels = list(members.groupby(["hidden", "optimizer"], sort=False))
+    figure, rows = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.2 + 4.6 * len(panels), 4.4),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    finite = members["validation_loss"][np.isfinite(members["validation_loss"])]
+    low, high = (finite.min(), finite.quantile(0.95)) if len(finite) else (0.1, 1.0)
+    norm = LogNorm(max(low, 1e-12), max(high, 1.01 * low, 1.1e-12), clip=True)
+    for axis, ((hidden, optimizer), mine) in zip(rows[0], panels, strict=True):
+        table = mine.groupby(names)["validation_loss"].agg(["mean", "sem"])
+        table = table.reset_index().replace(np.inf, np.nan)
+        axis.set(xlabel=_plain(names[0]), title=f"{hidden}, {optimizer}")
+        if axes[names[0]] == "log":
+            axis.set_xscale("log")
+        if len(names) == 1:
+            axis.errorbar(
+                table[names[0]], table["mean"], table["sem"], marker="o", ms=3
+            )
+            axis.set(yscale="log", ylabel="validation loss (nats), mean ± s.e.")
+            continue
+        axis.set_ylabel(_plain(names[1]))
+        if axes[names[1]] == "log":
+            axis.set_yscale("log")
+        elif axes[names[1]] == "values" and (table[names[1]] > 0).any():
+            positive = table[names[1]][table[names[1]] > 0]
+            axis.set_yscale("symlog", linthresh=positive.min())
+        size = np.clip(60000 / len(table), 6, 120)
+        drawn = axis.scatter(
+            table[names[0]],
+            table[names[1]],
+            c=table["mean"].fillna(norm.vmax),
+            norm=norm,
+            s=size,
+            marker="s",
+            cmap="viridis_r",
+        )
+        best = (
+            table.loc[table["mean"].idxmin()] if table["mean"].notna().any() else None
+        )
+        if best is not None:
+            axis.plot(best[names[0]], best[names[1]], "r+", ms=14, mew=2)
+        if axis is rows[0][-1]:
+            figure.colorbar(drawn, ax=rows[0].tolist(), label="validation loss (nats)")
     _save(figure, path)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 from tqdm import tqdm
 
 import jaxbce
@@ -14,7 +15,57 @@ from experiments._checkpoints import Checkpoints
 from experiments._cli import InputError
 from experiments._data import Part
 
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 32, "Rows in a batch; 0 is all of them.", lower_bound=0
+)
+NUM_STEPS = flags.DEFINE_integer(
+    "num_steps",
+    None,
+    "Steps to train for; if not set, what --epochs says.",
+    lower_bound=1,
+)
+EPOCHS = flags.DEFINE_integer(
+    "epochs", None, "Epochs to train for; 60 if not set.", lower_bound=1
+)
+EVALUATE_EVERY = flags.DEFINE_integer(
+    "evaluate_every",
+    None,
+    "Steps between evaluations; if not set, an epoch or a hundredth of the run, "
+    "whichever is more.",
+    lower_bound=1,
+)
+PATIENCE = flags.DEFINE_integer(
+    "patience",
+    None,
+    "Stop at the first evaluation that comes this many steps, or more, after the best.",
+    lower_bound=1,
+)
+POS_WEIGHT = flags.DEFINE_string(
+    "pos_weight",
+    "1",
+    "Weight of label 1 in the loss; 'balanced' is rows of label 0 over rows of 1.",
+)
+
 CHUNKS = 20  # a run is checkpointed, and its progress shown, this many times or fewer
+
+
+def duration(
+    rows: int,
+    batch_size: int | None,
+    num_steps: int | None,
+    epochs: int | None,
+    evaluate_every: int | None,
+) -> tuple[int, int]:
+    """Steps in all, and between evaluations, from what is set of them.
+
+    Raises:
+      InputError: If both `num_steps` and `epochs` are.
+    """
+    if num_steps is not None and epochs is not None:
+        raise InputError("--num_steps and --epochs are two answers to one question")
+    epoch = -(-rows // (batch_size or rows))
+    num_steps = num_steps or (epochs or 60) * epoch
+    return num_steps, min(evaluate_every or max(epoch, -(-num_steps // 100)), num_steps)
 
 
 class Trained(NamedTuple):

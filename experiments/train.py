@@ -16,7 +16,6 @@ none of the other flags. A model is a pickle: score with those you trust.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,35 +37,8 @@ from experiments import (
     _training,
 )
 
-for _module in (_cli, _data, _optimizers):
+for _module in (_cli, _data, _optimizers, _training):
     flags.adopt_module_key_flags(_module)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Rows in a batch; 0 is all of them.", lower_bound=0
-)
-_NUM_STEPS = flags.DEFINE_integer(
-    "num_steps", None, "Steps to train for, in place of --epochs.", lower_bound=1
-)
-_EPOCHS = flags.DEFINE_integer(
-    "epochs", None, "Epochs to train for; 60 if nothing is set.", lower_bound=1
-)
-_EVALUATE_EVERY = flags.DEFINE_integer(
-    "evaluate_every",
-    None,
-    "Steps between evaluations; if not set, an epoch or a hundredth of the run, "
-    "whichever is more.",
-    lower_bound=1,
-)
-_PATIENCE = flags.DEFINE_integer(
-    "patience",
-    None,
-    "Stop at the first evaluation that comes this many steps, or more, after the best.",
-    lower_bound=1,
-)
-_POS_WEIGHT = flags.DEFINE_string(
-    "pos_weight",
-    "1",
-    "Weight of label 1 in the loss; 'balanced' is rows of label 0 over rows of 1.",
-)
 _GRADIENT = flags.DEFINE_enum(
     "gradient",
     "manual",
@@ -141,16 +113,12 @@ def run(
         raise _cli.InputError(
             f"--batch_size={batch_size}: {table.name} has {rows} rows to train on"
         )
-    if num_steps is not None and epochs is not None:
-        raise _cli.InputError(
-            "--num_steps and --epochs are two answers to one question"
-        )
-    epoch = -(-rows // (batch_size or rows))
-    num_steps = num_steps or (epochs or 60) * epoch
-    evaluate_every = min(evaluate_every or max(epoch, -(-num_steps // 100)), num_steps)
+    num_steps, evaluate_every = _training.duration(
+        rows, batch_size, num_steps, epochs, evaluate_every
+    )
     configuration = {
         "data": table.name,
-        "data_digest": _digest(table),
+        "data_digest": _data.digest(table),
         "classes": table.classes,
         "seed": seed,
         "hidden": hidden,
@@ -230,12 +198,6 @@ def run(
     return result
 
 
-def _digest(table: _data.Table) -> str:
-    """Sixteen hexadecimal digits that tell this table's content from another's."""
-    content = table.features.to_csv(index=False).encode() + table.y.tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def _pos_weight(value: float | str, y: np.ndarray) -> tuple[float, ...]:
     """--pos_weight as a number for each output."""
     if value == "balanced":
@@ -279,12 +241,12 @@ def main() -> int:
         learning_rate=_optimizers.LEARNING_RATE.value,
         schedule=_optimizers.SCHEDULE.value,
         weight_decay=_optimizers.WEIGHT_DECAY.value,
-        batch_size=_BATCH_SIZE.value or None,
-        num_steps=_NUM_STEPS.value,
-        epochs=_EPOCHS.value,
-        evaluate_every=_EVALUATE_EVERY.value,
-        patience=_PATIENCE.value,
-        pos_weight=_POS_WEIGHT.value,
+        batch_size=_training.BATCH_SIZE.value or None,
+        num_steps=_training.NUM_STEPS.value,
+        epochs=_training.EPOCHS.value,
+        evaluate_every=_training.EVALUATE_EVERY.value,
+        patience=_training.PATIENCE.value,
+        pos_weight=_training.POS_WEIGHT.value,
         gradient=_GRADIENT.value,
         dtype=_cli.DTYPE.value or "float32",
         make_folder=_cli.output_dir,

@@ -215,7 +215,7 @@ def sweep(
         ),
     )
     if group_size == "auto":
-        group_size = _members_that_fit(plan, x.shape[0], batch_size)
+        group_size = members_that_fit(sizes, dtype, x.shape[0], batch_size, devices)
     group_size = _validate.count("group_size", group_size)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key_data = jax.random.key_data(key) if typed else key
@@ -294,17 +294,22 @@ def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]
     return shape[0], values
 
 
-def _members_that_fit(plan: _Plan, rows: int, batch_size: int | None) -> int:
-    """How many members a device should train at a time, from shapes."""
-    params = jax.eval_shape(
-        lambda: init(jax.random.key(0), plan.sizes, dtype=plan.dtype)
-    )
+def members_that_fit(
+    sizes: tuple[int, ...],
+    dtype: Any,
+    rows: int,
+    batch_size: int | None,
+    devices: np.ndarray,
+) -> int:
+    """How many members each of `devices` should train at a time, from shapes."""
+    draw = functools.partial(init, jax.random.key(0), sizes, dtype=dtype)
+    params = jax.eval_shape(draw)
     leaves = jax.tree.leaves(params)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    row = sum(plan.sizes[1:]) * leaves[0].dtype.itemsize
+    row = sum(sizes[1:]) * leaves[0].dtype.itemsize
     block = rows_per_block("auto", params, rows)  # the whole of an evaluation's memory
-    memory = _MEMORY_SHARE * _memory(plan.mesh) / (12 * weights + 4 * block * row)
-    platform = plan.mesh.devices.flat[0].platform
+    memory = _MEMORY_SHARE * _memory(devices) / (12 * weights + 4 * block * row)
+    platform = devices[0].platform
     members = _MOST_MEMBERS.get(platform, _ELSEWHERE)
     if platform == "cpu":
         step = min(batch_size or rows, block) * row + 4 * weights
@@ -312,14 +317,14 @@ def _members_that_fit(plan: _Plan, rows: int, batch_size: int | None) -> int:
     return max(1, min(members, int(memory)))
 
 
-def _memory(mesh: jax.sharding.Mesh) -> float:
+def _memory(devices: np.ndarray) -> float:
     """Bytes that a device has, or its share of the machine's."""
-    device = mesh.local_devices[0]
-    stats = device.memory_stats() or {}
+    local = [d for d in devices if d.process_index == jax.process_index()]
+    stats = (local[0].memory_stats() or {}) if local else {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return total / len(mesh.local_devices)
+    return total / max(1, len(local))
 
 
 def _groups(points: int, seeds: int, size: int) -> list[_Group]:
@@ -390,11 +395,9 @@ def _train(
     """A group a device: seeds `[devices, seeds]`, values `[devices, points]`."""
 
     def group(seeds: jax.Array, values: dict[str, Any], shared: Any) -> SweepResult:
-        key = (
-            shared[0]
-            if impl is None
-            else jax.random.wrap_key_data(shared[0], impl=impl)
-        )
+        key, *data = shared
+        if impl is not None:
+            key = jax.random.wrap_key_data(key, impl=impl)
 
         def seed(seed: jax.Array) -> SweepResult:
             keys = jax.random.split(jax.random.fold_in(key, seed))
