@@ -65,6 +65,28 @@ def compare(
     }
 
 
+def compare_calls(
+    functions: dict[str, Callable[[], Any]], *, rounds: int
+) -> dict[str, tuple[float, tuple[float, float, float]]]:
+    """Times whole calls in turn, after a warm-up; each is one measurement.
+
+    Returns:
+      By name, median seconds, and median and quartiles of the first one's time over
+      this one's.
+    """
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times = _times(list(functions.values()), (), rounds)
+    speeds = np.quantile(times[:, :1] / times, [0.5, 0.25, 0.75], axis=0)
+    return {
+        name: (
+            float(np.median(times[:, i])),
+            (float(speeds[0, i]), float(speeds[1, i]), float(speeds[2, i])),
+        )
+        for i, name in enumerate(functions)
+    }
+
+
 def _times(compiled: list[Any], args: Any, rounds: int) -> np.ndarray:
     """Seconds a call, `[rounds, functions]`."""
 

@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark --suite gradient
     python -m experiments.benchmark --suite fit
+    python -m experiments.benchmark --suite sweep
 
 Suite gradient: `jaxbce.value_and_grad` with its default block size beside
 `jax.value_and_grad` of optax's loss, float32. Both are compiled, compared with each
@@ -11,6 +12,11 @@ batch does not fit the cache, and a small part of the temporary memory there.
 Suite fit: a step of `jaxbce.fit` beside one of the same loop written with
 `jax.value_and_grad` and optax; both must end with the same parameters in float64.
 Expect a speed of about 1: what `fit` watches over costs next to nothing.
+
+Suite sweep: `jaxbce.sweep` on all devices, a core each, beside `jit(vmap(train))` of
+the same plain loop on one device, which computes on all cores too; they must agree in
+float64. Its last rows are scikit-learn's MLPClassifier in a loop over the cores, and
+`torch.func.vmap` where PyTorch is installed. Expect a speed of 1.5 to 3.
 """
 
 from collections.abc import Callable
@@ -26,7 +32,9 @@ import jaxbce
 from experiments import _baselines, _cli, _results, _timing
 
 flags.adopt_module_key_flags(_cli)
-_SUITE = flags.DEFINE_enum("suite", "gradient", ["gradient", "fit"], "What to measure.")
+_SUITE = flags.DEFINE_enum(
+    "suite", "gradient", ["gradient", "fit", "sweep"], "What to measure."
+)
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 15, "How often each side is timed in each repeat.", lower_bound=3
 )
@@ -64,6 +72,27 @@ FIT_SIZES = (
 FIT_STEPS = 1000  # of one measurement, about
 FIT_AGREEMENT = 1e-10
 
+# Networks, rows, rows in a batch, layer sizes, optimizer; or who else, and of what.
+SWEEP_SIZES = (
+    (256, 512, 32, (30, 16, 1), "sgd"),
+    (1024, 512, 32, (30, 16, 1), "sgd"),
+    (256, 512, 32, (30, 16, 1), "adam"),
+    (1024, 512, 32, (30, 16, 1), "adam"),
+    (256, 1024, 128, (64, 32, 1), "sgd"),
+    (256, 1024, 128, (64, 32, 1), "adam"),
+    (256, 569, 569, (30, 32, 1), "sgd"),
+    (256, 569, 569, (30, 32, 1), "adam"),
+    (1, 512, 32, (30, 16, 1), "sgd"),
+    (8, 512, 32, (30, 8, 1), "sgd"),
+    (64, 64, 1, (30, 16, 1), "sgd"),
+    (64, 512, 32, (30, 128, 1), "sgd"),
+    (64, 569, 569, (30, 128, 1), "sgd"),
+    (4096, 512, 32, (30, 8, 1), "sgd"),
+    (256, 1024, 64, (64, 32, 16, 1), "adam"),
+)
+SWEEP_NETWORK_STEPS = 1 << 17  # of one measurement at 30→16→1, batch 32, about
+OTHERS = (256, 512, 32, (30, 16, 1), "adam")  # where other libraries are measured
+
 
 def run(
     *,
@@ -77,11 +106,11 @@ def run(
     """Measures one suite.
 
     Args:
-      suite: "gradient" or "fit".
+      suite: "gradient", "fit" or "sweep".
       rounds: How often each side is timed in each repeat.
       repeats: How often both sides are compiled and their data copied anew.
       seed: Seed of the data and parameters.
-      sizes: What to measure in place of GRADIENT_SIZES or FIT_SIZES.
+      sizes: What to measure in place of its default.
       report: Called with each row as it is done.
 
     Returns:
@@ -93,6 +122,7 @@ def run(
     measure, default = {
         "gradient": (_gradient, GRADIENT_SIZES),
         "fit": (_fit, FIT_SIZES),
+        "sweep": (_sweep, SWEEP_SIZES),
     }[suite]
     rows = []
     for size in default if sizes is None else sizes:
@@ -185,6 +215,118 @@ def _fit(
     }
 
 
+def _sgd(hp: dict[str, Any]) -> optax.GradientTransformation:
+    return optax.sgd(hp["learning_rate"])
+
+
+def _adam(hp: dict[str, Any]) -> optax.GradientTransformation:
+    return optax.adam(hp["learning_rate"])
+
+
+def _sweep(
+    members: int,
+    n: int,
+    batch_size: int,
+    layers: tuple[int, ...],
+    optimizer: str,
+    rounds: int,
+    repeats: int,
+    key: jax.Array,
+) -> Row:
+    make = {"sgd": _sgd, "adam": _adam}[optimizer]
+    work = batch_size * layers[0] * layers[1] / (32 * 30 * 16)
+    steps = SWEEP_NETWORK_STEPS / members / max(work, 0.1)
+    epochs = max(1, round(min(steps, 4096) * batch_size / n))
+    steps = epochs * n // batch_size
+
+    def sides(dtype: str, epochs: int) -> dict[str, Callable[[], Any]]:
+        x = jax.random.normal(key, (n, layers[0]), dtype)
+        y = (jnp.sum(x[:, :2], axis=1, keepdims=True) > 0).astype(dtype)
+        rates = jnp.geomspace(1e-4, 1e-1, members, dtype=dtype)
+        keys = jax.random.split(jax.random.fold_in(key, 0))
+        params = jaxbce.init(keys[0], layers, dtype=dtype)
+        options = {"make_optimizer": make}
+        plain = _baselines.plain_sweep(
+            params, x, y, keys[1], epochs=epochs, batch_size=batch_size, **options
+        )
+        options |= {"num_steps": epochs * n // batch_size, "hidden": layers[1:-1]}
+        options |= {"batch_size": batch_size if batch_size < n else None}
+        options |= {"hparams": {"learning_rate": np.asarray(rates)}, "dtype": dtype}
+        return {
+            "vmap": lambda: jax.device_get(plain(rates)),
+            "sweep": lambda: jaxbce.sweep(key, x, y, **options).params,
+        }
+
+    with jax.enable_x64(True):
+        plain, mine = (side() for side in sides("float64", 1).values())
+        error = _disagreement(jax.tree.map(lambda t: t[:, 0], mine), plain)
+    if not error <= FIT_AGREEMENT:
+        raise ValueError(f"{members} of {layers}: parameters differ by {error:.1e}")
+    measured = [
+        _timing.compare_calls(sides("float32", epochs), rounds=rounds)
+        for _ in range(repeats)
+    ]
+    baseline = np.median([m["vmap"][0] for m in measured])
+    seconds = np.median([m["sweep"][0] for m in measured])
+    speeds = np.median([m["sweep"][1] for m in measured], axis=0)
+    return {
+        "rows": members,
+        "batch": batch_size,
+        "of": n,
+        "network": "→".join(map(str, layers)),
+        "optimizer": optimizer,
+        "steps": steps,
+        "differ by": error,
+        "vmap network-steps/s": round(members * steps / baseline),
+        "sweep network-steps/s": round(members * steps / seconds),
+        "speed": float(speeds[0]),
+        "quartiles": f"{speeds[1]:.2f}-{speeds[2]:.2f}",
+    }
+
+
+def others(rounds: int, key: jax.Array) -> list[Row]:
+    """Network-steps a second of other libraries, beside `jaxbce.sweep`'s, in turn."""
+    members, n, batch_size, layers, _ = OTHERS
+    x = jax.random.normal(key, (n, layers[0]))
+    y = (jnp.sum(x[:, :2], axis=1, keepdims=True) > 0).astype(x.dtype)
+    rates = np.geomspace(1e-4, 1e-1, members)
+    steps = 64 * n // batch_size
+    options: Any = {"make_optimizer": _adam, "hidden": layers[1:-1]}
+    options |= {"hparams": {"learning_rate": rates}}
+    options |= {"num_steps": steps, "batch_size": batch_size, "keep_params": False}
+    epochs, some = 10, rates[:: members // 16]
+    theirs: Any = {"batch_size": batch_size, "max_iter": epochs, "tol": 0.0}
+    theirs |= {"n_iter_no_change": epochs + 1}
+    data = np.asarray(x), np.asarray(y).ravel()
+    sides: dict[str, tuple[int, Callable[[], Any]]] = {
+        "jaxbce.sweep": (
+            members * steps,
+            lambda: jaxbce.sweep(key, x, y, **options).train_loss,
+        ),
+        "scikit-learn": (
+            len(some) * epochs * n // batch_size,
+            lambda: _baselines.scikit_learn_sweep(*data, layers[1:-1], some, theirs),
+        ),
+    }
+    torch = _baselines.torch_sweep(layers, members, batch_size, 64)
+    if torch is not None:
+        sides["torch.func.vmap"] = members * 64, torch
+    calls = {name: call for name, (_, call) in sides.items()}
+    seconds = {
+        name: measured[0]
+        for name, measured in _timing.compare_calls(calls, rounds=rounds).items()
+    }
+    rate = {name: sides[name][0] / seconds[name] for name in sides}
+    return [
+        {
+            "library": name,
+            "network-steps/s": round(value),
+            "jaxbce is faster by": rate["jaxbce.sweep"] / value,
+        }
+        for name, value in rate.items()
+    ]
+
+
 def _disagreement(mine: Any, theirs: Any) -> float:
     """The largest relative difference of a leaf, in the norm."""
     return max(
@@ -195,6 +337,8 @@ def _disagreement(mine: Any, theirs: Any) -> float:
 
 def main() -> int:
     """Prints the suite's table, and writes it where --output_dir says."""
+    if _SUITE.value == "sweep":
+        _cli.use_devices()
     jax.config.update("jax_default_matmul_precision", "highest")
     folder = _cli.output_dir()
     print(", ".join(f"{k} {v}" for k, v in _results.environment().items()))
@@ -215,10 +359,13 @@ def main() -> int:
     print(
         f"Speed: {min(speeds):.2f} to {max(speeds):.2f}, median {np.median(speeds):.2f}"
     )
+    document = {"configuration": configuration, "rows": rows}
+    if _SUITE.value == "sweep":
+        key = jax.random.key(_cli.SEED.value)
+        document["others"] = others(_ROUNDS.value, key)
+        print(f"\n{_results.table(document['others'])}")
     if folder is not None:
-        _results.write(
-            folder, "benchmark", {"configuration": configuration, "rows": rows}, rows
-        )
+        _results.write(folder, "benchmark", document, rows)
         print(f"Written to {folder}: benchmark.json, .csv")
     return 0
 
