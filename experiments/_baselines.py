@@ -113,7 +113,9 @@ def scikit_learn_sweep(
             warnings.simplefilter("ignore", ConvergenceWarning)
             return int(model.fit(x, y).t_ // options["batch_size"])
 
-    made = joblib.Parallel(n_jobs=-1)(joblib.delayed(train)(rate) for rate in rates)
+    made: Any = joblib.Parallel(n_jobs=-1)(
+        joblib.delayed(train)(rate) for rate in rates
+    )
     return sum(made)
 
 

@@ -202,7 +202,7 @@ def family(
             given["learning_rate"] = rate
         if options["schedule"] != "constant":
             unit = _schedule(options["schedule"], 1.0, options["num_steps"])
-            given["learning_rate"] = lambda t: rate * unit(t)
+            given["learning_rate"] = lambda t: jnp.multiply(unit(t), jnp.asarray(rate))
         if "weight_decay" in accepted:
             return make(**given | {"weight_decay": decay})
         if "weight_decay" not in swept and decay == 0:

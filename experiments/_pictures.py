@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
@@ -99,12 +99,12 @@ def boundary(
     _save(figure, path)
 
 
-def sweep(path: Path, members: pd.DataFrame, axes: dict[str, str]) -> None:
+def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
     """Validation loss over the first axis or two, a panel for each choice.
 
     Args:
       path: Where to.
-      members: A row for each network, as experiments.sweep makes them.
+      members: A table with a row for each network, as experiments.sweep makes it.
       axes: By name, how each is spaced: "log", "lin" or "values".
     """
     names = list(axes)[:2]

@@ -90,7 +90,7 @@ SWEEP_SIZES = (
     (4096, 512, 32, (30, 8, 1), "sgd"),
     (256, 1024, 64, (64, 32, 16, 1), "adam"),
 )
-SWEEP_NETWORK_STEPS = 1 << 17  # of one measurement at 30→16→1, batch 32, about
+SWEEP_NETWORK_STEPS = 1 << 19  # of one measurement at 30→16→1, batch 32, about
 OTHERS = (256, 512, 32, (30, 16, 1), "adam")  # where other libraries are measured
 
 
@@ -245,7 +245,7 @@ def _sweep(
         rates = jnp.geomspace(1e-4, 1e-1, members, dtype=dtype)
         keys = jax.random.split(jax.random.fold_in(key, 0))
         params = jaxbce.init(keys[0], layers, dtype=dtype)
-        options = {"make_optimizer": make}
+        options: Any = {"make_optimizer": make}
         plain = _baselines.plain_sweep(
             params, x, y, keys[1], epochs=epochs, batch_size=batch_size, **options
         )

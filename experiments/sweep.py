@@ -328,13 +328,13 @@ def _scores(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arr
     return jax.vmap(jax.vmap(one))(params)
 
 
-def _top(members: pd.DataFrame, names: list[str], count: int) -> list[Row]:
+def _top(members: Any, names: list[str], count: int) -> list[Row]:
     """The points with the least mean validation loss; where one diverged, last."""
     by = ["hidden", "optimizer", "point", *names]
     groups = members.groupby(by, sort=False)
     what = ["validation_loss", "test_loss", "test_accuracy"]
     mean, sem = groups[what].mean(), groups[what].sem()
-    diverged = (groups["diverged_at"].max() >= 0) if len(members) else None
+    diverged = groups["diverged_at"].max() >= 0
     order = mean.assign(diverged=diverged).sort_values(["diverged", "validation_loss"])
     result = []
     for index in order.index[:count]:

@@ -201,6 +201,8 @@ def sweep(
             pos_weight, sizes[-1], _validate.accumulation_dtype(dtype)
         )
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
+    if jax.process_count() == 1:  # a device without a member would repeat another's
+        devices = devices[:total]
     plan = _Plan(
         mesh=jax.sharding.Mesh(devices, (_AXIS,)),
         sizes=sizes,
@@ -403,9 +405,11 @@ def _train(
             keys = jax.random.split(jax.random.fold_in(key, seed))
             params = init(keys[0], plan.sizes, dtype=plan.dtype)
             each = functools.partial(_member, plan, keys[1], params, data)
-            if not values:
-                return jax.tree.map(lambda t: t[None], each({}))
-            return jax.vmap(each)({name: value[0] for name, value in values.items()})
+            points = {name: value[0] for name, value in values.items()}
+            if any(len(value) > 1 for value in points.values()):
+                return jax.vmap(each)(points)
+            one = each({name: value[0] for name, value in points.items()})
+            return jax.tree.map(lambda t: t[None], one)
 
         if seeds.shape[1] == 1:
             found = jax.tree.map(lambda t: t[None], seed(seeds[0, 0]))

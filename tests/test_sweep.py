@@ -35,11 +35,11 @@ TOY: Any = {"hidden": [(4,)], "num_steps": 60, "optimizers": ("sgd",), "seeds": 
 
 def test_rows_are_the_members_and_the_best_are_on_top(table):
     result = sweep.run(table=table, axes=AXES, **TOY)
-    members = pd.DataFrame(result["members"])
+    members: Any = pd.DataFrame(result["members"])
     assert len(members) == 4 * 2 * 3
     assert not members[["point", "seed"]].duplicated().any()
     best = members.groupby("point")["validation_loss"].mean()
-    top = pd.DataFrame(result["top"])
+    top: Any = pd.DataFrame(result["top"])
     assert top["validation_loss"][0].startswith(f"{best.min():.4f} ± ")
     point = members[members["point"] == best.idxmin()]
     assert top["learning_rate"][0] == point["learning_rate"].iloc[0]
@@ -52,7 +52,7 @@ def test_a_row_is_the_solo_run_of_its_member(table):
     result = sweep.run(table=table, axes=AXES, dtype="float64", **TOY)
     row = next(r for r in result["members"] if (r["point"], r["seed"]) == (3, 2))
     assert row["weight_decay"] == 0.1
-    parts, _ = _data.split(table, 0)
+    parts: Any = _data.split(table, 0)[0]
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 2))
         params = jaxbce.init(keys[0], (2, 4, 1))

@@ -1,5 +1,7 @@
 """`grid` and `sweep`: members are solo runs, wherever and with whomever they train."""
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -42,7 +44,7 @@ def per_layer(hp):
             1 - jnp.minimum(jnp.asarray(t, float) / hp["decay_steps"], 1)
         )
 
-    each = {"hidden": optax.adam(falling), "output": optax.adam(hp["output_rate"])}
+    each: Any = {"hidden": optax.adam(falling), "output": optax.adam(hp["output_rate"])}
     return optax.partition(each, ("hidden", "output"))
 
 
@@ -178,10 +180,11 @@ def test_points_share_what_seeds_do_not():
 def test_the_program_is_compiled_once_whatever_the_members():
     x, y = data(dtype="float32")
     options = SMALL | {"group_size": 4}
-    before = sweeps._train._cache_size()
+    train: Any = sweeps._train
+    before = train._cache_size()
     for points in (64, 8, 32):
         jaxbce.sweep(KEY, x, y, hparams=rates(points), **options)
-    assert sweeps._train._cache_size() == before + 1
+    assert train._cache_size() == before + 1
 
 
 def test_memory_that_runs_out_halves_the_group_and_keeps_what_is_done(monkeypatch):
@@ -236,6 +239,27 @@ def test_a_member_that_diverges_leaves_the_others_as_they_are_to_the_bit(hidden)
     assert (sick.diverged_at[healthy] == -1).all()
     for a, b in zip(jax.tree.leaves(sick), jax.tree.leaves(well), strict=True):
         np.testing.assert_array_equal(a[healthy], b[healthy])
+
+
+HUNDRED_THOUSAND = """
+import resource
+import jax, numpy as np, optax, jaxbce
+jax.config.update("jax_num_cpu_devices", 2)
+x = jax.random.normal(jax.random.key(0), (569, 30))
+found = jaxbce.sweep(
+    jax.random.key(1), x, x[:, :1] > 0, hidden=(8,), num_steps=20, batch_size=32,
+    make_optimizer=lambda hp: optax.sgd(hp["learning_rate"]),
+    hparams={"learning_rate": np.geomspace(1e-4, 1, 100_000)})
+assert found.params[0].w.shape == (100_000, 1, 30, 8)
+assert (found.diverged_at == -1).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_hundred_thousand_members_take_less_than_four_gigabytes():
+    command = [sys.executable, "-c", HUNDRED_THOUSAND]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4e6  # in kilobytes
 
 
 # ------------------------------------------------------------------ what it refuses
