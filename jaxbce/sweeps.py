@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from jaxbce import _validate
 from jaxbce._blocks import rows_per_block
-from jaxbce.network import Params, init
+from jaxbce.network import Layer, Params, init
 from jaxbce.training import fit
 
 # A group's bytes in a CPU's caches, and the most members of a group: with fewer bytes
@@ -304,8 +305,8 @@ def members_that_fit(
     devices: np.ndarray,
 ) -> int:
     """How many members each of `devices` should train at a time, from shapes."""
-    draw = functools.partial(init, jax.random.key(0), sizes, dtype=dtype)
-    params = jax.eval_shape(draw)
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    params = tuple(Layer(shape((a, b)), shape((b,))) for a, b in pairwise(sizes))
     leaves = jax.tree.leaves(params)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     row = sum(sizes[1:]) * leaves[0].dtype.itemsize
