@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
 
+import jaxbce
 from experiments._cli import InputError
-from jaxbce.network import Params
+from jaxbce.network import Layer, Params
 
 OPTIMIZER = flags.DEFINE_string(
     "optimizer",
@@ -209,6 +211,25 @@ def family(
             return make(**given)
         return optax.chain(optax.add_decayed_weights(decay, _weights), make(**given))
 
+    params = (Layer(jnp.zeros((2, 1)), jnp.zeros(1)),)
+    try:
+        jax.eval_shape(
+            lambda values: jaxbce.fit(
+                jax.random.key(0),
+                params,
+                jnp.zeros((2, 2)),
+                jnp.zeros((2, 1)),
+                optimizer=of_point(values),
+                num_steps=1,
+            ),
+            dict.fromkeys(swept, jnp.zeros(())),
+        )
+    except Exception as error:  # whatever optax raises of an argument it must know
+        what = ", ".join(swept) or "with nothing"
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"--optimizer={name}: cannot be swept over {what} ({reason})"
+        ) from None
     return of_point
 
 

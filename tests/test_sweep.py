@@ -144,6 +144,11 @@ def test_what_does_not_fit_together_is_refused(table):
         ([], {}, "--axis is needed"),
         (AXES[:1] * 2, {}, "given twice"),
         ([_axes.axis("b7=1,2")], {}, "--axis=b7: sgd takes"),
+        (
+            [_axes.axis("nesterov=0,1")],
+            {"optimizers": ("adam",)},
+            "adam: cannot be swept over nesterov",
+        ),
         (AXES, {"num_points": 3}, "--search=random"),
         (AXES, {"search": "random"}, "--num_points"),
         (AXES, {"batch_size": 10**6}, "--batch_size"),
