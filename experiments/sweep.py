@@ -11,7 +11,7 @@ part of a split 60/20/20 that all share; each --hidden and each of the comma-sep
 loss, mean over seeds ± its standard error, and what those networks, with the
 parameters of that least loss, do on the test part. An axis is a hyperparameter of the
 optimizer (learning_rate, weight_decay, b1, ...), or init_scale, pos_weight or
-label_smoothing. Expect about 30000 network-steps a second and core at 64→32→1.
+label_smoothing. Expect tens of thousands of network-steps a second at 64→32→1.
 
 With --output_dir the same command goes on where an earlier one was killed, and ends
 with the same sweep.parquet. Several processes, started with the same flags and each
