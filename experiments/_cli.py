@@ -23,7 +23,8 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float64", "float32", "bfloat16"],
-    "What to compute in. If not set, compare_gradients takes float64 and the others float32.",
+    "What to compute in. If not set, compare_gradients takes float64, the others "
+    "float32.",
 )
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
