@@ -128,7 +128,7 @@ def torch_sweep(
       A function that takes the steps, on random rows that all members share.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     generator = torch.Generator().manual_seed(0)
