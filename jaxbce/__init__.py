@@ -1,5 +1,6 @@
 """Binary cross-entropy networks in JAX, with gradients derived by hand."""
 
+from jaxbce import curvature, per_example
 from jaxbce.checking import check_gradients
 from jaxbce.gradients import (
     ChainRule,

@@ -102,19 +102,19 @@ def params(value: Any) -> Any:
     return value[0].w.dtype
 
 
-def features(x: Any, params_: Any) -> jax.Array:
+def features(x: Any, params_: Any, name: str = "x") -> jax.Array:
     """Checks x [N, n_0] against params; returns it in the parameters' dtype."""
     dtype = params(params_)
     n_in = params_[0].w.shape[0]
-    _array("x", x, f"an array [rows, {n_in}]")
-    _kind("x", x, floating=True)
+    _array(name, x, f"an array [rows, {n_in}]")
+    _kind(name, x, floating=True)
     if x.ndim != 2 or x.shape[1] != n_in:
         raise ValueError(
-            f"x has shape {x.shape}; [rows, {n_in}] is accepted by params[0].w of "
+            f"{name} has shape {x.shape}; [rows, {n_in}] is accepted by params[0].w of "
             f"shape {params_[0].w.shape}"
         )
     if x.shape[0] == 0:
-        raise ValueError(f"x has shape {x.shape}; at least one row is accepted")
+        raise ValueError(f"{name} has shape {x.shape}; at least one row is accepted")
     return jnp.asarray(x, dtype)
 
 
@@ -138,14 +138,18 @@ def trace(value: Any, params_: Any) -> None:
 
 
 def labels(
-    y: Any, shape: tuple[int, ...], dtype: Any, against: str = "logits have"
+    y: Any,
+    shape: tuple[int, ...],
+    dtype: Any,
+    against: str = "logits have",
+    name: str = "y",
 ) -> jax.Array:
     """Checks y against the shape of the outputs; returns it in `dtype`."""
-    _array("y", y, f"an array of shape {shape}")
-    _kind("y", y, floating=False)
+    _array(name, y, f"an array of shape {shape}")
+    _kind(name, y, floating=False)
     if y.shape != shape:
         raise ValueError(
-            f"y has shape {y.shape}, {against} {shape}; labels of just that shape "
+            f"{name} has shape {y.shape}, {against} {shape}; labels of just that shape "
             "are accepted"
         )
     return jnp.asarray(y, dtype)
@@ -179,6 +183,37 @@ def pos_weight(value: Any, outputs: int | None, dtype: Any) -> jax.Array:
     if value.shape not in ((), (outputs,)):
         raise ValueError(f"pos_weight has shape {value.shape}; {accepted} is accepted")
     return jnp.asarray(value, dtype)
+
+
+def vector(v: Any, params_: Any) -> Any:
+    """Checks a pytree like params, a direction in them; returns it in their dtype."""
+    dtype = params(params_)
+    shapes = jax.tree.map(jnp.shape, params_)
+    if jax.tree.structure(v) != jax.tree.structure(params_):
+        raise TypeError(
+            f"v is {jax.tree.structure(v)}; a tuple of Layer(w, b) like params is "
+            "accepted"
+        )
+    if (given := jax.tree.map(jnp.shape, v)) != shapes:
+        raise ValueError(
+            f"v has shapes {given}; those of params, {shapes}, are accepted"
+        )
+    for leaf in jax.tree.leaves(v):
+        real("a leaf of v", leaf)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), v)
+
+
+def scalar(name: str, value: Any, *, zero: bool = False) -> None:
+    """Checks a positive scalar, or one >= 0; its value where it is a Python number."""
+    accepted = "a number >= 0" if zero else "a number > 0"
+    if type(value) in (int, float):
+        if not (value >= 0 if zero else value > 0):
+            raise ValueError(f"{name} is {value!r}; {accepted} is accepted")
+        return
+    _array(name, value, accepted)
+    _kind(name, value, floating=False)
+    if value.shape != ():
+        raise ValueError(f"{name} has shape {value.shape}; {accepted} is accepted")
 
 
 def reduction(value: Any) -> None:

@@ -17,9 +17,9 @@ and the batch's is Σ_i c_i ℓ_i. Write δ_k = ∂ℓ/∂a_k, `[N, n_k]`, a row
         ∂/∂X = diag(c) δ_1 W_1ᵀ            ∂/∂y = c (p softplus(−a_L) − softplus(a_L)).
 
 `deltas` is 1 and 2, and takes weights in at δ_L, in which all the rest is linear;
-`contract` is 3. `value_and_grad`, `grad` and, through its derivative rule, `loss` all
-go through them. `chain_rule` is the same for one hidden layer as a textbook has it,
-each factor by itself.
+`pull_back` is 2 alone; `contract` is 3. `value_and_grad`, `grad` and, through its
+derivative rule, `loss` all go through them. `chain_rule` is the same for one hidden
+layer as a textbook has it, each factor by itself.
 """
 
 import functools
@@ -84,6 +84,14 @@ def deltas(
     if sample_weight is not None:  # every δ_k below is linear in this one
         c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
         delta = c[:, None] * delta
+    return pull_back(params, trace, delta)
+
+
+def pull_back(params: Params, trace: Trace, delta: jax.Array) -> tuple[jax.Array, ...]:
+    """The second step alone: from any δ_L `[N, n_L]` to `(δ_1, ..., δ_L)`.
+
+    It is linear in δ_L. With δ_L = 1 it gives the derivatives of the logits.
+    """
     result = [delta]
     for k in range(len(params) - 1, 0, -1):
         w = params[k].w  # W_{k+1}, [n_k, n_{k+1}]
@@ -114,7 +122,7 @@ def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
     )
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """The arguments of a loss, checked: Σ_i c_i ℓ_i over rows (x_i, y_i)."""
 
     x: jax.Array
@@ -123,9 +131,10 @@ class _Problem(NamedTuple):
     pos_weight: jax.Array
 
 
-def _problem(
+def problem(
     params: Any, x: Any, y: Any, sample_weight: Any, pos_weight: Any, reduction: Any
-) -> _Problem:
+) -> Problem:
+    """Checks the arguments of a loss, as `value_and_grad` documents them."""
     x = _validate.features(x, params)
     rows, outputs = x.shape[0], params[-1].w.shape[1]
     dtype = _validate.accumulation_dtype(x.dtype)
@@ -137,7 +146,7 @@ def _problem(
     else:
         s = _validate.sample_weight(sample_weight, rows, dtype)
         c = s / jnp.sum(s) if reduction == "mean" else s
-    return _Problem(x, y, c, p)
+    return Problem(x, y, c, p)
 
 
 def _weighted_sum(c: jax.Array, ell: jax.Array) -> jax.Array:
@@ -197,22 +206,22 @@ def value_and_grad(
       Rumelhart, Hinton, Williams, Learning representations by back-propagating
       errors, Nature 323, 1986.
     """
-    problem = _problem(params, x, y, sample_weight, pos_weight, reduction)
+    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
     rows = rows_per_block(block_size, params, x.shape[0])
-    (value, grads), _ = _accumulate(rows, params, problem)
+    (value, grads), _ = _accumulate(rows, params, batch)
     return value, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
 
 
 def _accumulate(
     block_rows: int,
     params: Params,
-    problem: _Problem,
+    batch: Problem,
     *,
     with_x: bool = False,
     with_logits: bool = False,
 ) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
     """Σ c ℓ and its gradient, by blocks; per row, if asked for, ∂/∂X and the logits."""
-    p = problem.pos_weight
+    p = batch.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
         trace = forward(params, x)
@@ -227,7 +236,7 @@ def _accumulate(
             per_row["logits"] = trace.a[-1]
         return (_weighted_sum(c, ell), grads), per_row
 
-    return sum_over_blocks(block, problem.c, (problem.x, problem.y), block_rows)
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_rows)
 
 
 def grad(
@@ -284,44 +293,44 @@ def loss(
       >>> all(jax.tree.leaves(jax.tree.map(jnp.array_equal, grads, by_hand)))
       True
     """
-    problem = _problem(params, x, y, sample_weight, pos_weight, reduction)
+    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
     rows = rows_per_block(block_size, params, x.shape[0])
-    return _loss(rows, params, problem)
+    return _loss(rows, params, batch)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _loss(block_rows: int, params: Params, problem: _Problem) -> jax.Array:
-    p = problem.pos_weight
+def _loss(block_rows: int, params: Params, batch: Problem) -> jax.Array:
+    p = batch.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
         a = forward(params, x).a[-1]
         return _weighted_sum(c, bce_with_logits(a, y, pos_weight=p)), None
 
-    return sum_over_blocks(block, problem.c, (problem.x, problem.y), block_rows)[0]
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_rows)[0]
 
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(
-    block_rows: int, primals: tuple[Params, _Problem], tangents: tuple[Params, _Problem]
+    block_rows: int, primals: tuple[Params, Problem], tangents: tuple[Params, Problem]
 ) -> tuple[jax.Array, jax.Array]:
     """The inner product of the hand-derived gradient with the tangents.
 
     An argument that is not differentiated has a symbolic zero for a tangent, and its
     part of the gradient is not computed.
     """
-    params, problem = primals
+    params, batch = primals
     params_dot, dot = tangents
     with_x = _nonzero(dot.x)
     with_logits = any(map(_nonzero, (dot.y, dot.c, dot.pos_weight)))
     (value, grads), per_row = _accumulate(
-        block_rows, params, problem, with_x=with_x, with_logits=with_logits
+        block_rows, params, batch, with_x=with_x, with_logits=with_logits
     )
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True))
     if with_x:
         pairs.append((per_row["x"], dot.x))
     if with_logits:
-        a, y, p = per_row["logits"], problem.y, problem.pos_weight
-        c = problem.c[:, None]
+        a, y, p = per_row["logits"], batch.y, batch.pos_weight
+        c = batch.c[:, None]
         dy = jnp.broadcast_to(p, a.shape) * softplus(-a) - softplus(a)
         dy = weighted(c, dy)  # [N, n_L]
         dc = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)  # [N]
