@@ -306,8 +306,14 @@ def test_tangent_kernel_holds_no_jacobian():
         (lambda a: curvature.hvp(*a, a[0], reduction="max"), "reduction is 'max'"),
         (lambda a: curvature.ggn_eigenvalues(*a, k=20), "k is 20; 1 to 19"),
         (lambda a: curvature.ggn_eigenvalues(*a, k=0), "k is 0"),
-        (lambda a: curvature.log_evidence(*a, 0.0), "prior_precision is 0.0"),
-        (lambda a: curvature.log_evidence(*a, np.ones(2)), "prior_precision has shape"),
+        (
+            lambda a: curvature.log_evidence(a[0], a[1], a[2], 0.0),
+            "prior_precision is 0.0",
+        ),
+        (
+            lambda a: curvature.log_evidence(a[0], a[1], a[2], jnp.ones(2)),
+            "prior_precision has shape",
+        ),
         (lambda a: curvature.kfac_factors(*a[:2], block_size=0), "block_size is 0"),
     ],
 )
