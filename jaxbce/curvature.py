@@ -31,8 +31,15 @@ from jax.flatten_util import ravel_pytree
 
 from jaxbce import _validate, gradients
 from jaxbce._blocks import rows_per_block, sum_over_blocks
-from jaxbce.gradients import Problem, contract, deltas, problem, pull_back
-from jaxbce.network import Params, Trace, forward, matmul, sigmoid
+from jaxbce.gradients import (
+    Problem,
+    contract,
+    deltas,
+    problem,
+    pull_back,
+    weight_gradient,
+)
+from jaxbce.network import Layer, Params, Trace, forward, matmul, sigmoid
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
@@ -221,12 +228,13 @@ def _curvature_vp(
             back += matmul(delta[k].astype(w.dtype), w_dot.T)
             dot = jnp.where(trace.h[k] > 0, back, 0)  # δ̇_k, [N, n_k]
             dots.append(dot)
-        first, *rest = contract(trace.h[:-1], tuple(reversed(dots)))
-        across = contract(h_dot, delta[1:])
-        rest = [
-            g._replace(w=g.w + more.w) for g, more in zip(rest, across, strict=True)
-        ]
-        return (first, *rest), ()
+        grads = []
+        for k, dot in enumerate(reversed(dots)):
+            w = weight_gradient(trace.h[k], dot)  # [n_{k+1}, n_k]
+            if k > 0:
+                w += weight_gradient(h_dot[k - 1], delta[k])
+            grads.append(Layer(w=w.T, b=jnp.sum(dot, axis=0)))
+        return tuple(grads), ()
 
     total, _ = sum_over_blocks(block, batch.c, (batch.x, batch.y), block_rows)
     return jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), total, params)

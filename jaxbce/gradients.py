@@ -104,8 +104,6 @@ def pull_back(params: Params, trace: Trace, delta: jax.Array) -> tuple[jax.Array
 def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
     """The sum of per-example gradients: `h_{k−1}ᵀ δ_k` and `Σ_i δ_{k,i}`.
 
-    Written as (δᵀ h)ᵀ: h.T @ δ costs up to twice as much on a CPU.
-
     Args:
       h: Layer inputs `(h_0, ..., h_{L-1})`, each `[N, n_k]`.
       delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`, already weighted by row.
@@ -114,12 +112,21 @@ def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
       A `Layer` for each k, in the accumulation dtype.
     """
     return tuple(
-        Layer(
-            w=matmul(delta_k.astype(h_k.dtype).T, h_k).T,  # [n_{k-1}, n_k]
-            b=jnp.sum(delta_k, axis=0),  # [n_k]
-        )
+        Layer(w=weight_gradient(h_k, delta_k).T, b=jnp.sum(delta_k, axis=0))
         for h_k, delta_k in zip(h, delta, strict=True)
     )
+
+
+def weight_gradient(h: jax.Array, delta: jax.Array) -> jax.Array:
+    """One layer's `δ_kᵀ h_{k−1}`, `[n_k, n_{k−1}]`, the transposed of ∂/∂W_k.
+
+    h.T @ δ costs up to twice as much on a CPU. XLA makes that of it all the same where
+    a transposition follows, which the barrier prevents; with as many outputs as inputs,
+    transposing costs more than it saves, and one output is no product of matrices.
+    """
+    product = matmul(delta.astype(h.dtype).T, h)
+    narrows = 1 < delta.shape[1] < h.shape[1]
+    return jax.lax.optimization_barrier(product) if narrows else product
 
 
 class Problem(NamedTuple):
