@@ -155,7 +155,7 @@ def per_example_contests() -> dict[str, Contest]:
 
 def curvature_contests() -> dict[str, Contest]:
     """Of `jaxbce.curvature`."""
-    gradient_jvp = {"jvp of jax.grad": _jvp_of_gradient}
+    gradient_jvp: dict[str, Function | None] = {"jvp of jax.grad": _jvp_of_gradient}
     return {
         "ntk": Contest(
             lambda params, x, y, v: curvature.ntk(params, x),

@@ -156,3 +156,52 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
         if axis is rows[0][-1]:
             figure.colorbar(drawn, ax=rows[0].tolist(), label="validation loss (nats)")
     _save(figure, path)
+
+
+def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None:
+    """Test accuracy over ε, and the share of rows clipped over steps `[ε, steps]`.
+
+    Args:
+      path: Where to.
+      rows: As experiments.private makes them; the last one is not private.
+      clipped: A line a row.
+    """
+    figure, (accuracy, share) = plt.subplots(
+        1, 2, figsize=(10, 4), layout="constrained"
+    )
+    *some, plain = rows
+    accuracy.errorbar(
+        [row["ε"] for row in some],
+        [row["test accuracy"] for row in some],
+        [row["test s.e."] for row in some],
+        marker="o",
+        capsize=3,
+        label="private",
+    )
+    mean, error = plain["test accuracy"], plain["test s.e."]
+    accuracy.axhline(mean, color="C1", label="not private")
+    accuracy.axhspan(mean - error, mean + error, color="C1", alpha=0.2, lw=0)
+    accuracy.set(
+        xlabel="ε",
+        xscale="log",
+        ylabel="test accuracy, mean ± s.e.",
+        title="What privacy costs",
+    )
+    ticks = [row["ε"] for row in some]
+    accuracy.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    accuracy.minorticks_off()
+    accuracy.legend(loc="lower right")
+    window = max(1, clipped.shape[1] // 50)
+    steps = np.arange(clipped.shape[1] // window) * window + window / 2
+    for i, row in enumerate(some):
+        line = clipped[i, : len(steps) * window].reshape(-1, window).mean(axis=1)
+        color = plt.get_cmap("viridis")(i / max(len(some) - 1, 1) * 0.9)
+        share.plot(steps, line, color=color, label=f"ε = {row['ε']:g}")
+    share.set(
+        xlabel="step",
+        ylabel="share of rows clipped",
+        ylim=(0, 1.02),
+        title="Rows whose gradient was clipped",
+    )
+    share.legend()
+    _save(figure, path)

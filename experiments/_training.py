@@ -16,12 +16,17 @@ from experiments._cli import InputError
 from experiments._data import Part
 
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Rows in a batch; 0 is all of them.", lower_bound=0
+    "batch_size",
+    None,
+    "Rows in a batch; 0 is all of them. If not set, 32; private takes a quarter of the "
+    "rows, 256 at most.",
+    lower_bound=0,
 )
 NUM_STEPS = flags.DEFINE_integer(
     "num_steps",
     None,
-    "Steps to train for; if not set, what --epochs says.",
+    "Steps to train for. If not set, what --epochs says; trainability takes 200, "
+    "private 300 and find_mislabeled 400.",
     lower_bound=1,
 )
 EPOCHS = flags.DEFINE_integer(
@@ -47,6 +52,11 @@ POS_WEIGHT = flags.DEFINE_string(
 )
 
 CHUNKS = 20  # a run is checkpointed, and its progress shown, this many times or fewer
+
+
+def batch_size() -> int | None:
+    """--batch_size, its default of 32, or None for all rows."""
+    return 32 if BATCH_SIZE.value is None else BATCH_SIZE.value or None
 
 
 def duration(

@@ -50,9 +50,6 @@ _AXIS = flags.DEFINE_multi_string(
     [],
     "NAME=log:FROM:TO:COUNT, NAME=lin:FROM:TO:COUNT or NAME=VALUE,VALUE; several.",
 )
-_SEEDS = flags.DEFINE_integer(
-    "seeds", 4, "Networks a point, of different initial weights.", lower_bound=1
-)
 _SEARCH = flags.DEFINE_enum(
     "search", "grid", ["grid", "random"], "All combinations, or points at random."
 )
@@ -413,7 +410,7 @@ def main() -> int:
         axes=axes,
         search=_SEARCH.value,
         num_points=_NUM_POINTS.value,
-        seeds=_SEEDS.value,
+        seeds=_cli.SEEDS.value or 4,
         seed=_cli.SEED.value,
         hidden=hidden,
         optimizers=tuple(_optimizers.OPTIMIZER.value.split(",")),
@@ -421,7 +418,7 @@ def main() -> int:
         learning_rate=_optimizers.LEARNING_RATE.value,
         schedule=_optimizers.SCHEDULE.value,
         weight_decay=_optimizers.WEIGHT_DECAY.value,
-        batch_size=_training.BATCH_SIZE.value or None,
+        batch_size=_training.batch_size(),
         num_steps=_training.NUM_STEPS.value,
         epochs=_training.EPOCHS.value,
         evaluate_every=_training.EVALUATE_EVERY.value,

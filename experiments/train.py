@@ -241,7 +241,7 @@ def main() -> int:
         learning_rate=_optimizers.LEARNING_RATE.value,
         schedule=_optimizers.SCHEDULE.value,
         weight_decay=_optimizers.WEIGHT_DECAY.value,
-        batch_size=_training.BATCH_SIZE.value or None,
+        batch_size=_training.batch_size(),
         num_steps=_training.NUM_STEPS.value,
         epochs=_training.EPOCHS.value,
         evaluate_every=_training.EVALUATE_EVERY.value,
