@@ -205,3 +205,38 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
     )
     share.legend()
     _save(figure, path)
+
+
+def suspicious(path: Path, rows: Any, rank_by: str, images: np.ndarray | None) -> None:
+    """The rows with the highest score, drawn if they are images; else the scores.
+
+    Args:
+      path: Where to.
+      rows: A table of all rows, the highest score first, as find_mislabeled makes it.
+      rank_by: The score's name.
+      images: `[N, height, width]`, by the number in the column "row", or None.
+    """
+    if images is None:
+        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        place = np.arange(1, len(rows) + 1)
+        axis.plot(place, rows[rank_by], color="0.7", zorder=1)
+        if "flipped" in rows:
+            chosen = rows["flipped"].to_numpy()
+            axis.scatter(
+                place[chosen], rows[rank_by][chosen], s=12, color="C3", label="flipped"
+            )
+            axis.legend()
+        axis.set(xlabel="rank", xscale="log", ylabel=_plain(rank_by))
+    else:
+        figure, axes = plt.subplots(4, 10, figsize=(11, 5.4), layout="constrained")
+        for axis, (_, row) in zip(axes.ravel(), rows.iterrows(), strict=False):
+            axis.imshow(images[row["row"]], cmap="gray_r")
+            wrong = bool(row.get("flipped", False))
+            axis.set_title(
+                _plain(row["label"]), fontsize=9, color="C3" if wrong else "k"
+            )
+        for axis in axes.ravel():
+            axis.set_axis_off()
+    known = ", flipped ones in red" if "flipped" in rows else ""
+    figure.suptitle(f"Labels as given, of the rows with the highest {rank_by}{known}")
+    _save(figure, path)
