@@ -127,8 +127,10 @@ def _clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
     return per_example.clipped_value_and_grad(params, x, y, **options).grads
 
 
-def per_example_contests() -> dict[str, Contest]:
-    """Of `jaxbce.per_example`."""
+@functools.cache
+def contests() -> dict[str, Contest]:
+    """All of them, by the name of the quantity."""
+    gradient_jvp: dict[str, Function | None] = {"jvp of jax.grad": _jvp_of_gradient}
     return {
         "norms": Contest(
             lambda params, x, y, v: per_example.norms(params, x, y),
@@ -150,13 +152,6 @@ def per_example_contests() -> dict[str, Contest]:
             _vmap_products,
             {"vmap(jax.grad)": _vmap_products},
         ),
-    }
-
-
-def curvature_contests() -> dict[str, Contest]:
-    """Of `jaxbce.curvature`."""
-    gradient_jvp: dict[str, Function | None] = {"jvp of jax.grad": _jvp_of_gradient}
-    return {
         "ntk": Contest(
             lambda params, x, y, v: curvature.ntk(params, x),
             _row_kernel,

@@ -3,6 +3,8 @@
     python -m experiments.benchmark --suite gradient
     python -m experiments.benchmark --suite fit
     python -m experiments.benchmark --suite sweep
+    python -m experiments.benchmark --suite per_example
+    python -m experiments.benchmark --suite curvature
 
 Suite gradient: `jaxbce.value_and_grad` with its default block size beside
 `jax.value_and_grad` of optax's loss, float32. Both are compiled, compared with each
@@ -17,6 +19,15 @@ Suite sweep: `jaxbce.sweep` on all devices, a core each, beside `jit(vmap(train)
 the same plain loop on one device, which computes on all cores too; they must agree in
 float64. Its last rows are scikit-learn's MLPClassifier in a loop over the cores, and
 `torch.func.vmap` where PyTorch is installed. Expect a speed of 1.5 to 3.
+
+Suite per_example: norms, clipped sums and inner products of per-example gradients
+beside `jax.vmap(jax.grad)`, and jax_privacy.clipped_grad where it is installed, all
+at once and by 32 rows; then a clipped sum beside one plain gradient. Expect 30 to 200
+where the network is not tiny, and a clipped sum for the price of a gradient.
+
+Suite curvature: the tangent kernel beside the product of explicit Jacobians, Hessian
+and Gauss-Newton products beside `jax.jvp` of `jax.grad`, and of the latter beside the
+`jvp` and `vjp` of the logits. Expect 20 and more, then 1 to 2.
 """
 
 from collections.abc import Callable
@@ -29,11 +40,14 @@ import optax
 from absl import flags
 
 import jaxbce
-from experiments import _baselines, _cli, _results, _timing
+from experiments import _baselines, _cli, _contests, _results, _timing
 
 flags.adopt_module_key_flags(_cli)
 _SUITE = flags.DEFINE_enum(
-    "suite", "gradient", ["gradient", "fit", "sweep"], "What to measure."
+    "suite",
+    "gradient",
+    ["gradient", "fit", "sweep", "per_example", "curvature"],
+    "What to measure.",
 )
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 15, "How often each side is timed in each repeat.", lower_bound=3
@@ -93,6 +107,45 @@ SWEEP_SIZES = (
 SWEEP_NETWORK_STEPS = 1 << 19  # of one measurement at 30→16→1, batch 32, about
 OTHERS = (256, 512, 32, (30, 16, 1), "adam")  # where other libraries are measured
 
+# Quantity, whom it is timed against, rows, layer sizes.
+SMALL, MIDDLE, LARGE = (256, (30, 32, 1)), (1024, (128, 256, 1)), (1024, (128, 512, 1))
+PER_EXAMPLE_SIZES = (
+    *(("norms", "vmap(jax.grad)", *size) for size in (SMALL, MIDDLE, LARGE)),
+    *(
+        ("clipped sum", peer, *size)
+        for peer in ("vmap(jax.grad)", "jax_privacy", "jax_privacy by 32")
+        for size in (SMALL, MIDDLE, LARGE)
+    ),
+    *(
+        ("clipped sum", "one gradient", *size)
+        for size in (SMALL, MIDDLE, LARGE, (1024, (128, 512, 16)))
+    ),
+    ("clipped sum", "one gradient", 1024, (64, 128, 64, 1)),
+    ("clipped sum", "one gradient", 4096, (512, 1024, 1)),
+    ("inner products", "vmap(jax.grad)", 512, (64, 256, 1)),
+)
+CURVATURE_SIZES = (
+    ("ntk", "jacrev", 512, (64, 256, 1)),
+    ("ntk", "vmap(jax.grad)", 512, (64, 256, 1)),
+    *(
+        (quantity, peer, *size)
+        for quantity, peer in (
+            ("hvp", "jvp of jax.grad"),
+            ("ggn_vp", "jvp of jax.grad"),
+            ("ggn_vp", "jvp and vjp"),
+        )
+        for size in (
+            (32, (30, 16, 1)),
+            (256, (64, 100, 1)),
+            LARGE,
+            (1024, (128, 512, 16)),
+            (1024, (64, 128, 64, 1)),
+            (4096, (512, 1024, 1)),
+            (65536, (30, 64, 1)),
+        )
+    ),
+)
+
 
 def run(
     *,
@@ -106,12 +159,13 @@ def run(
     """Measures one suite.
 
     Args:
-      suite: "gradient", "fit" or "sweep".
+      suite: A name that --suite accepts.
       rounds: How often each side is timed in each repeat.
       repeats: How often both sides are compiled and their data copied anew.
       seed: Seed of the data and parameters.
       sizes: What to measure in place of its default.
-      report: Called with each row as it is done.
+      report: Called with each row as it is done; what cannot be measured, because a
+        library is missing, is a row that has only "skipped", and is not returned.
 
     Returns:
       A row a size.
@@ -123,11 +177,15 @@ def run(
         "gradient": (_gradient, GRADIENT_SIZES),
         "fit": (_fit, FIT_SIZES),
         "sweep": (_sweep, SWEEP_SIZES),
+        "per_example": (_contest, PER_EXAMPLE_SIZES),
+        "curvature": (_contest, CURVATURE_SIZES),
     }[suite]
     rows = []
     for size in default if sizes is None else sizes:
-        rows.append(measure(*size, rounds, repeats, jax.random.key(seed)))
-        report(rows[-1])
+        row = measure(*size, rounds, repeats, jax.random.key(seed))
+        report(row)
+        if "skipped" not in row:
+            rows.append(row)
     return rows
 
 
@@ -212,6 +270,43 @@ def _fit(
         "fit µs/step": round(1e6 * mine.seconds / steps, 1),
         "speed": mine.speed[0],
         "quartiles": f"{mine.speed[1]:.2f}-{mine.speed[2]:.2f}",
+    }
+
+
+def _contest(
+    quantity: str,
+    peer: str,
+    n: int,
+    layers: tuple[int, ...],
+    rounds: int,
+    repeats: int,
+    key: jax.Array,
+) -> Row:
+    contest = _contests.contests()[quantity]
+    theirs = contest.peers[peer]
+    if theirs is None:
+        return {"skipped": f"{peer} is not installed: {n} rows, {layers} skipped"}
+    arguments = _contests.arguments(n, layers, key)
+    error = _disagreement(
+        *(jax.jit(f)(*arguments) for f in (contest.ours, contest.truth))
+    )
+    if not error <= AGREEMENT:
+        raise ValueError(f"{quantity} of {n} rows, {layers}: differ by {error:.1e}")
+    sides = {peer: theirs, "jaxbce": contest.ours}
+    costs = _timing.compare(sides, *arguments, rounds=rounds, repeats=repeats)
+    baseline, mine = costs[peer], costs["jaxbce"]
+    return {
+        "quantity": quantity,
+        "against": peer,
+        "rows": n,
+        "network": "→".join(map(str, layers)),
+        "differ by": error,
+        "its µs": round(1e6 * baseline.seconds),
+        "jaxbce µs": round(1e6 * mine.seconds),
+        "speed": mine.speed[0],
+        "quartiles": f"{mine.speed[1]:.2f}-{mine.speed[2]:.2f}",
+        "its temp MB": round(baseline.temp_bytes / 1e6, 3),
+        "jaxbce temp MB": round(mine.temp_bytes / 1e6, 3),
     }
 
 
@@ -352,7 +447,10 @@ def main() -> int:
     }
     rows = run(
         **configuration,
-        report=lambda row: print(f"  {row['rows']}×{row['network']} done", flush=True),
+        report=lambda row: print(
+            "  " + row.get("skipped", f"{row.get('rows')}×{row.get('network')} done"),
+            flush=True,
+        ),
     )
     speeds = [row["speed"] for row in rows]
     print(f"\n{_results.table(rows)}\n")
