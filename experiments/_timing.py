@@ -88,9 +88,14 @@ def compare_calls(
 
 
 def _times(compiled: list[Any], args: Any, rounds: int) -> np.ndarray:
-    """Seconds a call, `[rounds, functions]`."""
+    """Seconds a call, `[rounds, functions]`.
+
+    Each is called once more before it is timed, so that a short call does not pay for
+    what a long one of another function has left in the caches.
+    """
 
     def seconds(function: Callable[..., Any], calls: int) -> float:
+        jax.block_until_ready(function(*args))
         start = time.perf_counter()
         for _ in range(calls - 1):
             function(*args)

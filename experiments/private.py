@@ -195,26 +195,35 @@ def run(
     }
 
 
-def _accountant() -> Any:
-    _libraries()
-    from jax_privacy.accounting import accountants, analysis
-
-    return analysis.DpsgdTrainingAccountant(accountants.PldAccountantConfig())
-
-
-def _libraries() -> tuple[Any, Any]:
-    """jax_privacy's sampling and noise."""
+def _libraries() -> Any:
+    """jax_privacy, with its parts."""
     try:
-        from jax_privacy import batch_selection, noise_addition
+        import jax_privacy
+        from jax_privacy.accounting import accountants, analysis, calibrate
     except ImportError as error:
         raise _cli.InputError(
             f"{error.name} is not installed; pip install 'jaxbce[privacy]' brings it"
         ) from None
-    return batch_selection, noise_addition
+    del accountants, analysis, calibrate  # attributes of jax_privacy.accounting now
+    return jax_privacy
+
+
+def _accountant(interval: float) -> Any:
+    accounting = _libraries().accounting
+    config = accounting.accountants.PldAccountantConfig(
+        value_discretization_interval=interval
+    )
+    return accounting.analysis.DpsgdTrainingAccountant(config)
 
 
 def epsilon_spent(
-    noise: float, delta: float, *, rows: int, batch_size: int, num_steps: int
+    noise: float,
+    delta: float,
+    *,
+    rows: int,
+    batch_size: int,
+    num_steps: int,
+    interval: float = 1e-4,
 ) -> float:
     """ε of Gaussian sums over Poisson samples, for adding or removing a row.
 
@@ -226,13 +235,16 @@ def epsilon_spent(
       rows: Rows to train on.
       batch_size: Expected rows in a batch.
       num_steps: Steps.
+      interval: Width of the bins of privacy losses; ε is an upper bound for any, closer
+        and slower for smaller ones.
     """
-    accountant = _accountant()
-    from jax_privacy.accounting import analysis
-
-    sampling: Any = {"num_samples": rows, "batch_size": batch_size}
-    params = analysis.DpParams(noise_multipliers=noise, delta=delta, **sampling)
-    return float(accountant.compute_epsilon(num_steps, params))
+    params = _libraries().accounting.analysis.DpParams(
+        noise_multipliers=noise,
+        delta=delta,
+        num_samples=rows,
+        batch_size=batch_size,
+    )
+    return float(_accountant(interval).compute_epsilon(num_steps, params))
 
 
 def noise_multiplier(
@@ -244,26 +256,28 @@ def noise_multiplier(
       InputError: If there is none that is of any use.
     """
     sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
-    accountant = _accountant()
-    from jax_privacy.accounting import calibrate
-
-    # From much noise to little: an accountant takes longer the less there is.
-    enough = 2.0**20
-    if epsilon_spent(enough, delta, **sampling) > epsilon:
-        raise _cli.InputError(f"--epsilon={epsilon}: takes more noise than 2^20 norms")
-    while epsilon_spent(enough / 2, delta, **sampling) <= epsilon:
-        enough /= 2
-    return calibrate.calibrate_noise_multiplier(
-        target_epsilon=epsilon,
-        accountant=accountant,
-        batch_sizes=batch_size,
-        num_updates=num_steps,
-        num_samples=rows,
-        target_delta=delta,
-        initial_min_noise=enough / 2,
-        initial_max_noise=enough,
-        tol=enough / 2000,
-    )
+    noise = 64.0
+    while epsilon_spent(noise, delta, **sampling) > epsilon:
+        noise *= 2
+        if noise > 2**20:
+            raise _cli.InputError(f"--epsilon={epsilon}: no noise is enough")
+    # Downwards, since less noise takes longer to account for; in wide bins first.
+    for interval, ratio in ((1e-3, 1.5), (1e-4, 1.1)):
+        less = noise / ratio
+        while epsilon_spent(less, delta, **sampling, interval=interval) <= epsilon:
+            noise, less = less, less / ratio
+        noise = _libraries().accounting.calibrate.calibrate_noise_multiplier(
+            target_epsilon=epsilon,
+            accountant=_accountant(interval),
+            batch_sizes=batch_size,
+            num_updates=num_steps,
+            num_samples=rows,
+            target_delta=delta,
+            initial_min_noise=less,
+            initial_max_noise=noise,
+            tol=less / 1000,
+        )
+    return noise
 
 
 def poisson_batches(
@@ -273,11 +287,18 @@ def poisson_batches(
 
     Each row is in each batch with chance `batch_size / rows`, whatever else is.
     """
-    batch_selection, _ = _libraries()
-    sampling = batch_selection.CyclicPoissonSampling(
+    sampling = _libraries().batch_selection.CyclicPoissonSampling(
         sampling_prob=batch_size / rows, iterations=num_steps
     )
     return sampling.batch_iterator(rows, rng=np.random.default_rng(seed))
+
+
+def noisy_mean(
+    key: jax.Array, stddev: jax.Array, batch_size: int
+) -> optax.GradientTransformation:
+    """Adds noise to a sum of clipped gradients, and divides by the expected batch."""
+    noisy = _libraries().noise_addition.gaussian_privatizer(stddev=stddev, prng_key=key)
+    return optax.chain(noisy, optax.scale(1 / batch_size))
 
 
 def _scaled(
@@ -313,7 +334,6 @@ def _train(
 
     Networks of one seed start from the same weights and see the same batches.
     """
-    _, noise_addition = _libraries()
     x, y = (jnp.asarray(t, dtype) for t in parts["train"][1:])
     sizes = (x.shape[1], *hidden, y.shape[1])
     stddev = [s * c if s else 0.0 for s, c in zip(noise, max_norm, strict=True)]
@@ -321,9 +341,8 @@ def _train(
     keys = jax.random.split(jax.random.key(seed), (seeds, 2))
 
     def private(key: jax.Array, stddev: jax.Array) -> optax.GradientTransformation:
-        noisy = noise_addition.gaussian_privatizer(stddev=stddev, prng_key=key)
-        mean = optax.scale(1 / sampling["batch_size"])
-        return optax.chain(noisy, mean, optimizer)
+        mean = noisy_mean(key, stddev, sampling["batch_size"])
+        return optax.chain(mean, optimizer)
 
     def begin(level: Any, keys: jax.Array) -> Any:
         params = jaxbce.init(keys[0], sizes, dtype=dtype)

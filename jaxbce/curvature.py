@@ -89,12 +89,15 @@ def ntk(
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
         trace, e = _logit_gradients(params, x)
-        total = 0
-        for h, h2, e_k, e2_k in zip(trace.h, trace2.h, e, e2, strict=False):
-            left, right = (t.reshape(-1, t.shape[-1]) for t in (e_k, e2_k))
-            pairs = (left @ right.T).reshape(*e_k.shape[:2], *e2_k.shape[:2])
-            total += (1 + matmul(h, h2.T))[:, None, :, None] * pairs
-        return (), jnp.asarray(total).transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
+        total: Any = 0  # [B, n_L, M, n_L]
+        for k in range(len(params)):
+            inputs = 1 + matmul(trace.h[k], trace2.h[k].T)  # [B, M]
+            pairs = jnp.eye(outputs, dtype=inputs.dtype)[:, None, :]  # E_L is 1
+            if k + 1 < len(params):
+                left, right = (t.reshape(-1, t.shape[-1]) for t in (e[k], e2[k]))
+                pairs = (left @ right.T).reshape(len(x), outputs, len(x2), outputs)
+            total += inputs[:, None, :, None] * pairs
+        return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
     rows = rows_per_block(block_size, params, len(x))
     theta = sum_over_blocks(block, jnp.ones(len(x), x.dtype), (x,), rows)[1]
