@@ -189,7 +189,10 @@ def family(
     accepted = inspect.signature(make).parameters
     for argument in swept:
         if argument not in (*accepted, "weight_decay"):
-            raise InputError(f"--axis={argument}: {name} takes {', '.join(accepted)}")
+            raise InputError(
+                f"--axis={argument}: {name} takes {', '.join(accepted)}; any sweep "
+                "init_scale, pos_weight and label_smoothing"
+            )
     if learning_rate is None and "learning_rate" in accepted:
         default = accepted["learning_rate"].default
         learning_rate = default if isinstance(default, float) else None

@@ -368,6 +368,7 @@ def _cost(
     group = sweeps.members_that_fit(
         layers, jnp.dtype(dtype), x.shape[0], batch_size, devices
     )
+    each_device = -(-sizes[mine[0]] // len(devices))
     seconds = []
     for steps in (DRY_STEPS, 3 * DRY_STEPS):
         train(todo[mine[0]], steps, None)  # compiles
@@ -381,10 +382,10 @@ def _cost(
         "hidden": "×".join(map(str, choice.hidden)) or "none",
         "optimizer": choice.optimizer,
         "networks": members,
-        "at a time": min(group, -(-sizes[mine[0]] // len(devices))) * len(devices),
+        "on all devices at a time": min(group, each_device) * len(devices),
         "results MB": round(2e-6 * weights * jnp.dtype(dtype).itemsize * sizes[0], 1),
         "network-steps/s": round(1 / each),
-        "minutes": round(each * members * num_steps / 60, 2),
+        "minutes of steps": round(each * members * num_steps / 60, 2),
     }
 
 

@@ -13,7 +13,7 @@ red how late the others were lost.
 Prints the box-counting dimension of the boundary, of which a smooth curve has 1. It is
 an estimate from few box sizes: the standard error is that of the fitted line alone,
 and scattered pixels lower it, as they are fewer than the finest boxes could have.
-Expect 1.2 to 1.3 in the default plane.
+Expect 1.2 to 1.3 in the default plane at its default resolution.
 
 Weights drawn in float64 are not those of float32: to zoom into a plane by float64,
 make the plane by float64 too. With --output_dir the same command goes on where an

@@ -293,7 +293,8 @@ def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]
                 f"hparams[{name!r}] has dtype {value.dtype}; numbers and booleans are "
                 "accepted"
             )
-        values[name] = value.astype({"f": floating, "b": bool}.get(kind, np.int32))
+        with np.errstate(over="ignore"):  # a rate beyond float32 is inf, and diverges
+            values[name] = value.astype({"f": floating, "b": bool}.get(kind, np.int32))
     return shape[0], values
 
 

@@ -117,7 +117,7 @@ def test_a_dry_run_says_what_it_would_take(table):
     cost = sweep.run(table=table, axes=AXES, dry_run=True, **TOY)["cost"]
     assert cost[0]["networks"] == 24
     assert cost[0]["network-steps/s"] > 0
-    assert cost[0]["at a time"] <= 24
+    assert cost[0]["on all devices at a time"] <= 24
 
 
 BAD = {
