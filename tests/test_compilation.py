@@ -11,7 +11,7 @@ from conftest import problem, relative_error
 from jax import P
 
 import jaxbce
-from jaxbce import gradients
+from jaxbce import curvature, gradients, per_example
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -33,6 +33,30 @@ def test_the_core_lowers_for_accelerators(platform, dtype, block_size):
 
     lowered = jax.jit(core).trace(*arguments).lower(lowering_platforms=(platform,))
     assert "dot_general" in lowered.as_text()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_per_example_work_and_curvature_lower_for_accelerators(platform, dtype):
+    arguments = problem((5, 4, 2)).arguments(dtype)
+
+    def everything(params, x, y):
+        return (
+            per_example.grads(params, x, y),
+            per_example.inner_products(params, x, y, x, y, block_size=8),
+            per_example.clipped_value_and_grad(params, x, y, max_norm=1.0),
+            per_example.scores(params, x, y),
+            per_example.noise_scale(params, x, y),
+            curvature.ntk(params, x, block_size=8),
+            curvature.hvp(params, x, y, params),
+            curvature.ggn_vp(params, x, y, params),
+            curvature.ggn_eigenvalues(params, x, y, k=3),
+            curvature.log_evidence(params, x, y, 1.0),
+            curvature.kfac_factors(params, x),
+        )
+
+    lowered = jax.jit(everything).trace(*arguments)
+    assert "dot_general" in lowered.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_equal_shapes_are_traced_once(monkeypatch):
