@@ -113,7 +113,7 @@ def test_the_benchmark_of_fit_measures_runs_that_agree(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:optax.global_norm")  # of jax_privacy
 def test_the_benchmark_of_contests_measures_every_peer_that_agrees(monkeypatch):
-    small = 12, (5, 4, 1)
+    small = 64, (5, 4, 1)
     pairs = [(name, peer) for name, c in _contests.contests().items() for peer in c[2]]
     sizes = tuple((*pair, *small) for pair in pairs)
     rows = benchmark.run(suite="per_example", sizes=sizes, rounds=3, repeats=1)
@@ -129,7 +129,7 @@ def test_the_benchmark_of_contests_measures_every_peer_that_agrees(monkeypatch):
     assert "not installed" in reported[0]["skipped"]
     wrong = contest._replace(ours=lambda *a: 1.001 * contest.ours(*a))
     monkeypatch.setitem(_contests.contests(), "norms", wrong)
-    with pytest.raises(ValueError, match="norms of 12 rows"):
+    with pytest.raises(ValueError, match="norms of 64 rows"):
         benchmark.run(suite="per_example", sizes=(size,), rounds=3, repeats=1)
 
 
