@@ -82,7 +82,7 @@ def products(function, *arguments):
 
 
 def test_only_the_gradients_asked_for_are_computed():
-    params, x, y = problem((5, 4, 1)).arguments(np.float32)
+    params, x, y = problem((5, 6, 1)).arguments(np.float32)
     # Forward 2, backward 1, contraction 2; ∂/∂X is one more.
     assert products(jaxbce.value_and_grad, params, x, y) == 5
     assert products(jax.grad(jaxbce.loss), params, x, y) == 5

@@ -427,3 +427,15 @@ def test_blocks_are_equally_long_so_that_few_rows_are_taken_twice(
     assert lengths == {length}
     assert total == x.sum()
     np.testing.assert_array_equal(per_row, x)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 2, 1), (5, 4, 3), (30, 16, 4), (6, 8, 7, 2)])
+def test_networks_map_whatever_layers_narrow(sizes):
+    """XLA's batched products with transposed results once crashed the process."""
+    p = problem(sizes)
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+        mapped = jax.jit(jax.vmap(jaxbce.value_and_grad, (0, None, None)))
+        found = jax.tree.map(lambda leaf: leaf[0], mapped(stacked, x, y))
+        assert relative_error(found, jaxbce.value_and_grad(params, x, y)) <= 1e-12
