@@ -233,9 +233,12 @@ def _curvature_vp(
             dots.append(dot)
         grads = []
         for k, dot in enumerate(reversed(dots)):
-            w = weight_gradient(trace.h[k], dot)  # [n_{k+1}, n_k]
-            if k > 0:
-                w += weight_gradient(h_dot[k - 1], delta[k])
+            if k == 0:
+                w = weight_gradient(trace.h[0], dot)  # [n_1, n_0]
+            else:  # already a sum of two
+                h, h_k_dot = trace.h[k], h_dot[k - 1]
+                w = matmul(dot.astype(h.dtype).T, h)  # [n_{k+1}, n_k]
+                w += matmul(delta[k].astype(h.dtype).T, h_k_dot)
             grads.append(Layer(w=w.T, b=jnp.sum(dot, axis=0)))
         return tuple(grads), ()
 
