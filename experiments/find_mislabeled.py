@@ -12,8 +12,10 @@ table says how well each score finds them, beside chance, the norm of the input,
 cleanlab's confident learning on the same folds and networks where it is installed.
 Expect a ROC AUC on digits of about 0.99 for EL2N and the loss.
 
-Without flips (--data's default) the rows are ranked as they are. Either way
-suspicious.csv in --output_dir has all rows, the most suspicious first.
+Features are standardised over all rows, labels unseen; a row that is repeated may
+have its double in another fold. Without flips (--data's default) the rows are ranked
+as they are. Either way suspicious.csv in --output_dir has all rows, the most
+suspicious first.
 """
 
 from pathlib import Path

@@ -59,7 +59,8 @@ _BOUNDS = flags.DEFINE_list(
 )
 
 NUM_STEPS, BATCH_SIZE, SEEDS, LEARNING_RATE = 300, 256, 5, 0.01
-LARGEST_EPSILON = 100.0  # beyond, no accountant is exact, and nothing is private
+LARGEST_EPSILON = 20.0  # beyond, accounting takes minutes, and little is private
+LEAST_DELTA = 1e-15  # below, the accountant's own roundings count
 BOUNDS = {"digits": (0.0, 16.0)}
 CHUNKS = 20
 
@@ -89,8 +90,8 @@ def run(
 
     Args:
       table: The data.
-      epsilons: Privacy to train with, each in (0, 100].
-      delta: δ, in (0, 1).
+      epsilons: Privacy to train with, each in (0, 20].
+      delta: δ, in [1e-15, 1).
       max_grad_norm: The norm that each row's gradient is clipped to.
       num_steps: Steps to train for.
       batch_size: Expected rows in a batch; 0 is all of them, None a quarter, 256 at
@@ -104,7 +105,7 @@ def run(
       schedule: "constant", "cosine", "warmup-cosine" or "exponential".
       weight_decay: The optimizer's own, or of the objective.
       bounds: Of all features, known beforehand; None is to standardise.
-      dtype: "float64", "float32" or "bfloat16".
+      dtype: "float64" or "float32".
 
     Returns:
       "configuration"; "rows", one for each ε and a last one without privacy; "clipped",
@@ -120,8 +121,12 @@ def run(
     if not epsilons or not all(0 < epsilon <= LARGEST_EPSILON for epsilon in epsilons):
         given = ",".join(map(str, epsilons))
         raise _cli.InputError(f"--epsilon={given}: not in (0, {LARGEST_EPSILON:g}]")
-    if not 0 < delta < 1:
-        raise _cli.InputError(f"--delta={delta}: not between 0 and 1")
+    if not LEAST_DELTA <= delta < 1:
+        raise _cli.InputError(f"--delta={delta}: not in [{LEAST_DELTA:g}, 1)")
+    if dtype == "bfloat16":
+        raise _cli.InputError(
+            "--dtype=bfloat16: rounds sums by more than the noise is meant to hide"
+        )
     if not 0 < max_grad_norm < np.inf:
         raise _cli.InputError(f"--max_grad_norm={max_grad_norm}: not a number > 0")
     if batch_size is None:
@@ -140,6 +145,16 @@ def run(
         weight_decay=weight_decay,
         args=tuple((optimizer_args or {}).items()),
     )
+    transformation = family({})
+    try:
+        one = (jaxbce.Layer(jnp.zeros((1, 1)), jnp.zeros(1)),)
+        jax.eval_shape(
+            lambda: transformation.update(one, transformation.init(one), one)
+        )
+    except TypeError as error:
+        raise _cli.InputError(
+            f"--optimizer={optimizer}: needs more than the private gradient ({error})"
+        ) from None
     sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
     bar = tqdm(epsilons, desc="accounting", unit="ε", disable=None)
     noise = [noise_multiplier(epsilon, delta, **sampling) for epsilon in bar]
@@ -147,7 +162,7 @@ def run(
     with jax.enable_x64(dtype == "float64"):
         accuracies, clipped = _train(
             parts,
-            family({}),
+            transformation,
             noise=(*noise, 0.0),
             max_norm=(*[max_grad_norm] * len(noise), np.inf),
             sampling=sampling,
@@ -383,7 +398,7 @@ def _train(
             count = min(chunk, num_steps - start)
             drawn = [list(itertools.islice(batches, count)) for batches in draws]
             longest = max(len(rows) for batches in drawn for rows in batches)
-            width = max(width, longest + longest // 8)  # room, to compile once
+            width = max(width, longest + longest // 8, 1)  # room, to compile once
             filled = np.full((seeds, count, width), -1, np.int32)
             for batches, target in zip(drawn, filled, strict=True):
                 for rows, line in zip(batches, target, strict=True):
@@ -456,7 +471,7 @@ def main() -> int:
     """Trains, prints and draws what the flags say."""
     jax.config.update("jax_default_matmul_precision", "highest")
     folder = _cli.output_dir()
-    epsilons = _floats("epsilon", _EPSILON.value)
+    epsilons = tuple(sorted(set(_floats("epsilon", _EPSILON.value))))
     bounds: Any = BOUNDS.get(_data.DATASET.value or "digits")
     if _data.DATA.value is not None:
         bounds = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -204,16 +205,20 @@ def vector(v: Any, params_: Any) -> Any:
 
 
 def scalar(name: str, value: Any, *, zero: bool = False) -> None:
-    """Checks a positive scalar, or one >= 0; its value where it is a Python number."""
+    """Checks a positive scalar, or one >= 0; its value where NumPy or Python has it."""
     accepted = "a number >= 0" if zero else "a number > 0"
-    if type(value) in (int, float):
-        if not (value >= 0 if zero else value > 0):
+    if type(value) not in (int, float):
+        _array(name, value, accepted)
+        _kind(name, value, floating=False)
+        if value.shape != () or value.dtype == bool:
+            raise ValueError(
+                f"{name} has shape {value.shape}, dtype {value.dtype.name}; {accepted} "
+                "is accepted"
+            )
+    if isinstance(value, (int, float, np.generic, np.ndarray)):
+        number = float(value)
+        if not (number >= 0 if zero else number > 0):
             raise ValueError(f"{name} is {value!r}; {accepted} is accepted")
-        return
-    _array(name, value, accepted)
-    _kind(name, value, floating=False)
-    if value.shape != ():
-        raise ValueError(f"{name} has shape {value.shape}; {accepted} is accepted")
 
 
 def reduction(value: Any) -> None:

@@ -56,8 +56,7 @@ def ntk(
       \Theta_{ij} = \sum_k (1 + h_{k-1,i} \cdot h_{k-1,j})\, E_{k,i} E_{k,j}^\top
 
     It is the finite network's own kernel, at these parameters. Beside the result and
-    one array of its size memory grows with the rows times the widths, never with the
-    rows times the parameters.
+    one array of its size memory grows with the rows times the outputs times the widths.
 
     Args:
       params: A tuple of `Layer`.
@@ -318,10 +317,25 @@ def ggn_eigenvalues(
     rows = rows_per_block(block_size, params, len(batch.c))
     if k is None or terms < size or 5 * count >= size:
         return jnp.flip(jnp.linalg.eigvalsh(_gram(params, batch, rows))).clip(0)[:count]
-    product = _flat_ggn_vp(params, batch, rows)
-    start = jax.random.normal(jax.random.key(0), (size, count), batch.c.dtype)
+    return _largest(_flat_ggn_vp(params, batch, rows), size, count, batch.c.dtype)
+
+
+def _largest(product: Any, size: int, count: int, dtype: Any) -> jax.Array:
+    """The largest eigenvalues of a positive semidefinite matrix, by LOBPCG.
+
+    It divides by zero where a residual is 0, as with a matrix of low rank. A random
+    diagonal, of a rounding of the largest eigenvalue, keeps residuals from being that.
+    """
+    key_start, key_diagonal = jax.random.split(jax.random.key(0))
+    start = jax.random.normal(key_start, (size, count), dtype)
     columns = jax.vmap(product, in_axes=1, out_axes=1)
-    return lobpcg_standard(columns, start)[0].clip(0)
+    unit = start / jnp.linalg.norm(start, axis=0)
+    scale = jnp.max(jnp.linalg.norm(columns(unit), axis=0))
+    positive = scale > 0
+    least = jnp.finfo(dtype).eps * jnp.where(positive, scale, 1)
+    diagonal = least * jax.random.uniform(key_diagonal, (size, 1), dtype)
+    found = lobpcg_standard(lambda v: columns(v) + diagonal * v, start)[0]
+    return jnp.where(positive, found.clip(0), 0)
 
 
 def _num_params(params: Params) -> int:
@@ -376,7 +390,8 @@ def log_evidence(
     pos_weight make it that of a weighted likelihood.
 
     It can be differentiated in the prior precision, so that one can be found by
-    ascending the evidence.
+    ascending the evidence. Eigenvalues are known to a rounding of the largest one, and
+    τ should be well above that (in float32, 1e-5 of it): below, use float64.
 
     Args:
       params: A tuple of `Layer`.

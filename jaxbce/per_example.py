@@ -124,9 +124,10 @@ def norms(
       \|G_i\|^2 = \sum_k (1 + \|h_{k-1,i}\|^2)\, \|\delta_{k,i}\|^2
 
     It costs a forward and a backward pass without their last products. A norm is
-    accurate relative to its own size however small it is, down to the smallest normal
-    number; it is 0 where δ_L is (a weight of 0, or an infinite logit that agrees with
-    its label), and infinite where the square of a layer input overflows.
+    accurate relative to its own size, however small, as long as δ_L is a normal number;
+    it is 0 where δ_L is (a weight of 0, or an infinite logit that agrees with its
+    label), and infinite where the square of a layer input overflows. Features are to
+    be finite: of a row that has others the norm may be NaN.
 
     Args:
       params: A tuple of `Layer`.
@@ -329,7 +330,7 @@ def _clipped(
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
         rows = _examples(params, x, y, s, p)
         norms = rows.norms()  # [B]
-        kept = jnp.where(norms > most, most / norms, 1)  # [B]
+        kept = jnp.where(norms <= most, 1, most / norms)  # [B]; NaN is not kept
         scale = (rows.size * kept / divisor)[:, None]  # [B, 1]
         grads = contract(rows.trace.h[:-1], tuple(scale * unit for unit in rows.unit))
         ell = jnp.sum(bce_with_logits(rows.trace.a[-1], y, pos_weight=p), axis=1)
@@ -420,7 +421,7 @@ class NoiseScale(NamedTuple):
 
     Attributes:
       scale: `variance / squared_norm`, in rows; inf where the latter is not positive,
-        NaN where all gradients are 0.
+        NaN where all gradients are 0, or so small that their squares are.
       variance: Unbiased estimate of the trace of the covariance of G_i, >= 0.
       squared_norm: Unbiased estimate of the squared norm of the mean of G_i. It may
         be negative where the gradient is lost in the noise. Over several batches

@@ -111,7 +111,7 @@ def test_products_and_spectrum_are_those_of_explicit_matrices(sizes, name):
 
 
 @pytest.mark.parametrize("rows", [5, 60], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("sizes", [(4, 3, 1), (4, 3, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 3, 1), (3, 4, 3, 3)], ids=str)
 def test_either_matrix_gives_the_spectrum_and_the_evidence(sizes, rows):
     p = problem(sizes, rows=rows)
     with jax.enable_x64(True):
@@ -153,6 +153,29 @@ def test_largest_eigenvalues_come_without_a_matrix():
         program = some.lower(*arguments).as_text()
         assert "241x241" not in program
         assert "400x400" not in program
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", ["dead units", "zero", "no weight", "saturated"])
+def test_largest_eigenvalues_of_a_matrix_of_low_rank(case, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        x = jax.random.normal(jax.random.key(1), (400, 10), dtype)
+        y = jnp.ones((400, 1), dtype)
+        first, last = jaxbce.init(jax.random.key(0), (10, 20, 1), dtype=dtype)
+        weights = {}
+        if case == "dead units":
+            first = first._replace(b=first.b - 50)
+        elif case == "zero":
+            first, last = jax.tree.map(jnp.zeros_like, (first, last))
+        elif case == "saturated":
+            last = last._replace(w=0 * last.w, b=last.b + 1000)
+        else:
+            weights = {"sample_weight": jnp.zeros(400, dtype), "reduction": "sum"}
+        for k in (2, 20):
+            some = curvature.ggn_eigenvalues((first, last), x, y, k=k, **weights)
+            every = curvature.ggn_eigenvalues((first, last), x, y, **weights)
+            eps = float(jnp.finfo(dtype).eps)
+            np.testing.assert_allclose(some, every[:k], atol=20 * eps * every[0])
 
 
 def test_evidence_of_a_linear_model_is_near_the_integral():

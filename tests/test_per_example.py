@@ -333,6 +333,9 @@ def test_no_per_example_gradient_is_in_memory():
         ({"max_norm": float("nan")}, "max_norm is nan"),
         ({"max_norm": "1"}, "max_norm is a str"),
         ({"max_norm": None}, "max_norm is a NoneType"),
+        ({"max_norm": np.float64(-1.0)}, "max_norm is"),
+        ({"max_norm": np.array(float("nan"))}, "max_norm is"),
+        ({"max_norm": np.array(True)}, "dtype bool"),
         ({"max_norm": np.ones(2)}, r"max_norm has shape \(2,\)"),
         ({"max_norm": 1.0, "reduction": "max"}, "reduction is 'max'"),
         ({"max_norm": 1.0, "block_size": 0}, "block_size is 0"),
@@ -343,6 +346,37 @@ def test_a_wrong_option_is_named(change, message):
     arguments = problem((7, 5, 1)).arguments(np.float32)
     with pytest.raises((TypeError, ValueError), match=message):
         per_example.clipped_value_and_grad(*arguments, **change)
+
+
+def test_a_norm_that_is_not_a_number_clips_to_nothing_that_looks_right():
+    arguments = problem((7, 5, 1)).arguments(np.float32)
+    clipped = per_example.clipped_value_and_grad(
+        *arguments, max_norm=jnp.float32("nan")
+    )
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(clipped.grads))
+
+
+def test_a_row_of_weight_0_may_have_an_infinite_loss():
+    params = (jaxbce.Layer(jnp.full((1, 1), 1e30), jnp.zeros(1)),)
+    x, y = jnp.array([[1e30], [0.0]]), jnp.zeros((2, 1))
+    clipped = per_example.clipped_value_and_grad(
+        params, x, y, max_norm=1.0, sample_weight=jnp.array([0.0, 1.0])
+    )
+    np.testing.assert_allclose(clipped.value, np.log(2), rtol=1e-6)
+
+
+def test_scores_and_noise_scale_know_of_pos_weight():
+    p = problem((7, 5, 3))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        matrix = flat(grads_reference(params, x, y, pos_weight=2.5))
+        scores = per_example.scores(params, x, y, pos_weight=2.5)
+        np.testing.assert_allclose(
+            scores.grand, np.linalg.norm(matrix, axis=1), rtol=EXACT
+        )
+        mine = per_example.noise_scale(params, x, y, pos_weight=2.5)
+        variance = np.var(matrix, axis=0, ddof=1).sum()
+        np.testing.assert_allclose(mine.variance, variance, rtol=1e-11)
 
 
 def test_wrong_second_rows_are_named():

@@ -133,7 +133,13 @@ def test_privacy_3_on_digits_beats_chance_by_far():
     [
         ({"epsilons": (0.0,)}, "--epsilon=0.0"),
         ({"epsilons": ()}, "--epsilon="),
-        ({"epsilons": (1.0, 101.0)}, "not in"),
+        ({"epsilons": (1.0, 21.0)}, "not in"),
+        ({"dtype": "bfloat16"}, "--dtype=bfloat16"),
+        (
+            {"optimizer": "polyak_sgd", "learning_rate": None},
+            "--optimizer=polyak_sgd: needs more",
+        ),
+        ({"delta": 1e-300}, "--delta=1e-300"),
         ({"epsilons": (float("nan"),)}, "--epsilon=nan"),
         ({"delta": 0.0}, "--delta=0.0"),
         ({"delta": 1.0}, "--delta=1.0"),
@@ -147,6 +153,13 @@ def test_privacy_3_on_digits_beats_chance_by_far():
 def test_what_cannot_be_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         private.run(table=_data.load(dataset="moons"), **{**TOY, **change})
+
+
+def test_a_batch_may_be_empty():
+    toy = {**TOY, "num_steps": 5, "seeds": 1, "batch_size": 1}
+    result = private.run(table=_data.load(dataset="moons"), epsilons=(3.0,), **toy)
+    assert np.isnan(result["clipped"]).any()  # of an empty batch, no share
+    assert result["rows"][0]["test accuracy"] > 0
 
 
 def test_bounds_leave_the_training_rows_out():
