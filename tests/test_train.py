@@ -251,7 +251,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same_to_the_bit(tmp_path):
 
 
 def test_an_interrupt_is_one_line(tmp_path):
-    options = ("--dataset=moons", "--epochs=1000000", f"--output_dir={tmp_path}")
+    options = ("--dataset=moons", "--epochs=200000", f"--output_dir={tmp_path}")
     process = start("train", *options)
     while not checkpoints(tmp_path):
         assert process.poll() is None, process.communicate()
