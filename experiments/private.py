@@ -19,7 +19,6 @@ The noise is only as secret as --seed.
 """
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,15 @@ from absl import flags
 from tqdm import tqdm
 
 import jaxbce
-from experiments import _cli, _data, _optimizers, _pictures, _results, _training
+from experiments import (
+    _cli,
+    _data,
+    _optimizers,
+    _pictures,
+    _privacy,
+    _results,
+    _training,
+)
 from jaxbce import per_example
 
 for _module in (_cli, _data, _optimizers):
@@ -157,14 +164,16 @@ def run(
         ) from None
     sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
     bar = tqdm(epsilons, desc="accounting", unit="ε", disable=None)
-    noise = [noise_multiplier(epsilon, delta, **sampling) for epsilon in bar]
-    spent = [epsilon_spent(sigma, delta, **sampling) for sigma in noise]
+    noise = [_privacy.noise_multiplier(epsilon, delta, **sampling) for epsilon in bar]
+    spent = [_privacy.epsilon_spent(sigma, delta, **sampling) for sigma in noise]
     with jax.enable_x64(dtype == "float64"):
         accuracies, clipped = _train(
             parts,
             transformation,
-            noise=(*noise, 0.0),
-            max_norm=(*[max_grad_norm] * len(noise), np.inf),
+            levels=[
+                *((n * max_grad_norm, max_grad_norm) for n in noise),
+                (0.0, np.inf),
+            ],
             sampling=sampling,
             seeds=seeds,
             seed=seed,
@@ -180,8 +189,8 @@ def run(
         for part, values in accuracies.items():
             row[f"{part} accuracy"] = float(values[i].mean())
             row[f"{part} s.e."] = float(values[i].std(ddof=seeds > 1) / seeds**0.5)
-        row["clipped at first"] = float(np.nanmean(clipped[i, :, :tenth]))
-        row["clipped at last"] = float(np.nanmean(clipped[i, :, -tenth:]))
+        row["clipped at first"] = float(np.mean(clipped[i, :, :tenth]))
+        row["clipped at last"] = float(np.mean(clipped[i, :, -tenth:]))
         measured.append(row)
     return {
         "configuration": {
@@ -210,112 +219,6 @@ def run(
     }
 
 
-def _libraries() -> Any:
-    """jax_privacy, with its parts."""
-    try:
-        import jax_privacy
-        from jax_privacy.accounting import accountants, analysis, calibrate
-    except ImportError as error:
-        raise _cli.InputError(
-            f"{error.name} is not installed; pip install 'jaxbce[privacy]' brings it"
-        ) from None
-    del accountants, analysis, calibrate  # attributes of jax_privacy.accounting now
-    return jax_privacy
-
-
-def _accountant(interval: float) -> Any:
-    accounting = _libraries().accounting
-    config = accounting.accountants.PldAccountantConfig(
-        value_discretization_interval=interval
-    )
-    return accounting.analysis.DpsgdTrainingAccountant(config)
-
-
-def epsilon_spent(
-    noise: float,
-    delta: float,
-    *,
-    rows: int,
-    batch_size: int,
-    num_steps: int,
-    interval: float = 1e-4,
-) -> float:
-    """ε of Gaussian sums over Poisson samples, for adding or removing a row.
-
-    Each row is in each sample with chance `batch_size / rows`.
-
-    Args:
-      noise: The noise's standard deviation over the norm clipped to.
-      delta: δ.
-      rows: Rows to train on.
-      batch_size: Expected rows in a batch.
-      num_steps: Steps.
-      interval: Width of the bins of privacy losses; ε is an upper bound for any, closer
-        and slower for smaller ones.
-    """
-    params = _libraries().accounting.analysis.DpParams(
-        noise_multipliers=noise,
-        delta=delta,
-        num_samples=rows,
-        batch_size=batch_size,
-    )
-    return float(_accountant(interval).compute_epsilon(num_steps, params))
-
-
-def noise_multiplier(
-    epsilon: float, delta: float, *, rows: int, batch_size: int, num_steps: int
-) -> float:
-    """The least noise, to a thousandth, that spends no more than (ε, δ).
-
-    Raises:
-      InputError: If there is none that is of any use.
-    """
-    sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
-    noise = 64.0
-    while epsilon_spent(noise, delta, **sampling) > epsilon:
-        noise *= 2
-        if noise > 2**20:
-            raise _cli.InputError(f"--epsilon={epsilon}: no noise is enough")
-    # Downwards, since less noise takes longer to account for; in wide bins first.
-    for interval, ratio in ((1e-3, 1.5), (1e-4, 1.1)):
-        less = noise / ratio
-        while epsilon_spent(less, delta, **sampling, interval=interval) <= epsilon:
-            noise, less = less, less / ratio
-        noise = _libraries().accounting.calibrate.calibrate_noise_multiplier(
-            target_epsilon=epsilon,
-            accountant=_accountant(interval),
-            batch_sizes=batch_size,
-            num_updates=num_steps,
-            num_samples=rows,
-            target_delta=delta,
-            initial_min_noise=less,
-            initial_max_noise=noise,
-            tol=less / 1000,
-        )
-    return noise
-
-
-def poisson_batches(
-    *, rows: int, batch_size: int, num_steps: int, seed: tuple[int, ...]
-) -> Iterator[np.ndarray]:
-    """The rows of each batch, by the sampling that the accountant assumes.
-
-    Each row is in each batch with chance `batch_size / rows`, whatever else is.
-    """
-    sampling = _libraries().batch_selection.CyclicPoissonSampling(
-        sampling_prob=batch_size / rows, iterations=num_steps
-    )
-    return sampling.batch_iterator(rows, rng=np.random.default_rng(seed))
-
-
-def noisy_mean(
-    key: jax.Array, stddev: jax.Array, batch_size: int
-) -> optax.GradientTransformation:
-    """Adds noise to a sum of clipped gradients, and divides by the expected batch."""
-    noisy = _libraries().noise_addition.gaussian_privatizer(stddev=stddev, prng_key=key)
-    return optax.chain(noisy, optax.scale(1 / batch_size))
-
-
 def _scaled(
     table: _data.Table, parts: dict[str, _data.Part], bounds: tuple[float, float]
 ) -> dict[str, _data.Part]:
@@ -337,8 +240,7 @@ def _train(
     parts: dict[str, _data.Part],
     optimizer: optax.GradientTransformation,
     *,
-    noise: tuple[float, ...],
-    max_norm: tuple[float, ...],
+    levels: list[tuple[float, float]],
     sampling: dict[str, int],
     seeds: int,
     seed: int,
@@ -347,16 +249,16 @@ def _train(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Accuracies by part, `[ε, seeds]`, and shares clipped, `[ε, seeds, steps]`.
 
-    Networks of one seed start from the same weights and see the same batches.
+    A level is the noise's standard deviation and the norm clipped to. Networks of one
+    seed start from the same weights and see the same batches.
     """
     x, y = (jnp.asarray(t, dtype) for t in parts["train"][1:])
     sizes = (x.shape[1], *hidden, y.shape[1])
-    stddev = [s * c if s else 0.0 for s, c in zip(noise, max_norm, strict=True)]
-    levels = jnp.asarray(stddev, x.dtype), jnp.asarray(max_norm, x.dtype)
+    columns = tuple(jnp.asarray(t, x.dtype) for t in zip(*levels, strict=True))
     keys = jax.random.split(jax.random.key(seed), (seeds, 2))
 
     def private(key: jax.Array, stddev: jax.Array) -> optax.GradientTransformation:
-        mean = noisy_mean(key, stddev, sampling["batch_size"])
+        mean = _privacy.noisy_mean(key, stddev, sampling["batch_size"])
         return optax.chain(mean, optimizer)
 
     def begin(level: Any, keys: jax.Array) -> Any:
@@ -381,14 +283,15 @@ def _train(
                 clipped.grads, optimizer_state, params
             )
             params = optax.apply_updates(params, updates)
-            return (params, optimizer_state), clipped.fraction_clipped
+            share = jnp.nan_to_num(clipped.fraction_clipped)  # 0 of an empty batch
+            return (params, optimizer_state), share
 
         return jax.lax.scan(step, state, batches)
 
     num_steps = sampling["num_steps"]
-    draws = [poisson_batches(**sampling, seed=(seed, s)) for s in range(seeds)]
+    draws = [_privacy.poisson_batches(**sampling, seed=(seed, s)) for s in range(seeds)]
     each_level = jax.vmap(begin, in_axes=(0, None))
-    state = jax.jit(jax.vmap(each_level, in_axes=(None, 0)))(levels, keys)
+    state = jax.jit(jax.vmap(each_level, in_axes=(None, 0)))(columns, keys)
     each_level = jax.vmap(steps, in_axes=(0, 0, None, None))
     advance = jax.jit(jax.vmap(each_level, in_axes=(0, None, 0, 0)))
     chunk = -(-num_steps // CHUNKS)
@@ -403,7 +306,7 @@ def _train(
             for batches, target in zip(drawn, filled, strict=True):
                 for rows, line in zip(batches, target, strict=True):
                     line[: len(rows)] = rows
-            state, share = advance(state, levels, keys, jnp.asarray(filled))
+            state, share = advance(state, columns, keys, jnp.asarray(filled))
             clipped.append(np.asarray(share))
             bar.update(count)
 

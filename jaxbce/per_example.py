@@ -221,9 +221,9 @@ def inner_products(
     trace2 = forward(params, x2)
     delta2 = deltas(params, trace2, y2, pos_weight=p)
 
-    def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
+    def block(_: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
         trace = forward(params, x)
-        delta = deltas(params, trace, y, sample_weight=s, pos_weight=p)
+        delta = deltas(params, trace, y, pos_weight=p)
         layers = zip(trace.h[:-1], trace2.h, delta, delta2, strict=False)
         total = sum((1 + matmul(h, h2.T)) * (d @ d2.T) for h, h2, d, d2 in layers)
         return (), jnp.asarray(total)

@@ -431,7 +431,7 @@ def test_blocks_are_equally_long_so_that_few_rows_are_taken_twice(
 
 @pytest.mark.parametrize("sizes", [(3, 3, 2, 1), (5, 4, 3), (30, 16, 4), (6, 8, 7, 2)])
 def test_networks_map_whatever_layers_narrow(sizes):
-    """XLA's batched products with transposed results once crashed the process."""
+    """XLA aborts on some batched products whose results are laid out transposed."""
     p = problem(sizes)
     with jax.enable_x64(True):
         params, x, y = p.arguments()

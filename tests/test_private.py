@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from conftest import start
 
-from experiments import _data, private
+from experiments import _data, _privacy, private
 from experiments._cli import InputError
 
 mpl.use("Agg")
@@ -41,7 +41,7 @@ def spent(accountant: Any, noise: float) -> Any:
 
 @pytest.mark.parametrize("noise", [0.8, 2.0])
 def test_epsilon_spent_is_dp_accountings(noise):
-    mine = private.epsilon_spent(noise, 1e-5, **SAMPLING)
+    mine = _privacy.epsilon_spent(noise, 1e-5, **SAMPLING)
     direct = spent(dp_accounting.pld.PLDAccountant(), noise)
     np.testing.assert_allclose(mine, direct, rtol=1e-6)
     assert mine <= spent(dp_accounting.rdp.RdpAccountant(), noise)  # a looser bound
@@ -49,14 +49,14 @@ def test_epsilon_spent_is_dp_accountings(noise):
 
 @pytest.mark.parametrize("epsilon", [0.3, 3.0])
 def test_the_noise_is_the_least_that_keeps_to_epsilon(epsilon):
-    noise = private.noise_multiplier(epsilon, 1e-5, **SAMPLING)
+    noise = _privacy.noise_multiplier(epsilon, 1e-5, **SAMPLING)
     assert spent(dp_accounting.pld.PLDAccountant(), noise) <= epsilon
     assert spent(dp_accounting.pld.PLDAccountant(), 0.99 * noise) > epsilon
 
 
 def test_batches_are_poisson_samples():
     batches = list(
-        private.poisson_batches(rows=400, batch_size=40, num_steps=2000, seed=(0, 1))
+        _privacy.poisson_batches(rows=400, batch_size=40, num_steps=2000, seed=(0, 1))
     )
     member = np.zeros((2000, 400))
     for line, rows in zip(member, batches, strict=True):
@@ -69,12 +69,12 @@ def test_batches_are_poisson_samples():
     assert abs(member.mean(axis=0) - 0.1).max() < 5 * 0.3 / 2000**0.5
     together = (member[:, ::2] * member[:, 1::2]).mean()
     assert abs(together - 0.01) < 5 * 0.1 / (2000 * 200) ** 0.5
-    others = private.poisson_batches(**SAMPLING, seed=(0, 2))
+    others = _privacy.poisson_batches(**SAMPLING, seed=(0, 2))
     assert not np.array_equal(next(others), batches[0])
 
 
 def test_the_noise_added_is_that_accounted_for():
-    mean = private.noisy_mean(jax.random.key(0), jnp.float32(6.0), 40)
+    mean = _privacy.noisy_mean(jax.random.key(0), jnp.float32(6.0), 40)
     zero = {"w": jnp.zeros((300, 300)), "b": jnp.zeros(300)}
     state = mean.init(zero)
     first: Any
@@ -109,7 +109,7 @@ def test_nothing_of_a_row_goes_round_the_noise(monkeypatch):
     def nothing(*_):
         return optax.set_to_zero()
 
-    monkeypatch.setattr(private, "noisy_mean", nothing)
+    monkeypatch.setattr(_privacy, "noisy_mean", nothing)
     table = _data.load(dataset="moons")
     toy = {**TOY, "optimizer": "sgd", "weight_decay": 0.0}
     first = private.run(table=table, epsilons=(1.0,), **{**toy, "num_steps": 1})
@@ -156,10 +156,29 @@ def test_what_cannot_be_is_refused(change, message):
 
 
 def test_a_batch_may_be_empty():
+    sampling = {"rows": 600, "batch_size": 1, "num_steps": 5}
+    batches = list(_privacy.poisson_batches(**sampling, seed=(0, 0)))
+    assert min(map(len, batches)) == 0
     toy = {**TOY, "num_steps": 5, "seeds": 1, "batch_size": 1}
     result = private.run(table=_data.load(dataset="moons"), epsilons=(3.0,), **toy)
-    assert np.isnan(result["clipped"]).any()  # of an empty batch, no share
+    empty = [len(rows) == 0 for rows in batches]
+    assert np.all(result["clipped"][:, 0, empty] == 0)
+    assert np.isfinite(result["clipped"]).all()
     assert result["rows"][0]["test accuracy"] > 0
+
+
+def test_the_noise_is_in_units_of_the_norm(monkeypatch):
+    given = {}
+
+    def train(parts, optimizer, *, levels, **_):
+        given["levels"] = levels
+        return {"test": np.ones((2, 2))}, np.zeros((2, 2, 10))
+
+    monkeypatch.setattr(private, "_train", train)
+    toy = {**TOY, "max_grad_norm": 0.25}
+    result = private.run(table=_data.load(dataset="moons"), epsilons=(3.0,), **toy)
+    noise = result["rows"][0]["noise"]
+    assert given["levels"] == [(0.25 * noise, 0.25), (0.0, np.inf)]
 
 
 def test_bounds_leave_the_training_rows_out():
