@@ -381,8 +381,10 @@ def _members(
 def _keep(result: SweepResult, found: SweepResult, device: int, group: _Group) -> None:
     """Puts what a device found, `[devices, seeds, points, ...]`, where it belongs."""
 
+    where = np.ix_(group.points, group.seeds)
+
     def put(whole: np.ndarray, part: np.ndarray) -> None:
-        whole[np.ix_(group.points, group.seeds)] = part[device].swapaxes(0, 1)
+        whole[where] = part[device].swapaxes(0, 1)
 
     jax.tree.map(put, result, found)
 
@@ -458,6 +460,8 @@ def _member(
 def _placed(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
     """Arrays that every process has whole, put on the devices of all of them."""
     sharding = jax.sharding.NamedSharding(mesh, spec)
+    if jax.process_count() == 1:  # without a way over the host
+        return jax.device_put(tree, sharding)
 
     def place(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)

@@ -184,13 +184,14 @@ def _fit(
     outputs = run.params[-1].w.shape[1]
     y = _validate.labels(y, (rows, outputs), dtype)
     p = _validate.pos_weight(pos_weight, outputs, dtype)
-    relative = jnp.ones(rows, dtype)
+    relative = None
     if sample_weight is not None:
         s = _validate.sample_weight(sample_weight, rows, dtype)
         s = s / jnp.max(s)  # so that their sum does not overflow
         relative = s / jnp.mean(s)
     block_rows = rows_per_block("auto", run.params, rows)
-    evaluated = [(x, y, relative / rows)]
+    each = jnp.full(rows, 1 / rows, dtype)
+    evaluated = [(x, y, each if relative is None else relative / rows)]
     if validation is not None:
         valid_x = _validate.features(validation[0], run.params)
         valid_y = _validate.labels(validation[1], (len(valid_x), outputs), dtype)
@@ -233,12 +234,14 @@ def _fit(
     def advance(begin: jax.Array, end: jax.Array, run: FitResult) -> FitResult:
         """Takes the steps from `begin` to `end`, and evaluates."""
         if batch_size is None:
-            c = relative / rows
+            c = evaluated[0][2]
             run = lax.fori_loop(begin, end, lambda t, run: step(t, run, x, y, c), run)
         else:
 
             def batch(t: Any, chosen: Any, share: Any, run: FitResult) -> FitResult:
-                c = share.astype(dtype) * relative[chosen]
+                c = share.astype(dtype)
+                if relative is not None:
+                    c = c * relative[chosen]
                 return step(t, run, x[chosen], y[chosen], c)
 
             run = _over_batches(batch, key, rows, batch_size, begin, end, run)
@@ -348,6 +351,9 @@ def _over_batches(
             # A short batch is as long as the others: it starts with rows of the one
             # before, whose share is 0.
             first = (t - number * per_epoch) * size
+            if rows % size == 0:
+                chosen = lax.dynamic_slice_in_dim(order, first, size)
+                return body(t, chosen, jnp.full(size, 1 / size), carry)
             start = jnp.minimum(first, rows - size)
             chosen = lax.dynamic_slice_in_dim(order, start, size)
             fresh = start + jnp.arange(size) >= first
