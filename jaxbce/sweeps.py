@@ -380,7 +380,6 @@ def _members(
 
 def _keep(result: SweepResult, found: SweepResult, device: int, group: _Group) -> None:
     """Puts what a device found, `[devices, seeds, points, ...]`, where it belongs."""
-
     where = np.ix_(group.points, group.seeds)
 
     def put(whole: np.ndarray, part: np.ndarray) -> None:
