@@ -1,6 +1,5 @@
 """The same network as a user would otherwise write it, for comparison."""
 
-import itertools
 import warnings
 from typing import Any
 
@@ -90,16 +89,27 @@ def plain_sweep(
     make_optimizer: Any,
     epochs: int,
     batch_size: int,
+    devices: Any = None,
 ) -> Any:
-    """`jit(vmap(train))` over learning rates, as anyone would write it: one device."""
+    """`jit(vmap(train))` over learning rates, as anyone would write it.
+
+    On one device, or with the members spread over `devices`, whose number divides
+    theirs.
+    """
 
     def train(rate: jax.Array, params: Params, x: jax.Array, y: jax.Array) -> Params:
         options = {"optimizer": make_optimizer({"learning_rate": rate})}
         options |= {"epochs": epochs, "batch_size": batch_size}
         return plain_fit(key, params, x, y, **options)
 
-    members = jax.jit(jax.vmap(train, in_axes=(0, None, None, None)))
-    return lambda rates: members(rates, params, x, y)
+    members = jax.vmap(train, in_axes=(0, None, None, None))
+    if devices is not None:
+        specs: Any = {"in_specs": (jax.P("m"), jax.P(), jax.P(), jax.P())}
+        specs |= {"out_specs": jax.P("m"), "check_vma": False}
+        mesh = jax.sharding.Mesh(np.array(devices), ("m",))
+        members = jax.shard_map(members, mesh=mesh, **specs)
+    program = jax.jit(members)
+    return lambda rates: program(rates, params, x, y)
 
 
 def scikit_learn_sweep(
@@ -117,48 +127,6 @@ def scikit_learn_sweep(
         joblib.delayed(train)(rate) for rate in rates
     )
     return sum(made)
-
-
-def torch_sweep(
-    layers: tuple[int, ...], members: int, batch_size: int, steps: int
-) -> Any:
-    """Adam on `torch.func.vmap` of a gradient, members stacked; None without PyTorch.
-
-    Returns:
-      A function that takes the steps, on random rows that all members share.
-    """
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for n_in, n_out in itertools.pairwise(layers):
-        shape = (members, n_in, n_out)
-        w = torch.randn(shape, generator=generator) * (2 / n_in) ** 0.5
-        params += [w, torch.zeros(members, n_out)]
-    x = torch.randn(16 * batch_size, layers[0], generator=generator)
-    y = (x[:, :1] > 0).float()
-
-    def loss(params: Any, x: Any, y: Any) -> Any:
-        h = x
-        for w, b in zip(params[:-2:2], params[1:-2:2], strict=True):
-            h = torch.relu(h @ w + b)
-        a = h @ params[-2] + params[-1]
-        return torch.nn.functional.binary_cross_entropy_with_logits(a, y)
-
-    gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
-    optimizer = torch.optim.Adam(params, lr=1e-3, foreach=True)
-
-    def train() -> None:
-        for t in range(steps):
-            rows = slice(t % 16 * batch_size, (t % 16 + 1) * batch_size)
-            grads = gradient(tuple(params), x[rows], y[rows])
-            for leaf, grad in zip(params, grads, strict=True):
-                leaf.grad = grad
-            optimizer.step()
-
-    return train
 
 
 def scikit_learn_gradient(

@@ -1,41 +1,93 @@
-"""Per-example work and curvature beside what JAX users otherwise write for it.
+"""What is measured side by side: functions of a batch, of jaxbce and of its peers.
 
-A quantity has a function of ours and peers that compute the same; the first peer is
-also what ours is checked against. All take `(params, x, y, v)`, v like params.
+A quantity is computed by a function of ours and by peers: plain JAX as a user would
+write it, jax_privacy, PyTorch, Opacus. All take `(params, x, y, v)`, v like params.
 """
 
 import functools
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 import jaxbce
-from experiments import _baselines
+from experiments import _baselines, _torch
+from experiments._timing import Call, compiled
 from jaxbce import curvature, per_example
 from jaxbce.network import Params
 
 MAX_NORM = 1.0  # what "clipped" clips to; about half of the rows are
+OURS = "jaxbce"
+_LIBRARIES = {  # that a side needs beyond what experiments need anyway
+    "jax_privacy": "jax_privacy",
+    "jax_privacy by 32": "jax_privacy",
+    "Opacus": "opacus",
+    "PyTorch": "torch",
+    "PyTorch, one": "torch",
+    "torch.func.vmap": "torch",
+}
 
 Function = Callable[[Params, jax.Array, jax.Array, Params], Any]
+Side = Callable[..., Call]  # of the same arguments
 
 
-class Contest(NamedTuple):
-    """One quantity.
+class Case(NamedTuple):
+    """One quantity at one size, and all who compute it.
+
+    Attributes:
+      suite: Whose table it is in.
+      quantity: What is computed.
+      size: Of what, in words.
+      sides: Makes the calls anew, `OURS` first.
+      results: Of calls that `sides` made, by side, what they must agree on; a side that
+        it leaves out does other work, which the quantity says.
+      tolerance: The largest relative difference of a leaf, in the norm.
+      flop: Floating-point operations that the matrix products of ours take, a unit.
+      bytes: What must be read and written at least, a unit.
+      unit: What the seconds are of.
+      missing: Sides that are left out because a library is not installed.
+      exact: The results of the same sides in float64, which decide where those of
+        float32 differ: a large batch has units of relu within a rounding of 0.
+      along: What grows on a scaling curve, and how large it is here; or None.
+    """
+
+    suite: str
+    quantity: str
+    size: str
+    sides: Callable[[], dict[str, Call]]
+    results: Callable[[dict[str, Call]], dict[str, Any]]
+    tolerance: float
+    flop: float = 0.0
+    bytes: float = 0.0
+    unit: str = "call"
+    missing: tuple[str, ...] = ()
+    exact: Callable[[], dict[str, Any]] | None = None
+    along: tuple[str, float] | None = None
+
+
+class Quantity(NamedTuple):
+    """A function of a batch.
 
     Attributes:
       ours: The function of jaxbce.
-      truth: Another that computes the same, in its own way.
-      peers: By name, what ours is timed against; a name whose library is missing has
-        None.
+      peers: By name, what it is timed against.
+      products: Matrix products of ours: by layer sizes, the multiplications a row in
+        those whose cost is linear in rows, and a row and row in those of all pairs.
+      other_work: Peers that compute something else, to compare the price with.
+      networks: None, or that params are of so many networks that share the batch.
     """
 
     ours: Function
-    truth: Function
-    peers: dict[str, Function | None]
+    peers: dict[str, Side]
+    products: Callable[[tuple[int, ...]], tuple[int, int]]
+    other_work: tuple[str, ...] = ()
+    networks: int | None = None
 
 
 def _row_gradients(params: Params, x: jax.Array, y: jax.Array) -> Params:
@@ -58,6 +110,14 @@ def _matrix(grads: Params) -> jax.Array:
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
 
 
+def _plain_gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
+    return jax.value_and_grad(_baselines.plain_loss)(params, x, y)
+
+
+def _gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
+    return jaxbce.value_and_grad(params, x, y)
+
+
 def _vmap_norms(params: Params, x: jax.Array, y: jax.Array, v: Params) -> jax.Array:
     return _row_norms(_row_gradients(params, x, y))
 
@@ -71,24 +131,6 @@ def _vmap_clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Para
 def _vmap_products(params: Params, x: jax.Array, y: jax.Array, v: Params) -> jax.Array:
     matrix = _matrix(_row_gradients(params, x, y))
     return matrix @ matrix.T
-
-
-def _jax_privacy_clipped(microbatch_size: int | None) -> Function | None:
-    try:
-        import jax_privacy
-    except ImportError:
-        return None
-    clipped = jax_privacy.clipped_grad(
-        _baselines.plain_loss,
-        l2_clip_norm=MAX_NORM,
-        batch_argnums=(1, 2),
-        microbatch_size=microbatch_size,
-    )
-    return lambda params, x, y, v: clipped(params, x, y)
-
-
-def _plain_gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
-    return jax.value_and_grad(_baselines.plain_loss)(params, x, y)
 
 
 def _explicit_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
@@ -127,54 +169,275 @@ def _clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
     return per_example.clipped_value_and_grad(params, x, y, **options).grads
 
 
+def _jax_privacy_clipped(microbatch_size: int | None) -> Side:
+    def side(*args: Any) -> Call:
+        import jax_privacy
+
+        clipped = jax_privacy.clipped_grad(
+            _baselines.plain_loss,
+            l2_clip_norm=MAX_NORM,
+            batch_argnums=(1, 2),
+            microbatch_size=microbatch_size,
+        )
+        return compiled(lambda params, x, y, v: clipped(params, x, y), *args)
+
+    return side
+
+
+def _networks(function: Function) -> Function:
+    return jax.vmap(function, in_axes=(0, None, None, None))
+
+
+def _over_devices(function: Function) -> Function:
+    """The mean over the rows of all devices, each of which has its part of them."""
+
+    def part(params: Params, x: jax.Array, y: jax.Array) -> Any:
+        varying = jax.lax.pcast(params, "rows", to="varying")
+        return jax.lax.pmean(function(varying, x, y, params), "rows")
+
+    devices = jax.devices()
+    devices = devices[: 1 << (len(devices).bit_length() - 1)]  # which divide the rows
+    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+    specs: Any = {"in_specs": (jax.P(), jax.P("rows"), jax.P("rows"))}
+    spread = jax.shard_map(part, mesh=mesh, **specs, out_specs=jax.P())
+    return lambda params, x, y, v: spread(params, x, y)
+
+
+def _plain(function: Function) -> Side:
+    return functools.partial(compiled, function)
+
+
+def _linear(layers: tuple[int, ...]) -> tuple[int, int, int]:
+    """Multiplications a row of all layers, of the first, and of the later ones."""
+    products = [a * b for a, b in pairwise(layers)]
+    return sum(products), products[0], sum(products[1:])
+
+
+def _of_gradient(layers: tuple[int, ...]) -> tuple[int, int]:
+    every, _, later = _linear(layers)
+    return 2 * every + later, 0
+
+
+def _of_norms(layers: tuple[int, ...]) -> tuple[int, int]:
+    every, _, later = _linear(layers)
+    return every + later, 0
+
+
+def _of_pairs(sets: int, layers: tuple[int, ...]) -> tuple[int, int]:
+    return sets * _of_norms(layers)[0], sum(a + b for a, b in pairwise(layers))
+
+
+def _of_hvp(layers: tuple[int, ...]) -> tuple[int, int]:
+    every, first, later = _linear(layers)
+    return 5 * every - 2 * first + 3 * later, 0
+
+
+def _of_ggn_vp(layers: tuple[int, ...]) -> tuple[int, int]:
+    every, first, later = _linear(layers)
+    return 4 * every - first + later, 0
+
+
 @functools.cache
-def contests() -> dict[str, Contest]:
-    """All of them, by the name of the quantity."""
-    gradient_jvp: dict[str, Function | None] = {"jvp of jax.grad": _jvp_of_gradient}
+def quantities() -> dict[str, Quantity]:
+    """All of them, by name."""
+    plain = {"jax.grad": _plain(_plain_gradient)}
+    several = {"vmap(jax.grad)": _plain(_networks(_plain_gradient))}
+    spread = {"jax.grad, sharded": _plain(_over_devices(_plain_gradient))}
+    norms = {"vmap(jax.grad)": _plain(_vmap_norms), "PyTorch": _torch.norms}
+    clipped = {
+        "vmap(jax.grad)": _plain(_vmap_clipped),
+        "jax_privacy": _jax_privacy_clipped(None),
+        "jax_privacy by 32": _jax_privacy_clipped(32),
+        "PyTorch": functools.partial(_torch.clipped, MAX_NORM),
+        "Opacus": functools.partial(_torch.ghost_clipped, MAX_NORM),
+        "one jax.grad": _plain(_plain_gradient),
+    }
+    kernel = {"vmap(jax.grad)": _plain(_row_kernel), "jacrev": _plain(_explicit_kernel)}
+    jvp = {"jvp of jax.grad": _plain(_jvp_of_gradient)}
     return {
-        "norms": Contest(
-            lambda params, x, y, v: per_example.norms(params, x, y),
-            _vmap_norms,
-            {"vmap(jax.grad)": _vmap_norms},
+        "gradient": Quantity(
+            _gradient, plain | {"PyTorch": _torch.gradient}, _of_gradient
         ),
-        "clipped sum": Contest(
-            _clipped,
-            _vmap_clipped,
-            {
-                "vmap(jax.grad)": _vmap_clipped,
-                "jax_privacy": _jax_privacy_clipped(None),
-                "jax_privacy by 32": _jax_privacy_clipped(32),
-                "one gradient": _plain_gradient,
-            },
+        "64 gradients": Quantity(_networks(_gradient), several, _of_gradient, (), 64),
+        "sharded gradient": Quantity(_over_devices(_gradient), spread, _of_gradient),
+        "norms": Quantity(
+            lambda params, x, y, v: per_example.norms(params, x, y), norms, _of_norms
         ),
-        "inner products": Contest(
+        "clipped sum": Quantity(_clipped, clipped, _of_gradient, ("one jax.grad",)),
+        "inner products": Quantity(
             lambda params, x, y, v: per_example.inner_products(params, x, y, x, y),
-            _vmap_products,
-            {"vmap(jax.grad)": _vmap_products},
+            {"vmap(jax.grad)": _plain(_vmap_products)},
+            functools.partial(_of_pairs, 2),
         ),
-        "ntk": Contest(
+        "ntk": Quantity(
             lambda params, x, y, v: curvature.ntk(params, x),
-            _row_kernel,
-            {"jacrev": _explicit_kernel, "vmap(jax.grad)": _row_kernel},
+            kernel,
+            functools.partial(_of_pairs, 1),
         ),
-        "hvp": Contest(
-            lambda params, x, y, v: curvature.hvp(params, x, y, v),
-            _jvp_of_gradient,
-            gradient_jvp,
+        "hvp": Quantity(
+            lambda params, x, y, v: curvature.hvp(params, x, y, v), jvp, _of_hvp
         ),
-        "ggn_vp": Contest(
+        "ggn_vp": Quantity(
             lambda params, x, y, v: curvature.ggn_vp(params, x, y, v),
-            _jvp_and_vjp,
-            {**gradient_jvp, "jvp and vjp": _jvp_and_vjp},
+            {"jvp and vjp": _plain(_jvp_and_vjp)} | jvp,
+            _of_ggn_vp,
+            ("jvp of jax.grad",),  # which is the Hessian's
         ),
     }
 
 
-def arguments(n: int, layers: tuple[int, ...], key: jax.Array) -> Any:
+SMALL, MIDDLE, LARGE = (256, (30, 32, 1)), (1024, (128, 256, 1)), (1024, (128, 512, 1))
+TEACHING, OUTPUTS = (32, (30, 16, 1)), (1024, (128, 512, 16))
+DEEP, TALL = (1024, (64, 128, 64, 1)), (65536, (30, 64, 1))
+WIDE, WIDE_OUTPUTS = (4096, (512, 1024, 1)), (4096, (512, 1024, 16))
+
+# By suite, quantity and rows × layer sizes: from a teacher's example to what fills the
+# caches of a CPU, and what fills an accelerator. --quick takes the first of each.
+SIZES = {
+    "gradient": {
+        "gradient": (
+            LARGE,
+            TEACHING,
+            (256, (64, 100, 1)),
+            WIDE,
+            WIDE_OUTPUTS,
+            (8192, (1024, 2048, 1)),
+            TALL,
+        ),
+        "64 gradients": (TEACHING, (569, (30, 32, 1)), (1024, (64, 64, 32, 1))),
+        "sharded gradient": (WIDE, TALL),
+    },
+    "per_example": {
+        "norms": (SMALL, MIDDLE, LARGE),
+        "clipped sum": (SMALL, MIDDLE, LARGE, OUTPUTS, DEEP, WIDE),
+        "inner products": ((512, (64, 256, 1)),),
+    },
+    "curvature": {
+        "ntk": ((512, (64, 256, 1)),),
+        "hvp": (LARGE, TEACHING, (256, (64, 100, 1)), OUTPUTS, DEEP, WIDE, TALL),
+        "ggn_vp": (LARGE, TEACHING, (256, (64, 100, 1)), OUTPUTS, DEEP, WIDE, TALL),
+    },
+}
+_MUCH = ((65536, (512, 1024, 1)), (1 << 20, (64, 128, 1)), (65536, (1024, 2048, 16)))
+ACCELERATOR_SIZES = {
+    "gradient": {
+        "gradient": (LARGE, *_MUCH),
+        "64 gradients": (TEACHING, (8192, (64, 64, 32, 1))),
+        "sharded gradient": _MUCH[:1],
+    },
+    "per_example": {
+        "norms": (LARGE, (8192, (128, 512, 1))),
+        "clipped sum": (LARGE, (8192, (128, 512, 1)), (4096, (512, 1024, 1))),
+        "inner products": ((8192, (64, 256, 1)),),
+    },
+    "curvature": {
+        "ntk": ((4096, (64, 256, 1)),),
+        "hvp": (LARGE, *_MUCH),
+        "ggn_vp": (LARGE, *_MUCH),
+    },
+}
+# Peers whose memory or time is a copy of the parameters for each row are left out where
+# that is more than this many numbers.
+_MOST_NUMBERS = 1 << 28
+
+
+def case(
+    suite: str,
+    quantity: str,
+    rows: int,
+    layers: tuple[int, ...],
+    key: jax.Array,
+    *,
+    peers: tuple[str, ...] | None = None,
+    along: tuple[str, float] | None = None,
+) -> Case:
+    """One quantity of a batch at one size.
+
+    Args:
+      suite: Whose table it is for.
+      quantity: A name in `quantities()`.
+      rows: Rows of the batch.
+      layers: Layer sizes.
+      key: Seed of data and parameters.
+      peers: Names of those to measure; None is all that fit.
+      along: As in `Case`.
+    """
+    named = quantities()[quantity]
+    args = arguments(rows, layers, key, named.networks)
+    copies = rows * sum(a * b + b for a, b in pairwise(layers))
+    small = copies <= _MOST_NUMBERS
+    chosen = {
+        name: side
+        for name, side in named.peers.items()
+        if (small or suite != "per_example" or name in ("Opacus", *named.other_work))
+        and (peers is None or name in peers)
+    }
+
+    missing = missing_among(chosen)
+
+    def sides(args: Any = args) -> dict[str, Call]:
+        theirs = {n: side(*args) for n, side in chosen.items() if n not in missing}
+        return {OURS: compiled(named.ours, *args)} | theirs
+
+    def exact() -> dict[str, Any]:
+        with jax.enable_x64(True):
+            return results(sides(jax.tree.map(lambda t: t.astype("float64"), args)))
+
+    def results(calls: dict[str, Call]) -> dict[str, Any]:
+        same = {n: call for n, call in calls.items() if n not in named.other_work}
+        return results_of(same)
+
+    given = args if quantity in ("hvp", "ggn_vp") else args[:3]
+    moved = jax.tree.leaves((given, jax.eval_shape(named.ours, *args)))
+    linear, pairs = named.products(layers)
+    return Case(
+        suite=suite,
+        quantity=quantity,
+        size=f"{rows}×{'→'.join(map(str, layers))}",
+        sides=sides,
+        results=results,
+        tolerance=1e-5,  # float32: sums in another order
+        flop=2.0 * (named.networks or 1) * rows * (linear + rows * pairs),
+        bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in moved),
+        missing=missing,
+        exact=exact,
+        along=along,
+    )
+
+
+def results_of(calls: dict[str, Call]) -> dict[str, Any]:
+    """What each returns, in the form in which they can be compared."""
+    return {name: call.result(call.run()) for name, call in calls.items()}
+
+
+def missing_among(names: Iterable[str]) -> tuple[str, ...]:
+    """Those whose library is not installed."""
+    return tuple(
+        name
+        for name in names
+        if name in _LIBRARIES and importlib.util.find_spec(_LIBRARIES[name]) is None
+    )
+
+
+def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
+    """All of a suite, or the first size of each quantity."""
+    sizes = SIZES if jax.default_backend() == "cpu" else ACCELERATOR_SIZES
+    for quantity, several in sizes[suite].items():
+        for rows, layers in several[: 1 if quick else None]:
+            yield case(suite, quantity, rows, layers, key)
+
+
+def arguments(
+    rows: int, layers: tuple[int, ...], key: jax.Array, networks: int | None = None
+) -> Any:
     """`(params, x, y, v)`, float32, at random."""
     key_p, key_x, key_y, key_v = jax.random.split(key, 4)
-    params = jaxbce.init(key_p, layers)
-    x = jax.random.normal(key_x, (n, layers[0]))
-    y = jax.random.bernoulli(key_y, shape=(n, layers[-1])).astype(x.dtype)
+    if networks is None:
+        params = jaxbce.init(key_p, layers)
+    else:
+        make = jax.vmap(functools.partial(jaxbce.init, sizes=layers))
+        params = make(jax.random.split(key_p, networks))
+    x = jax.random.normal(key_x, (rows, layers[0]))
+    y = jax.random.bernoulli(key_y, shape=(rows, layers[-1])).astype(x.dtype)
     point, unravel = ravel_pytree(params)
     return params, x, y, unravel(jax.random.normal(key_v, point.shape))

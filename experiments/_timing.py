@@ -1,8 +1,10 @@
-"""Time and temporary memory of compiled functions, side by side."""
+"""Time and temporary memory of calls, side by side, and what the machine can do."""
 
 import os
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,106 +12,141 @@ import jax.numpy as jnp
 import numpy as np
 
 _LEAST_SECONDS = 2e-3  # of one measurement; shorter calls are repeated to fill it
+_LONG_SECONDS = 0.05  # of a call that what came before it does not touch
+
+
+class Call(NamedTuple):
+    """Something ready to be timed.
+
+    Attributes:
+      run: The call; what it returns may still be on its way.
+      temp_bytes: Temporary memory of its program, or None where nobody tells.
+      units: How many of what is counted, such as steps, one run makes.
+      result: From what `run` returns to what other sides of the same return.
+    """
+
+    run: Callable[[], Any]
+    temp_bytes: int | None = None
+    units: int = 1
+    result: Callable[[Any], Any] = lambda returned: returned
 
 
 class Cost(NamedTuple):
-    """What one function costs beside the first one measured with it.
+    """What a call costs.
 
     Attributes:
-      seconds: Median seconds a call.
-      speed: Median over rounds of the first one's time over this one's, and its
-        quartiles: above 1 is faster.
-      temp_bytes: Temporary memory of the compiled program, results not counted.
+      times: Seconds a unit, `[rounds]`; a round measures all sides in turn.
+      temp_bytes: As `Call`'s.
     """
 
-    seconds: float
-    speed: tuple[float, float, float]
-    temp_bytes: int
+    times: np.ndarray
+    temp_bytes: int | None
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return float(np.median(self.times))
 
 
-def compare(
-    functions: dict[str, Callable[..., Any]],
-    *args: Any,
-    rounds: int = 31,
-    repeats: int = 1,
+def compiled(function: Callable[..., Any], *args: Any) -> Call:
+    """A function compiled anew for a copy of its arguments, made anew."""
+    args = jax.tree.map(jnp.copy, args)
+    program = jax.jit(lambda *a: function(*a)).lower(*args).compile()
+    return Call(lambda: program(*args), temp_bytes(program))
+
+
+def measure(
+    sides: Callable[[], dict[str, Call]], *, rounds: int, repeats: int = 1
 ) -> dict[str, Cost]:
-    """Times functions of the same arguments in turn, A B C A B C, after a warm-up.
+    """Times calls in turn, A B C A B C, after a warm-up.
 
     Args:
-      functions: By name; the first is the one the others are compared with.
-      *args: Their arguments.
+      sides: Makes the calls, by name.
       rounds: How often each is measured, in each repeat.
-      repeats: How often to compile anew and copy the arguments anew. Where large
-        buffers happen to lie can change a time by a third, and lasts until then.
+      repeats: How often the calls are made anew. Where large buffers happen to lie can
+        change a time by a third, and lasts until then.
 
     Returns:
       The `Cost` of each, by name, over all rounds of all repeats.
     """
-    times, compiled = [], []
+    measured, calls = [], {}
     for _ in range(repeats):
-        copies = jax.tree.map(jnp.copy, args)
-        compiled = [
-            jax.jit(lambda *a, function=function: function(*a)).lower(*copies).compile()
-            for function in functions.values()
-        ]
-        times.append(_times(compiled, copies, rounds))
-    times = np.concatenate(times)
-    speeds = np.quantile(times[:, :1] / times, [0.5, 0.25, 0.75], axis=0)
+        calls = sides()
+        plans = [(call.run, *_plan(call.run)) for call in calls.values()]
+        measured += [[_seconds(*plan) for plan in plans] for _ in range(rounds)]
+    times = np.array(measured).T
     return {
-        name: Cost(
-            float(np.median(times[:, i])),
-            (float(speeds[0, i]), float(speeds[1, i]), float(speeds[2, i])),
-            temp_bytes(compiled[i]),
-        )
-        for i, name in enumerate(functions)
+        name: Cost(row / call.units, call.temp_bytes)
+        for row, (name, call) in zip(times, calls.items(), strict=True)
     }
 
 
-def compare_calls(
-    functions: dict[str, Callable[[], Any]], *, rounds: int
-) -> dict[str, tuple[float, tuple[float, float, float]]]:
-    """Times whole calls in turn, after a warm-up; each is one measurement.
+def speed(mine: Cost, theirs: Cost) -> tuple[float, float, float]:
+    """Their time over mine in each round, above 1 is faster: median and quartiles."""
+    ratios = np.quantile(theirs.times / mine.times, [0.5, 0.25, 0.75])
+    return float(ratios[0]), float(ratios[1]), float(ratios[2])
+
+
+def _seconds(run: Callable[[], Any], calls: int, settle: bool = True) -> float:
+    """Seconds a call, over some calls, if asked for after one that is not timed.
+
+    That one pays for what a long call of another side has left in the caches.
+    """
+    if settle:
+        jax.block_until_ready(run())
+    start = time.perf_counter()
+    for _ in range(calls - 1):
+        run()
+    jax.block_until_ready(run())
+    return (time.perf_counter() - start) / calls
+
+
+def _plan(run: Callable[[], Any]) -> tuple[int, bool]:
+    """How many calls fill a measurement, and whether one is to come before them."""
+    seconds = _seconds(run, 1)
+    if seconds > _LONG_SECONDS:
+        return 1, False
+    seconds = min(seconds, *(_seconds(run, 1) for _ in range(2)))
+    return max(1, int(_LEAST_SECONDS / seconds)), True
+
+
+def temp_bytes(program: Any) -> int:
+    """Temporary memory of a compiled program, its arguments and results not counted."""
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def limits() -> dict[str, float]:
+    """What JAX's default device does at best, measured here and now.
 
     Returns:
-      By name, median seconds, and median and quartiles of the first one's time over
-      this one's.
+      "flop/s" of one large float32 matrix product, and "byte/s" of a pass over an
+      array that outgrows the caches, read and written in place.
     """
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times = _times(list(functions.values()), (), rounds)
-    speeds = np.quantile(times[:, :1] / times, [0.5, 0.25, 0.75], axis=0)
-    return {
-        name: (
-            float(np.median(times[:, i])),
-            (float(speeds[0, i]), float(speeds[1, i]), float(speeds[2, i])),
-        )
-        for i, name in enumerate(functions)
-    }
-
-
-def _times(compiled: list[Any], args: Any, rounds: int) -> np.ndarray:
-    """Seconds a call, `[rounds, functions]`.
-
-    Each is called once more before it is timed, so that a short call does not pay for
-    what a long one of another function has left in the caches.
-    """
-
-    def seconds(function: Callable[..., Any], calls: int) -> float:
-        jax.block_until_ready(function(*args))
+    on_cpu = jax.default_backend() == "cpu"
+    width, length = (2048, 1 << 25) if on_cpu else (8192, 1 << 28)
+    a = jnp.ones((width, width), jnp.float32)
+    product = compiled(jnp.matmul, a, a).run
+    seconds = min(_seconds(product, 2) for _ in range(5))
+    rates = {"flop/s": 2 * width**3 / seconds}
+    scale = jax.jit(lambda t: 0.5 * t, donate_argnums=0)
+    array = jnp.ones(length, jnp.float32)
+    passes = []
+    for _ in range(7):
         start = time.perf_counter()
-        for _ in range(calls - 1):
-            function(*args)
-        jax.block_until_ready(function(*args))
-        return (time.perf_counter() - start) / calls
-
-    slowest = max(min(seconds(f, 1) for _ in range(3)) for f in compiled)
-    calls = max(1, int(_LEAST_SECONDS / slowest))
-    return np.array([[seconds(f, calls) for f in compiled] for _ in range(rounds)])
+        array = jax.block_until_ready(scale(array))
+        passes.append(time.perf_counter() - start)
+    return rates | {"byte/s": 8 * length / min(passes)}
 
 
-def temp_bytes(compiled: Any) -> int:
-    """Temporary memory of a compiled program, its arguments and results not counted."""
-    return compiled.memory_analysis().temp_size_in_bytes
+def machine() -> str:
+    """The device and its host's processor, in words."""
+    device, cores = jax.devices()[0], os.cpu_count() or 1
+    lines = []
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        lines = cpuinfo.read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    host = f"{cores} cores of {names[0] if names else platform.processor()}"
+    return host if device.platform == "cpu" else f"{device.device_kind}, {host}"
 
 
 def load_warning() -> str | None:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbce._blocks import sum_over_blocks
-from jaxbce.losses import softplus, weighted
-from jaxbce.network import Layer, Params, matmul, sigmoid
+from jaxbce.losses import output_delta, softplus, weighted
+from jaxbce.network import Layer, Params, matmul
 
 _COLUMNS = 8  # a width that vector units divide
 
@@ -75,7 +75,7 @@ def objective(
         positive, negative = _label_weights(y, pos_weight)  # [n_L, N]
         hinge = weighted(positive, jax.nn.relu(-a)) + weighted(negative, jax.nn.relu(a))
         weight = jnp.broadcast_to(c, a.shape)  # [n_L, N]
-        delta = _output_delta(a, weight, positive, negative)  # [n_L, N]
+        delta = output_delta(a, weight, positive, negative)  # [n_L, N]
         grads = []
         for k in range(len(params) - 1, 0, -1):
             w = params[k].w  # W_{k+1}, [n_{k+1}, n_k]
@@ -138,25 +138,3 @@ def _elementwise_loss(
 
 def _sum(c: jax.Array, ell: jax.Array) -> jax.Array:
     return jnp.sum(weighted(c, jnp.sum(ell, axis=0)))
-
-
-@jax.custom_jvp
-def _output_delta(
-    a: jax.Array, c: jax.Array, positive: jax.Array, negative: jax.Array
-) -> jax.Array:
-    """`c ((1−y) σ(a) − p y σ(−a))` with one exponential and one division.
-
-    Both σ are fractions over `1 + exp(−|a|)`, exact in both tails. The division comes
-    last: what ends in one XLA computes once, and not anew in all that use it.
-    """
-    e = jnp.exp(-jnp.abs(a))
-    falling, rising = jnp.where(a > 0, e, 1), jnp.where(a > 0, 1, e)
-    return c * (negative * rising - positive * falling) / (1 + e)
-
-
-@_output_delta.defjvp
-def _output_delta_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    def plain(a: jax.Array, c: jax.Array, positive: jax.Array, negative: jax.Array):
-        return c * (negative * sigmoid(a) - positive * sigmoid(-a))
-
-    return _output_delta(*primals), jax.jvp(plain, primals, tangents)[1]

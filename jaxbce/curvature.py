@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.sparse.linalg import lobpcg_standard
 from jax.flatten_util import ravel_pytree
 
 from jaxbce import _validate, gradients
@@ -334,6 +333,8 @@ def _largest(product: Any, size: int, count: int, dtype: Any) -> jax.Array:
     positive = scale > 0
     least = jnp.finfo(dtype).eps * jnp.where(positive, scale, 1)
     diagonal = least * jax.random.uniform(key_diagonal, (size, 1), dtype)
+    from jax.experimental.sparse.linalg import lobpcg_standard  # slow to import
+
     found = lobpcg_standard(lambda v: columns(v) + diagonal * v, start)[0]
     return jnp.where(positive, found.clip(0), 0)
 

@@ -31,8 +31,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxbce import _validate
 from jaxbce._blocks import rows_per_block, sum_over_blocks
-from jaxbce.losses import bce_with_logits, softplus, weighted
-from jaxbce.network import Layer, Params, Trace, forward, matmul, sigmoid
+from jaxbce.losses import bce_with_logits, output_delta, softplus, weighted
+from jaxbce.network import Layer, Params, Trace, forward, matmul
+
+# Multiplications from which the form of a product costs more than its being in parts.
+_LARGE_PRODUCT = 1 << 20
 
 
 @jax.jit
@@ -79,12 +82,12 @@ def deltas(
     a_last = trace.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
-    p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
-    delta = (1 - y) * sigmoid(a_last) - p * y * sigmoid(-a_last)  # [N, n_L]
-    if sample_weight is not None:  # every δ_k below is linear in this one
+    c = jnp.ones(len(y), a_last.dtype)
+    if sample_weight is not None:  # every δ_k is linear in the last one
         c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
-        delta = c[:, None] * delta
-    return pull_back(params, trace, delta)
+    c = jnp.broadcast_to(c[:, None], a_last.shape)  # [N, n_L]
+    p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
+    return pull_back(params, trace, output_delta(a_last, c, p * y, 1 - y))
 
 
 def pull_back(params: Params, trace: Trace, delta: jax.Array) -> tuple[jax.Array, ...]:
@@ -122,11 +125,11 @@ def weight_gradient(h: jax.Array, delta: jax.Array) -> jax.Array:
 
     h.T @ δ costs up to twice as much on a CPU, and XLA makes just that of a product
     that is only transposed. So where a layer narrows, and a transposition costs least,
-    the product is a sum of two, over half of the rows each.
+    the product is a sum of two, over half of the rows each, unless it is a small one.
     """
     d = delta.astype(h.dtype)
     half = len(h) // 2
-    if half and 1 < d.shape[1] < h.shape[1]:
+    if 1 < d.shape[1] < h.shape[1] and d.size * h.shape[1] >= _LARGE_PRODUCT:
         return matmul(d[:half].T, h[:half]) + matmul(d[half:].T, h[half:])
     return matmul(d.T, h)
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import P
-from jax.experimental import multihost_utils
 
 from jaxbce import _validate
 from jaxbce._blocks import rows_per_block
@@ -472,5 +471,7 @@ def _placed(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
 def _fetched(tree: Any) -> Any:
     """Arrays that are spread over devices, whole in every process, as NumPy's."""
     if jax.process_count() > 1:
+        from jax.experimental import multihost_utils  # slow to import
+
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)

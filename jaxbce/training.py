@@ -199,10 +199,14 @@ def _fit(
         evaluated.append((valid_x, valid_y, weight))
 
     # What the loops carry: the run, with the losses of its last evaluation alone, and
-    # with every leaf transposed; under vmap no step then moves any data.
+    # every leaf in its columns form: under vmap no step then moves any data. A product
+    # with one row is slower in that form, and another loss knows nothing of it.
+    by_columns = loss is gradients.loss and (batch_size or rows) > 1
+    turned = transposed if by_columns else _unchanged
     # The barrier keeps a run of one evaluation the same program as a part of more.
-    run = _varying(lax.optimization_barrier(_flipped(run)))
-    x = _columns.with_ones(x)
+    run = _varying(lax.optimization_barrier(_turned(run, turned)))
+    if by_columns:
+        x = _columns.with_ones(x)
 
     def step(t: jax.Array, run: FitResult, x: Any, y: Any, c: jax.Array) -> FitResult:
         """One update on rows (x, y), which count c in the batch's loss."""
@@ -213,21 +217,21 @@ def _fit(
 
         # Not what a line search left in its state: it may be of other parameters, where
         # something follows the search, and of another batch.
-        params, state = transposed((run.params, run.opt_state))
-        if loss is gradients.loss:
+        params, state = turned((run.params, run.opt_state))
+        if by_columns:
             value, hinge, grads = _columns.objective(
                 run.params, x, y, c, p, block_rows=block_rows
             )
-            grads = transposed(grads)
+            grads = turned(grads)
         else:
             value, grads = jax.value_and_grad(objective)(params)
             hinge = value
         updates, state = _update(optimizer, params, state, objective, value, grads)
         healthy = (run.diverged_at < 0) & jnp.isfinite(hinge)
-        params = transposed(optax.apply_updates(params, updates))
+        params = turned(optax.apply_updates(params, updates))
         return run._replace(
             params=_select(healthy, params, run.params),
-            opt_state=transposed(state),
+            opt_state=turned(state),
             diverged_at=jnp.where(healthy | (run.diverged_at >= 0), run.diverged_at, t),
         )
 
@@ -245,8 +249,9 @@ def _fit(
                 return step(t, run, x[chosen], y[chosen], c)
 
             run = _over_batches(batch, key, rows, batch_size, begin, end, run)
+        columns = run.params if by_columns else transposed(run.params)
         train, *other = [
-            _columns.loss(run.params, *data, p, block_rows=block_rows)
+            _columns.loss(columns, *data, p, block_rows=block_rows)
             for data in evaluated
         ]
         judged = other[0] if other else train
@@ -281,13 +286,13 @@ def _fit(
 
     if num_steps == 0:
         none = run.train_loss[None][:0]
-        return _flipped(run)._replace(train_loss=none, validation_loss=none)
+        return _turned(run, turned)._replace(train_loss=none, validation_loss=none)
     # Time does not follow run.step, which under vmap is each member's own: then
     # every member would have an order of rows to itself.
     first = run.step
     begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
     run, (train_loss, validation_loss) = lax.scan(evaluation, run, begins)
-    return _flipped(run)._replace(
+    return _turned(run, turned)._replace(
         train_loss=train_loss, validation_loss=validation_loss
     )
 
@@ -319,9 +324,13 @@ def _start(
     )
 
 
-def _flipped(run: FitResult) -> FitResult:
-    """A run with every leaf transposed, and back: whatever an optimizer keeps."""
-    params, best, state = transposed((run.params, run.best_params, run.opt_state))
+def _unchanged(tree: Any) -> Any:
+    return tree
+
+
+def _turned(run: FitResult, turned: Callable[[Any], Any]) -> FitResult:
+    """A run with every leaf turned, and back: whatever an optimizer keeps."""
+    params, best, state = turned((run.params, run.best_params, run.opt_state))
     return run._replace(params=params, best_params=best, opt_state=state)
 
 

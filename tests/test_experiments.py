@@ -9,13 +9,9 @@ import pytest
 from absl import flags
 from conftest import problem, start
 
-import jaxbce
 from experiments import (
-    _baselines,
     _comparisons,
-    _contests,
     _explain,
-    benchmark,
     compare_gradients,
 )
 from jaxbce import gradients
@@ -88,49 +84,6 @@ def test_explain_shows_each_equation_and_holds():
     for equation in ("a₁ = X w₁ + b₁", "∂BCE/∂w₁ = Xᵀ δ₁", "∂ŷ/∂a₂ = ŷ(1 − ŷ)"):
         assert equation in text
     assert "  jax: " in text
-
-
-def test_the_benchmark_measures_what_agrees_and_refuses_what_does_not(monkeypatch):
-    sizes = ((16, (3, 2, 1)), (64, (4, 8, 2)))
-    rows = benchmark.run(sizes=sizes, rounds=3, repeats=1)
-    assert [row["rows"] for row in rows] == [16, 64]
-    assert all(row["speed"] > 0 and row["differ by"] <= 1e-5 for row in rows)
-    monkeypatch.setattr(_baselines, "plain_loss", lambda *a: 1.001 * jaxbce.loss(*a))
-    with pytest.raises(ValueError, match="the gradients differ by 1"):
-        benchmark.run(sizes=sizes, rounds=3, repeats=1)
-
-
-def test_the_benchmark_of_fit_measures_runs_that_agree(monkeypatch):
-    sizes = ((12, 4, (3, 2, 1), "adam"), (12, 12, (3, 2, 1), "sgd"))
-    monkeypatch.setattr(benchmark, "FIT_STEPS", 6)
-    rows = benchmark.run(suite="fit", sizes=sizes, rounds=3, repeats=1)
-    assert [row["steps"] for row in rows] == [6, 6]
-    assert all(row["speed"] > 0 and row["differ by"] <= 1e-10 for row in rows)
-    monkeypatch.setattr(_baselines, "plain_loss", lambda *a: 1.001 * jaxbce.loss(*a))
-    with pytest.raises(ValueError, match="the parameters differ by"):
-        benchmark.run(suite="fit", sizes=sizes, rounds=3, repeats=1)
-
-
-@pytest.mark.filterwarnings("ignore:optax.global_norm")  # of jax_privacy
-def test_the_benchmark_of_contests_measures_every_peer_that_agrees(monkeypatch):
-    small = 64, (5, 4, 1)
-    pairs = [(name, peer) for name, c in _contests.contests().items() for peer in c[2]]
-    sizes = tuple((*pair, *small) for pair in pairs)
-    rows = benchmark.run(suite="per_example", sizes=sizes, rounds=3, repeats=1)
-    assert [(row["quantity"], row["against"]) for row in rows] == pairs
-    assert all(row["speed"] > 0 and row["differ by"] <= 1e-5 for row in rows)
-    contest = _contests.contests()["norms"]
-    missing = contest._replace(peers={"vmap(jax.grad)": None})
-    monkeypatch.setitem(_contests.contests(), "norms", missing)
-    reported = []
-    size = ("norms", "vmap(jax.grad)", *small)
-    rows = benchmark.run(suite="per_example", sizes=(size,), report=reported.append)
-    assert rows == []
-    assert "not installed" in reported[0]["skipped"]
-    wrong = contest._replace(ours=lambda *a: 1.001 * contest.ours(*a))
-    monkeypatch.setitem(_contests.contests(), "norms", wrong)
-    with pytest.raises(ValueError, match="norms of 64 rows"):
-        benchmark.run(suite="per_example", sizes=(size,), rounds=3, repeats=1)
 
 
 def test_as_a_process_it_writes_results_that_say_what_made_them(tmp_path):

@@ -1,0 +1,185 @@
+"""What is measured side by side: how long it takes to begin, and how cost grows."""
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+
+import jaxbce
+from experiments import _baselines, _contests, _contests_of_runs
+from experiments._contests import OURS, Case, missing_among, results_of
+from experiments._timing import Call
+
+# What a fresh process runs; each prints the loss it found, after its gradient.
+_DATA = """
+import numpy as np
+draw = np.random.default_rng(0).standard_normal
+x, (w1, w2) = draw((256, 30), "f"), (draw((30, 16), "f"), draw((16, 1), "f"))
+y = (x[:, :1] > 0).astype("f")
+"""
+_OURS = """
+import jax, jax.numpy as jnp, jaxbce
+params = tuple(jaxbce.Layer(jnp.asarray(w), jnp.zeros(w.shape[1])) for w in (w1, w2))
+value, grads = jax.block_until_ready(jaxbce.value_and_grad(params, x, y))
+"""
+_PLAIN = """
+import jax, jax.numpy as jnp, optax
+params = tuple((jnp.asarray(w), jnp.zeros(w.shape[1])) for w in (w1, w2))
+def loss(params, x, y):
+    (w1, b1), (w2, b2) = params
+    a = jax.nn.relu(x @ w1 + b1) @ w2 + b2
+    return optax.sigmoid_binary_cross_entropy(a, y).mean()
+value, grads = jax.block_until_ready(jax.jit(jax.value_and_grad(loss))(params, x, y))
+"""
+_TORCH = """
+import torch
+from torch.nn import Linear, ReLU, Sequential
+model = Sequential(Linear(30, 16), ReLU(), Linear(16, 1))
+for layer, w in ((model[0], w1), (model[2], w2)):
+    layer.weight.data, layer.bias.data = torch.tensor(w.T), torch.zeros(w.shape[1])
+entropy = torch.nn.functional.binary_cross_entropy_with_logits
+value = entropy(model(torch.tensor(x)), torch.tensor(y))
+value.backward()
+"""
+_SCRIPTS = {OURS: _OURS, "jax and optax": _PLAIN, "PyTorch": _TORCH}
+_COMPILED = (
+    (32, (30, 16, 1)),
+    (4096, (512, 1024, 1)),  # which is taken in blocks
+    (1024, (64, 128, 64, 1)),
+)
+_GROWTH = {"cpu": (64, 512, 4096, 32768)}
+_GROWTH_ELSEWHERE = (4096, 65536, 1 << 20)
+_WIDTHS = (32, 128, 512, 2048)
+_MEMBERS = {"cpu": (1, 8, 64, 512, 4096)}
+_MEMBERS_ELSEWHERE = (1, 64, 4096, 100000)
+_BATCHES = (1, 8, 64, 512)
+
+
+def _cold_start() -> Case:
+    def process(script: str) -> float:
+        code = _DATA + script + "print(float(value))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    missing = missing_among(_SCRIPTS)
+
+    def sides() -> dict[str, Call]:
+        return {
+            name: Call(functools.partial(process, script))
+            for name, script in _SCRIPTS.items()
+            if name not in missing
+        }
+
+    return Case(
+        suite="compile",
+        quantity="new process to first gradient",
+        size="256×30→16→1",
+        sides=sides,
+        results=results_of,
+        tolerance=1e-5,
+        missing=missing,
+    )
+
+
+def _first(
+    quantity: str,
+    size: str,
+    functions: dict[str, Callable[..., Any]],
+    args: Any,
+    begin: Callable[[Any, Any], Any],
+    results: Callable[[dict[str, Call]], dict[str, Any]],
+) -> Case:
+    """What `begin(jitted, args)` takes with nothing left from an earlier time."""
+
+    def start(function: Callable[..., Any]) -> Any:
+        jax.clear_caches()
+        return begin(jax.jit(lambda *a: function(*a)), args)
+
+    def sides() -> dict[str, Call]:
+        return {
+            name: Call(functools.partial(start, function))
+            for name, function in functions.items()
+        }
+
+    return Case("compile", quantity, size, sides, results, tolerance=1e-5)
+
+
+def _compilation(key: jax.Array) -> Iterator[Case]:
+    """Tracing, and all up to the program, of one gradient; then of a run."""
+
+    def trace(jitted: Any, args: Any) -> Any:
+        jitted.trace(*args)
+
+    def compiling(jitted: Any, args: Any) -> Any:
+        jitted.lower(*args).compile()
+
+    gradients = {
+        OURS: lambda *a: jaxbce.value_and_grad(*a),
+        "jax.grad": jax.value_and_grad(_baselines.plain_loss),
+    }
+    for rows, layers in _COMPILED:
+        args = _contests.arguments(rows, layers, key)[:3]
+        size = f"{rows}×{'→'.join(map(str, layers))}"
+
+        def results(_: dict[str, Call], args: Any = args) -> dict[str, Any]:
+            return {name: jax.jit(f)(*args) for name, f in gradients.items()}
+
+        yield _first("trace", size, gradients, args, trace, results)
+        yield _first("trace and compile", size, gradients, args, compiling, results)
+
+    optimizer = optax.adam(1e-3)
+    options: Any = {"optimizer": optimizer, "batch_size": 32}
+    runs = {
+        OURS: lambda *a: jaxbce.fit(key, *a, num_steps=16, **options).params,
+        "plain loop": lambda *a: _baselines.plain_fit(key, *a, epochs=1, **options),
+    }
+    args = _contests.arguments(512, (30, 16, 1), key)[:3]
+
+    def results_of_runs(_: dict[str, Call]) -> dict[str, Any]:
+        return {name: jax.jit(f)(*args) for name, f in runs.items()}
+
+    size = "32 of 512, 30→16→1, adam"
+    yield _first("trace and compile fit", size, runs, args, compiling, results_of_runs)
+
+
+def _scaling(key: jax.Array) -> Iterator[Case]:
+    """Curves: one thing grows, and all else stays."""
+    backend = jax.default_backend()
+    along = functools.partial(_contests.case, "scaling", key=key)
+    for rows in _GROWTH.get(backend, _GROWTH_ELSEWHERE):
+        options: Any = {"along": ("rows", rows)}
+        yield along("gradient", rows, (64, 128, 1), peers=("jax.grad",), **options)
+        for quantity in ("clipped sum", "ntk"):
+            if rows <= 4096:
+                peers = ("vmap(jax.grad)",)
+                yield along(quantity, rows, (64, 128, 1), peers=peers, **options)
+    for width in _WIDTHS:
+        options = {"along": ("width", width)}
+        yield along("gradient", 1024, (64, width, 1), peers=("jax.grad",), **options)
+        peers = ("vmap(jax.grad)",)
+        yield along("clipped sum", 1024, (64, width, 1), peers=peers, **options)
+    sweep = functools.partial(_contests_of_runs.sweep, "scaling", key=key)
+    for members in _MEMBERS.get(backend, _MEMBERS_ELSEWHERE):
+        grows = ("members", members)
+        yield sweep(members, 512, 32, (30, 16, 1), "sgd", along=grows)
+    for batch in _BATCHES:
+        yield sweep(256, 512, batch, (30, 16, 1), "sgd", along=("batch", batch))
+
+
+def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
+    """All of suite "compile" or "scaling", or a small part."""
+    if suite == "compile":
+        yield _cold_start()
+        for number, case in enumerate(_compilation(key)):
+            if number < 2 or not quick:
+                yield case
+        return
+    few = (("rows", 64), ("rows", 512), ("members", 8), ("members", 64))
+    for case in _scaling(key):
+        if not quick or (case.along in few and case.quantity in ("gradient", "sweep")):
+            yield case
