@@ -82,12 +82,12 @@ def deltas(
     a_last = trace.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
-    c = jnp.ones(len(y), a_last.dtype)
-    if sample_weight is not None:  # every δ_k is linear in the last one
-        c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
-    c = jnp.broadcast_to(c[:, None], a_last.shape)  # [N, n_L]
     p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
-    return pull_back(params, trace, output_delta(a_last, c, p * y, 1 - y))
+    delta = output_delta(a_last, jnp.ones_like(a_last), p * y, 1 - y)  # [N, n_L]
+    if sample_weight is not None:  # every δ_k below is linear in this one
+        c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
+        delta = c[:, None] * delta  # after the division: XLA keeps fewer arrays
+    return pull_back(params, trace, delta)
 
 
 def pull_back(params: Params, trace: Trace, delta: jax.Array) -> tuple[jax.Array, ...]:
