@@ -1,5 +1,6 @@
 """A benchmark's rows as tables, as a picture, and as the README's tables."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,9 @@ _BLOCK = re.compile(r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 def _number(value: float) -> str:
     """Three digits, in full."""
-    digits = max(0, 2 - int(np.floor(np.log10(abs(value))))) if value else 0
-    return (
-        f"{round(value, digits):.{digits}f}"
-        if digits
-        else f"{float(f'{value:.3g}'):.0f}"
-    )
+    rounded = float(f"{value:.3g}")
+    digits = max(0, 2 - math.floor(math.log10(abs(rounded)))) if rounded else 0
+    return f"{rounded:.{digits}f}"
 
 
 def _time(seconds: float) -> str:
