@@ -19,7 +19,7 @@ Opacus. curvature: tangent kernels, Hessian and Gauss-Newton products beside JAX
 compile: from a cold process to the first gradient, and what tracing and compiling take.
 scaling: how cost grows with rows, widths, networks and batches.
 
-Expect about 1 for a plain gradient in cache and more beyond it, 1.5 to 3 for sweeps,
+Expect about 1 for a plain gradient in cache and more beyond it, 1 to 2.5 for sweeps,
 and 20 to 200 for per-example work where the network is not tiny. The limit is what
 this machine's own large matrix products and copies run at, measured first.
 """
@@ -60,7 +60,7 @@ _SUITE = flags.DEFINE_multi_enum(
     "suite", list(SUITES), list(SUITES), "What to measure; all if not set."
 )
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "The first size of each quantity, three rounds: under two minutes."
+    "quick", False, "The first size of each quantity, three rounds: about two minutes."
 )
 _FULL = flags.DEFINE_bool(
     "full", False, "All sizes, compiled twice, seven rounds for each: half an hour."
