@@ -1,28 +1,12 @@
-"""What is measured side by side: functions of a batch, of jaxbce and of its peers.
+"""What the benchmark measures side by side, in one form for all that it measures."""
 
-A quantity is computed by a function of ours and by peers: plain JAX as a user would
-write it, jax_privacy, PyTorch, Opacus. All take `(params, x, y, v)`, v like params.
-"""
-
-import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.flatten_util import ravel_pytree
+from experiments._timing import Call
 
-import jaxbce
-from experiments import _baselines, _torch
-from experiments._timing import Call, compiled
-from jaxbce import curvature, per_example
-from jaxbce.network import Params
-
-MAX_NORM = 1.0  # what "clipped" clips to; about half of the rows are
 OURS = "jaxbce"
 _LIBRARIES = {  # that a side needs beyond what experiments need anyway
     "jax_privacy": "jax_privacy",
@@ -32,9 +16,6 @@ _LIBRARIES = {  # that a side needs beyond what experiments need anyway
     "PyTorch, one": "torch",
     "torch.func.vmap": "torch",
 }
-
-Function = Callable[[Params, jax.Array, jax.Array, Params], Any]
-Side = Callable[..., Call]  # of the same arguments
 
 
 class Case(NamedTuple):
@@ -71,340 +52,6 @@ class Case(NamedTuple):
     along: tuple[str, float] | None = None
 
 
-class Quantity(NamedTuple):
-    """A function of a batch.
-
-    Attributes:
-      ours: The function of jaxbce.
-      peers: By name, what it is timed against.
-      products: Matrix products of ours: by layer sizes, the multiplications a row in
-        those whose cost is linear in rows, and a row and row in those of all pairs.
-      other_work: Peers that compute something else, to compare the price with.
-      networks: None, or that params are of so many networks that share the batch.
-    """
-
-    ours: Function
-    peers: dict[str, Side]
-    products: Callable[[tuple[int, ...]], tuple[int, int]]
-    other_work: tuple[str, ...] = ()
-    networks: int | None = None
-
-
-def _row_gradients(params: Params, x: jax.Array, y: jax.Array) -> Params:
-    def row(x: jax.Array, y: jax.Array) -> Params:
-        return jax.grad(_baselines.plain_loss)(params, x[None], y[None])
-
-    return jax.vmap(row)(x, y)
-
-
-def _row_norms(grads: Params) -> jax.Array:
-    squares = (
-        jnp.sum(jnp.square(leaf), axis=range(1, leaf.ndim))
-        for leaf in jax.tree.leaves(grads)
-    )
-    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
-
-
-def _matrix(grads: Params) -> jax.Array:
-    leaves = jax.tree.leaves(grads)
-    return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
-
-
-def _plain_gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
-    return jax.value_and_grad(_baselines.plain_loss)(params, x, y)
-
-
-def _gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
-    return jaxbce.value_and_grad(params, x, y)
-
-
-def _vmap_norms(params: Params, x: jax.Array, y: jax.Array, v: Params) -> jax.Array:
-    return _row_norms(_row_gradients(params, x, y))
-
-
-def _vmap_clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
-    grads = _row_gradients(params, x, y)
-    kept = jnp.minimum(1, MAX_NORM / _row_norms(grads))
-    return jax.tree.map(lambda g: jnp.tensordot(kept, g, 1), grads)
-
-
-def _vmap_products(params: Params, x: jax.Array, y: jax.Array, v: Params) -> jax.Array:
-    matrix = _matrix(_row_gradients(params, x, y))
-    return matrix @ matrix.T
-
-
-def _explicit_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
-    jacobian = jax.jacrev(_baselines.plain_logits)(params, x[:, None])
-    matrix = _matrix(jax.tree.map(lambda t: t[:, 0, 0], jacobian))
-    return matrix @ matrix.T
-
-
-def _row_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
-    def row(x: jax.Array) -> Params:
-        return jax.grad(lambda p: _baselines.plain_logits(p, x[None])[0, 0])(params)
-
-    matrix = _matrix(jax.vmap(row)(x))
-    return matrix @ matrix.T
-
-
-def _jvp_of_gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
-    gradient = functools.partial(jax.grad(_baselines.plain_loss), x=x, y=y)
-    return jax.jvp(gradient, (params,), (v,))[1]
-
-
-def _jvp_and_vjp(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
-    def of_logits(a: jax.Array) -> jax.Array:
-        return optax.sigmoid_binary_cross_entropy(a, y).sum() / len(y)
-
-    def logits(params: Params) -> jax.Array:
-        return _baselines.plain_logits(params, x)
-
-    a, a_dot = jax.jvp(logits, (params,), (v,))
-    _, back = jax.vjp(logits, params)
-    return back(jax.jvp(jax.grad(of_logits), (a,), (a_dot,))[1])[0]
-
-
-def _clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
-    options: Any = {"max_norm": MAX_NORM, "reduction": "sum"}
-    return per_example.clipped_value_and_grad(params, x, y, **options).grads
-
-
-def _jax_privacy_clipped(microbatch_size: int | None) -> Side:
-    def side(*args: Any) -> Call:
-        import jax_privacy
-
-        clipped = jax_privacy.clipped_grad(
-            _baselines.plain_loss,
-            l2_clip_norm=MAX_NORM,
-            batch_argnums=(1, 2),
-            microbatch_size=microbatch_size,
-        )
-        return compiled(lambda params, x, y, v: clipped(params, x, y), *args)
-
-    return side
-
-
-def _networks(function: Function) -> Function:
-    return jax.vmap(function, in_axes=(0, None, None, None))
-
-
-def _over_devices(function: Function) -> Function:
-    """The mean over the rows of all devices, each of which has its part of them."""
-
-    def part(params: Params, x: jax.Array, y: jax.Array) -> Any:
-        varying = jax.lax.pcast(params, "rows", to="varying")
-        return jax.lax.pmean(function(varying, x, y, params), "rows")
-
-    devices = jax.devices()
-    devices = devices[: 1 << (len(devices).bit_length() - 1)]  # which divide the rows
-    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-    specs: Any = {"in_specs": (jax.P(), jax.P("rows"), jax.P("rows"))}
-    spread = jax.shard_map(part, mesh=mesh, **specs, out_specs=jax.P())
-    return lambda params, x, y, v: spread(params, x, y)
-
-
-def _plain(function: Function) -> Side:
-    return functools.partial(compiled, function)
-
-
-def _linear(layers: tuple[int, ...]) -> tuple[int, int, int]:
-    """Multiplications a row of all layers, of the first, and of the later ones."""
-    products = [a * b for a, b in pairwise(layers)]
-    return sum(products), products[0], sum(products[1:])
-
-
-def _of_gradient(layers: tuple[int, ...]) -> tuple[int, int]:
-    every, _, later = _linear(layers)
-    return 2 * every + later, 0
-
-
-def _of_norms(layers: tuple[int, ...]) -> tuple[int, int]:
-    every, _, later = _linear(layers)
-    return every + later, 0
-
-
-def _of_pairs(sets: int, layers: tuple[int, ...]) -> tuple[int, int]:
-    return sets * _of_norms(layers)[0], sum(a + b for a, b in pairwise(layers))
-
-
-def _of_hvp(layers: tuple[int, ...]) -> tuple[int, int]:
-    every, first, later = _linear(layers)
-    return 5 * every - 2 * first + 3 * later, 0
-
-
-def _of_ggn_vp(layers: tuple[int, ...]) -> tuple[int, int]:
-    every, first, later = _linear(layers)
-    return 4 * every - first + later, 0
-
-
-@functools.cache
-def quantities() -> dict[str, Quantity]:
-    """All of them, by name."""
-    plain = {"jax.grad": _plain(_plain_gradient)}
-    several = {"vmap(jax.grad)": _plain(_networks(_plain_gradient))}
-    spread = {"jax.grad, sharded": _plain(_over_devices(_plain_gradient))}
-    norms = {"vmap(jax.grad)": _plain(_vmap_norms), "PyTorch": _torch.norms}
-    clipped = {
-        "vmap(jax.grad)": _plain(_vmap_clipped),
-        "jax_privacy": _jax_privacy_clipped(None),
-        "jax_privacy by 32": _jax_privacy_clipped(32),
-        "PyTorch": functools.partial(_torch.clipped, MAX_NORM),
-        "Opacus": functools.partial(_torch.ghost_clipped, MAX_NORM),
-        "one jax.grad": _plain(_plain_gradient),
-    }
-    kernel = {"vmap(jax.grad)": _plain(_row_kernel), "jacrev": _plain(_explicit_kernel)}
-    jvp = {"jvp of jax.grad": _plain(_jvp_of_gradient)}
-    return {
-        "gradient": Quantity(
-            _gradient, plain | {"PyTorch": _torch.gradient}, _of_gradient
-        ),
-        "64 gradients": Quantity(_networks(_gradient), several, _of_gradient, (), 64),
-        "sharded gradient": Quantity(_over_devices(_gradient), spread, _of_gradient),
-        "norms": Quantity(
-            lambda params, x, y, v: per_example.norms(params, x, y), norms, _of_norms
-        ),
-        "clipped sum": Quantity(_clipped, clipped, _of_gradient, ("one jax.grad",)),
-        "inner products": Quantity(
-            lambda params, x, y, v: per_example.inner_products(params, x, y, x, y),
-            {"vmap(jax.grad)": _plain(_vmap_products)},
-            functools.partial(_of_pairs, 2),
-        ),
-        "ntk": Quantity(
-            lambda params, x, y, v: curvature.ntk(params, x),
-            kernel,
-            functools.partial(_of_pairs, 1),
-        ),
-        "hvp": Quantity(
-            lambda params, x, y, v: curvature.hvp(params, x, y, v), jvp, _of_hvp
-        ),
-        "ggn_vp": Quantity(
-            lambda params, x, y, v: curvature.ggn_vp(params, x, y, v),
-            {"jvp and vjp": _plain(_jvp_and_vjp)} | jvp,
-            _of_ggn_vp,
-            ("jvp of jax.grad",),  # which is the Hessian's
-        ),
-    }
-
-
-SMALL, MIDDLE, LARGE = (256, (30, 32, 1)), (1024, (128, 256, 1)), (1024, (128, 512, 1))
-TEACHING, OUTPUTS = (32, (30, 16, 1)), (1024, (128, 512, 16))
-DEEP, TALL = (1024, (64, 128, 64, 1)), (65536, (30, 64, 1))
-WIDE, WIDE_OUTPUTS = (4096, (512, 1024, 1)), (4096, (512, 1024, 16))
-
-# By suite, quantity and rows × layer sizes: from a teacher's example to what fills the
-# caches of a CPU, and what fills an accelerator. --quick takes the first of each.
-SIZES = {
-    "gradient": {
-        "gradient": (
-            LARGE,
-            TEACHING,
-            (256, (64, 100, 1)),
-            WIDE,
-            WIDE_OUTPUTS,
-            (8192, (1024, 2048, 1)),
-            TALL,
-        ),
-        "64 gradients": (TEACHING, (569, (30, 32, 1)), (1024, (64, 64, 32, 1))),
-        "sharded gradient": (WIDE, TALL),
-    },
-    "per_example": {
-        "norms": (SMALL, MIDDLE, LARGE),
-        "clipped sum": (SMALL, MIDDLE, LARGE, OUTPUTS, DEEP, WIDE),
-        "inner products": ((512, (64, 256, 1)),),
-    },
-    "curvature": {
-        "ntk": ((512, (64, 256, 1)),),
-        "hvp": (LARGE, TEACHING, (256, (64, 100, 1)), OUTPUTS, DEEP, WIDE, TALL),
-        "ggn_vp": (LARGE, TEACHING, (256, (64, 100, 1)), OUTPUTS, DEEP, WIDE, TALL),
-    },
-}
-_MUCH = ((65536, (512, 1024, 1)), (1 << 20, (64, 128, 1)), (65536, (1024, 2048, 16)))
-ACCELERATOR_SIZES = {
-    "gradient": {
-        "gradient": (LARGE, *_MUCH),
-        "64 gradients": (TEACHING, (8192, (64, 64, 32, 1))),
-        "sharded gradient": _MUCH[:1],
-    },
-    "per_example": {
-        "norms": (LARGE, (8192, (128, 512, 1))),
-        "clipped sum": (LARGE, (8192, (128, 512, 1)), (4096, (512, 1024, 1))),
-        "inner products": ((8192, (64, 256, 1)),),
-    },
-    "curvature": {
-        "ntk": ((4096, (64, 256, 1)),),
-        "hvp": (LARGE, *_MUCH),
-        "ggn_vp": (LARGE, *_MUCH),
-    },
-}
-# Peers whose memory or time is a copy of the parameters for each row are left out where
-# that is more than this many numbers.
-_MOST_NUMBERS = 1 << 28
-
-
-def case(
-    suite: str,
-    quantity: str,
-    rows: int,
-    layers: tuple[int, ...],
-    key: jax.Array,
-    *,
-    peers: tuple[str, ...] | None = None,
-    along: tuple[str, float] | None = None,
-) -> Case:
-    """One quantity of a batch at one size.
-
-    Args:
-      suite: Whose table it is for.
-      quantity: A name in `quantities()`.
-      rows: Rows of the batch.
-      layers: Layer sizes.
-      key: Seed of data and parameters.
-      peers: Names of those to measure; None is all that fit.
-      along: As in `Case`.
-    """
-    named = quantities()[quantity]
-    args = arguments(rows, layers, key, named.networks)
-    copies = rows * sum(a * b + b for a, b in pairwise(layers))
-    small = copies <= _MOST_NUMBERS
-    chosen = {
-        name: side
-        for name, side in named.peers.items()
-        if (small or suite != "per_example" or name in ("Opacus", *named.other_work))
-        and (peers is None or name in peers)
-    }
-
-    missing = missing_among(chosen)
-
-    def sides(args: Any = args) -> dict[str, Call]:
-        theirs = {n: side(*args) for n, side in chosen.items() if n not in missing}
-        return {OURS: compiled(named.ours, *args)} | theirs
-
-    def exact() -> dict[str, Any]:
-        with jax.enable_x64(True):
-            return results(sides(jax.tree.map(lambda t: t.astype("float64"), args)))
-
-    def results(calls: dict[str, Call]) -> dict[str, Any]:
-        same = {n: call for n, call in calls.items() if n not in named.other_work}
-        return results_of(same)
-
-    given = args if quantity in ("hvp", "ggn_vp") else args[:3]
-    moved = jax.tree.leaves((given, jax.eval_shape(named.ours, *args)))
-    linear, pairs = named.products(layers)
-    return Case(
-        suite=suite,
-        quantity=quantity,
-        size=f"{rows}×{'→'.join(map(str, layers))}",
-        sides=sides,
-        results=results,
-        tolerance=1e-5,  # float32: sums in another order
-        flop=2.0 * (named.networks or 1) * rows * (linear + rows * pairs),
-        bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in moved),
-        missing=missing,
-        exact=exact,
-        along=along,
-    )
-
-
 def results_of(calls: dict[str, Call]) -> dict[str, Any]:
     """What each returns, in the form in which they can be compared."""
     return {name: call.result(call.run()) for name, call in calls.items()}
@@ -419,25 +66,16 @@ def missing_among(names: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
-    """All of a suite, or the first size of each quantity."""
-    sizes = SIZES if jax.default_backend() == "cpu" else ACCELERATOR_SIZES
-    for quantity, several in sizes[suite].items():
-        for rows, layers in several[: 1 if quick else None]:
-            yield case(suite, quantity, rows, layers, key)
+def multiplications(layers: tuple[int, ...]) -> tuple[int, int]:
+    """Those a row in all layers' matrix products, once forward, and in the first's."""
+    products = [a * b for a, b in pairwise(layers)]
+    return sum(products), products[0]
 
 
-def arguments(
-    rows: int, layers: tuple[int, ...], key: jax.Array, networks: int | None = None
-) -> Any:
-    """`(params, x, y, v)`, float32, at random."""
-    key_p, key_x, key_y, key_v = jax.random.split(key, 4)
-    if networks is None:
-        params = jaxbce.init(key_p, layers)
-    else:
-        make = jax.vmap(functools.partial(jaxbce.init, sizes=layers))
-        params = make(jax.random.split(key_p, networks))
-    x = jax.random.normal(key_x, (rows, layers[0]))
-    y = jax.random.bernoulli(key_y, shape=(rows, layers[-1])).astype(x.dtype)
-    point, unravel = ravel_pytree(params)
-    return params, x, y, unravel(jax.random.normal(key_v, point.shape))
+def of_gradient(layers: tuple[int, ...]) -> int:
+    """Multiplications a row in the matrix products of a gradient.
+
+    Forward, and for the weights as many again; back through all layers but the first.
+    """
+    every, first = multiplications(layers)
+    return 3 * every - first

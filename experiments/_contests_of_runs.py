@@ -13,7 +13,7 @@ import optax
 
 import jaxbce
 from experiments import _baselines, _torch
-from experiments._contests import OURS, Case, missing_among, results_of
+from experiments._contests import OURS, Case, missing_among, of_gradient, results_of
 from experiments._timing import Call
 
 AGREEMENT = 1e-10  # float64, after an epoch or a run
@@ -67,15 +67,10 @@ OTHERS = (256, 512, 32, (30, 16, 1), "adam")  # where other libraries are measur
 SCIKIT_LEARN = 16, 5  # networks and epochs that are enough to measure it by
 
 
-def _sgd(hp: dict[str, Any]) -> optax.GradientTransformation:
-    return optax.sgd(hp["learning_rate"])
-
-
-def _adam(hp: dict[str, Any]) -> optax.GradientTransformation:
-    return optax.adam(hp["learning_rate"])
-
-
-_OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
+_OPTIMIZERS = {
+    "sgd": lambda hp: optax.sgd(hp["learning_rate"]),
+    "adam": lambda hp: optax.adam(hp["learning_rate"]),
+}
 
 
 def _data(n: int, n_in: int, key: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -85,8 +80,7 @@ def _data(n: int, n_in: int, key: jax.Array, dtype: str) -> tuple[jax.Array, jax
 
 def _flop(batch_size: int, layers: tuple[int, ...]) -> float:
     """Of the matrix products of a step of one network."""
-    products = [a * b for a, b in pairwise(layers)]
-    return 2.0 * batch_size * (2 * sum(products) + sum(products[1:]))
+    return 2.0 * batch_size * of_gradient(layers)
 
 
 def _bytes(layers: tuple[int, ...], optimizer: str) -> float:
@@ -245,7 +239,10 @@ def others(key: jax.Array) -> Case:
         x, y = _data(n, layers[0], key, dtype)
         key_params = jax.random.split(jax.random.fold_in(key, 0))[0]
         params = jaxbce.init(key_params, layers, dtype=dtype)
-        options: Any = {"make_optimizer": _adam, "hidden": layers[1:-1]}
+        options: Any = {
+            "make_optimizer": _OPTIMIZERS[optimizer],
+            "hidden": layers[1:-1],
+        }
         options |= {"hparams": {"learning_rate": np.full(members, RATE)}}
         options |= {"batch_size": batch_size, "dtype": dtype}
         torch = {

@@ -10,7 +10,7 @@ import jax
 import optax
 
 import jaxbce
-from experiments import _baselines, _contests, _contests_of_runs
+from experiments import _baselines, _contests_of_batches, _contests_of_runs, _quantities
 from experiments._contests import OURS, Case, missing_among, results_of
 from experiments._timing import Call
 
@@ -51,11 +51,11 @@ _COMPILED = (
     (4096, (512, 1024, 1)),  # which is taken in blocks
     (1024, (64, 128, 64, 1)),
 )
-_GROWTH = {"cpu": (64, 512, 4096, 32768)}
-_GROWTH_ELSEWHERE = (4096, 65536, 1 << 20)
+_ROWS = (64, 512, 4096, 32768)
+_ACCELERATOR_ROWS = (4096, 65536, 1 << 20)
 _WIDTHS = (32, 128, 512, 2048)
-_MEMBERS = {"cpu": (1, 8, 64, 512, 4096)}
-_MEMBERS_ELSEWHERE = (1, 64, 4096, 100000)
+_MEMBERS = (1, 8, 64, 512, 4096)
+_ACCELERATOR_MEMBERS = (1, 64, 4096, 100000)
 _BATCHES = (1, 8, 64, 512)
 
 
@@ -84,6 +84,16 @@ def _cold_start() -> Case:
         tolerance=1e-5,
         missing=missing,
     )
+
+
+def _results_once(functions: dict[str, Callable[..., Any]], args: Any) -> Any:
+    """`Case.results` of several cases that begin the same functions."""
+
+    @functools.cache
+    def results() -> dict[str, Any]:
+        return {name: jax.jit(f)(*args) for name, f in functions.items()}
+
+    return lambda _: results()
 
 
 def _first(
@@ -123,14 +133,12 @@ def _compilation(key: jax.Array) -> Iterator[Case]:
         "jax.grad": jax.value_and_grad(_baselines.plain_loss),
     }
     for rows, layers in _COMPILED:
-        args = _contests.arguments(rows, layers, key)[:3]
+        args = _quantities.arguments(rows, layers, key)[:3]
         size = f"{rows}×{'→'.join(map(str, layers))}"
 
-        def results(_: dict[str, Call], args: Any = args) -> dict[str, Any]:
-            return {name: jax.jit(f)(*args) for name, f in gradients.items()}
-
-        yield _first("trace", size, gradients, args, trace, results)
-        yield _first("trace and compile", size, gradients, args, compiling, results)
+        agreed = _results_once(gradients, args)
+        yield _first("trace", size, gradients, args, trace, agreed)
+        yield _first("trace and compile", size, gradients, args, compiling, agreed)
 
     optimizer = optax.adam(1e-3)
     options: Any = {"optimizer": optimizer, "batch_size": 32}
@@ -138,20 +146,17 @@ def _compilation(key: jax.Array) -> Iterator[Case]:
         OURS: lambda *a: jaxbce.fit(key, *a, num_steps=16, **options).params,
         "plain loop": lambda *a: _baselines.plain_fit(key, *a, epochs=1, **options),
     }
-    args = _contests.arguments(512, (30, 16, 1), key)[:3]
-
-    def results_of_runs(_: dict[str, Call]) -> dict[str, Any]:
-        return {name: jax.jit(f)(*args) for name, f in runs.items()}
-
+    args = _quantities.arguments(512, (30, 16, 1), key)[:3]
+    agreed = _results_once(runs, args)
     size = "32 of 512, 30→16→1, adam"
-    yield _first("trace and compile fit", size, runs, args, compiling, results_of_runs)
+    yield _first("trace and compile fit", size, runs, args, compiling, agreed)
 
 
 def _scaling(key: jax.Array) -> Iterator[Case]:
     """Curves: one thing grows, and all else stays."""
-    backend = jax.default_backend()
-    along = functools.partial(_contests.case, "scaling", key=key)
-    for rows in _GROWTH.get(backend, _GROWTH_ELSEWHERE):
+    on_cpu = jax.default_backend() == "cpu"
+    along = functools.partial(_contests_of_batches.case, "scaling", key=key)
+    for rows in _ROWS if on_cpu else _ACCELERATOR_ROWS:
         options: Any = {"along": ("rows", rows)}
         yield along("gradient", rows, (64, 128, 1), peers=("jax.grad",), **options)
         for quantity in ("clipped sum", "ntk"):
@@ -164,7 +169,7 @@ def _scaling(key: jax.Array) -> Iterator[Case]:
         peers = ("vmap(jax.grad)",)
         yield along("clipped sum", 1024, (64, width, 1), peers=peers, **options)
     sweep = functools.partial(_contests_of_runs.sweep, "scaling", key=key)
-    for members in _MEMBERS.get(backend, _MEMBERS_ELSEWHERE):
+    for members in _MEMBERS if on_cpu else _ACCELERATOR_MEMBERS:
         grows = ("members", members)
         yield sweep(members, 512, 32, (30, 16, 1), "sgd", along=grows)
     for batch in _BATCHES:

@@ -108,7 +108,7 @@ def markdown(suite: str, document: dict[str, Any]) -> str:
             f"{document['machine']}; {versions}. Large matrix products run at "
             f"{_number(limits['flop/s'] / 1e9)} Gflop/s and a pass over memory at "
             f"{_number(limits['byte/s'] / 1e9)} GB/s there. "
-            f"{configuration['rounds']} rounds for each of "
+            f"{configuration['rounds']} rounds at least for each of "
             f"{configuration['repeats']} compilations."
         )
     rows = [row for row in document["rows"] if row["suite"] == suite]

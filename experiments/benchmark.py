@@ -37,7 +37,7 @@ from absl import flags
 
 from experiments import (
     _cli,
-    _contests,
+    _contests_of_batches,
     _contests_of_runs,
     _contests_of_starts,
     _report,
@@ -48,11 +48,11 @@ from experiments._contests import OURS, Case
 
 flags.adopt_module_key_flags(_cli)
 SUITES = {
-    "gradient": _contests,
+    "gradient": _contests_of_batches,
     "fit": _contests_of_runs,
     "sweep": _contests_of_runs,
-    "per_example": _contests,
-    "curvature": _contests,
+    "per_example": _contests_of_batches,
+    "curvature": _contests_of_batches,
     "compile": _contests_of_starts,
     "scaling": _contests_of_starts,
 }
@@ -68,7 +68,7 @@ _FULL = flags.DEFINE_bool(
 _ROUNDS = flags.DEFINE_integer(
     "rounds",
     None,
-    "How often each side is timed in each repeat; 5 if no other flag says.",
+    "How often each side is timed in each repeat, at least; 5 if no other flag says.",
     lower_bound=3,
 )
 _REPEATS = flags.DEFINE_integer(
@@ -99,7 +99,7 @@ def run(
 
     Args:
       cases: What to measure, as `Case`s.
-      rounds: How often each side is timed in each repeat.
+      rounds: How often each side is timed in each repeat, at least.
       repeats: How often all sides are made anew.
       limits: What `_timing.limits()` found; None is to measure it now.
       report: Called with a line on each case as it is done, and on each that is not
@@ -163,13 +163,14 @@ def _wrong(case: Case, differ_by: dict[str, float]) -> dict[str, float]:
 
 def _differences(results: dict[str, Any]) -> dict[str, float]:
     """By peer, the largest relative difference of a leaf from ours, in the norm."""
-    norm, ours = np.linalg.norm, jax.tree.leaves(results.pop(OURS))
+    norm, ours = np.linalg.norm, jax.tree.leaves(results[OURS])
     return {
         peer: max(
             float(norm(np.subtract(a, b)) / (max(norm(a), norm(b)) or 1))
             for a, b in zip(ours, jax.tree.leaves(result), strict=True)
         )
         for peer, result in results.items()
+        if peer != OURS
     }
 
 

@@ -12,8 +12,10 @@ from conftest import start
 
 from experiments import (
     _contests,
+    _contests_of_batches,
     _contests_of_runs,
     _contests_of_starts,
+    _quantities,
     _report,
     _timing,
     benchmark,
@@ -46,16 +48,16 @@ def refused(case):
 
 
 @pytest.mark.filterwarnings("ignore:optax.global_norm")  # of jax_privacy
-@pytest.mark.parametrize("quantity", _contests.quantities())
+@pytest.mark.parametrize("quantity", _quantities.quantities())
 def test_every_side_of_a_quantity_agrees_and_is_measured(quantity):
     reported = []
-    case = _contests.case("per_example", quantity, 32, (5, 4, 1), KEY)
+    case = _contests_of_batches.case("per_example", quantity, 32, (5, 4, 1), KEY)
     rows = measure(case, report=reported.append)
-    peers = _contests.quantities()[quantity].peers
+    peers = _quantities.quantities()[quantity].peers
     assert [row["against"] for row in rows] == [
         p for p in peers if p not in case.missing
     ]
-    other = _contests.quantities()[quantity].other_work
+    other = _quantities.quantities()[quantity].other_work
     for row in rows:
         assert (row["differ_by"] is None) == (row["against"] in other)
         assert row["seconds"] > 0
@@ -66,7 +68,7 @@ def test_every_side_of_a_quantity_agrees_and_is_measured(quantity):
 
 
 def test_what_does_not_agree_is_refused():
-    case = _contests.case("gradient", "gradient", 32, (5, 4, 1), KEY)
+    case = _contests_of_batches.case("gradient", "gradient", 32, (5, 4, 1), KEY)
     results = case.results(case.sides())
     value, grads = results[OURS]
     wrong = results | {OURS: (value, jax.tree.map(lambda g: 1.001 * g, grads))}
@@ -126,7 +128,9 @@ def test_starts_and_curves_are_measured():
         "trace and compile",
     }
     growing = [
-        _contests.case("scaling", "gradient", n, (3, 2, 1), KEY, along=("rows", n))
+        _contests_of_batches.case(
+            "scaling", "gradient", n, (3, 2, 1), KEY, along=("rows", n)
+        )
         for n in (4, 16)
     ]
     (cell,) = [
@@ -162,7 +166,7 @@ def test_calls_are_timed_in_turn_and_made_anew_in_each_repeat():
     turns = "".join(called).split("made")[1].lstrip("a").lstrip("b")
     assert turns[0] == "a"
     assert turns[-1] == "b"
-    assert costs["a"].times.shape == (6,)
+    assert 6 < costs["a"].times.size <= 30  # 3 rounds at least, of short calls more
     assert costs["b"].seconds < costs["a"].seconds / 10
 
 
@@ -231,7 +235,7 @@ def test_as_a_process_it_writes_its_files_and_says_what_is_wrong(tmp_path):
 
 def test_a_missing_library_leaves_its_sides_out(monkeypatch):
     monkeypatch.setitem(_contests._LIBRARIES, "PyTorch", "no_such_library")
-    case = _contests.case("gradient", "gradient", 32, (5, 4, 1), KEY)
+    case = _contests_of_batches.case("gradient", "gradient", 32, (5, 4, 1), KEY)
     assert isinstance(case, Case)
     assert case.missing == ("PyTorch",)
     assert list(case.sides()) == [OURS, "jax.grad"]
