@@ -64,7 +64,7 @@ _TOP = flags.DEFINE_integer("top", 10, "Points in the table.", lower_bound=1)
 
 PART_MEMBERS = (256, 4096)  # the fewest and most networks in one part of a sweep
 PARTS = 20  # of a sweep that allows for it
-DRY_STEPS = 50
+DRY_STEPS = 200
 
 Row = dict[str, Any]
 
@@ -369,14 +369,13 @@ def _cost(
         layers, jnp.dtype(dtype), x.shape[0], batch_size, devices
     )
     each_device = -(-sizes[mine[0]] // len(devices))
+    train(todo[mine[0]], DRY_STEPS, None)  # compiles
     seconds = []
-    for steps in (DRY_STEPS, 3 * DRY_STEPS):
-        train(todo[mine[0]], steps, None)  # compiles
+    for _ in range(3):
         begin = time.perf_counter()
-        train(todo[mine[0]], steps, None)
+        train(todo[mine[0]], DRY_STEPS, None)
         seconds.append(time.perf_counter() - begin)
-    each = (seconds[1] - seconds[0]) / (2 * DRY_STEPS * sizes[mine[0]])
-    each = max(each, 1e-12)
+    each = min(seconds) / (DRY_STEPS * sizes[mine[0]])
     weights = sum(a * b + b for a, b in itertools.pairwise(layers))
     return {
         "hidden": "×".join(map(str, choice.hidden)) or "none",
@@ -385,7 +384,7 @@ def _cost(
         "on all devices at a time": min(group, each_device) * len(devices),
         "results MB": round(2e-6 * weights * jnp.dtype(dtype).itemsize * sizes[0], 1),
         "network-steps/s": round(1 / each),
-        "minutes of steps": round(each * members * num_steps / 60, 2),
+        "seconds of steps": round(each * members * num_steps, 1),
     }
 
 

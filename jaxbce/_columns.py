@@ -74,8 +74,8 @@ def objective(
         h, a = _forward(params, x)
         positive, negative = _label_weights(y, pos_weight)  # [n_L, N]
         hinge = weighted(positive, jax.nn.relu(-a)) + weighted(negative, jax.nn.relu(a))
-        weight = jnp.broadcast_to(c, a.shape)  # [n_L, N]
-        delta = output_delta(a, weight, positive, negative)  # [n_L, N]
+        weight = c[None, :]
+        delta = output_delta(a, weight * positive, weight * negative)  # [n_L, N]
         grads = []
         for k in range(len(params) - 1, 0, -1):
             w = params[k].w  # W_{k+1}, [n_{k+1}, n_k]

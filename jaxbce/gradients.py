@@ -83,7 +83,7 @@ def deltas(
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
     p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
-    delta = output_delta(a_last, jnp.ones_like(a_last), p * y, 1 - y)  # [N, n_L]
+    delta = output_delta(a_last, p * y, 1 - y)  # [N, n_L]
     if sample_weight is not None:  # every δ_k below is linear in this one
         c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
         delta = c[:, None] * delta  # after the division: XLA keeps fewer arrays

@@ -106,10 +106,8 @@ def bce_with_logits(
 
 
 @jax.custom_jvp
-def output_delta(
-    a: jax.Array, c: jax.Array, positive: jax.Array, negative: jax.Array
-) -> jax.Array:
-    """`c ((1−y) σ(a) − p y σ(−a))`, given `p y` and `1 − y`, all of one shape.
+def output_delta(a: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
+    """`(1−y) σ(a) − p y σ(−a)`, given `p y` and `1 − y`, all of one shape.
 
     Both σ are fractions over `1 + exp(−|a|)`, exact in both tails, so that one
     exponential and one division do. The division comes last: what ends in one XLA
@@ -117,14 +115,14 @@ def output_delta(
     """
     e = jnp.exp(-jnp.abs(a))
     falling, rising = jnp.where(a > 0, e, 1), jnp.where(a > 0, 1, e)
-    return c * (negative * rising - positive * falling) / (1 + e)
+    return (negative * rising - positive * falling) / (1 + e)
 
 
 @output_delta.defjvp
 def _output_delta_jvp(
     primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    def plain(a: jax.Array, c: jax.Array, positive: jax.Array, negative: jax.Array):
-        return c * (negative * sigmoid(a) - positive * sigmoid(-a))
+    def plain(a: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
+        return negative * sigmoid(a) - positive * sigmoid(-a)
 
     return output_delta(*primals), jax.jvp(plain, primals, tangents)[1]
