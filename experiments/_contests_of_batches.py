@@ -20,9 +20,9 @@ WIDE, WIDE_OUTPUTS = (4096, (512, 1024, 1)), (4096, (512, 1024, 16))
 SIZES = {
     "gradient": {
         "gradient": (
-            LARGE,
             TEACHING,
             (256, (64, 100, 1)),
+            LARGE,
             WIDE,
             WIDE_OUTPUTS,
             (8192, (1024, 2048, 1)),
@@ -38,8 +38,8 @@ SIZES = {
     },
     "curvature": {
         "ntk": ((512, (64, 256, 1)),),
-        "hvp": (LARGE, TEACHING, (256, (64, 100, 1)), OUTPUTS, DEEP, WIDE, TALL),
-        "ggn_vp": (LARGE, TEACHING, (256, (64, 100, 1)), OUTPUTS, DEEP, WIDE, TALL),
+        "hvp": (TEACHING, (256, (64, 100, 1)), DEEP, LARGE, OUTPUTS, WIDE, TALL),
+        "ggn_vp": (TEACHING, (256, (64, 100, 1)), DEEP, LARGE, OUTPUTS, WIDE, TALL),
     },
 }
 _MUCH = ((65536, (512, 1024, 1)), (1 << 20, (64, 128, 1)), (65536, (1024, 2048, 16)))

@@ -52,14 +52,14 @@ def table(rows: list[Row]) -> list[Row]:
             "against": row["against"],
             "speed": _number(row["speed"]),
             "quartiles": "-".join(map(_number, row["quartiles"])),
-            f"a {row['unit']}": _time(row["seconds"]),
-            "its": _time(row["its_seconds"]),
+            f"ours, a {row['unit']}": _time(row["seconds"]),
+            "theirs": _time(row["its_seconds"]),
         }
         if row["flop_share"]:
             cell["of the limit"] = _limit(row)
         if row["temp_bytes"] is not None:
-            cell["temporary MB"] = _memory(row["temp_bytes"])
-            cell["its MB"] = _memory(row["its_temp_bytes"])
+            cell["our MB"] = _memory(row["temp_bytes"])
+            cell["their MB"] = _memory(row["its_temp_bytes"])
         cells.append(cell)
     return cells
 
@@ -84,11 +84,11 @@ def slopes(rows: list[Row]) -> list[Row]:
         cells.append(
             {
                 "quantity": quantity,
-                "as grow": f"{axis}, {at[0]:g} to {at[-1]:g}",
+                "as grow": f"{axis}: {', '.join(f'{n:g}' for n in at)}",
                 "against": against,
                 "exponent": f"{exponents[0]:.2f}",
-                "its": f"{exponents[1]:.2f}",
-                "speed": " ".join(map(_number, speeds)),
+                "theirs": f"{exponents[1]:.2f}",
+                "speed": ", ".join(map(_number, speeds)),
                 "a unit": points[0]["unit"],
             }
         )
@@ -105,7 +105,8 @@ def markdown(suite: str, document: dict[str, Any]) -> str:
         )
         configuration = document["configuration"]
         return (
-            f"{document['machine']}; {versions}. Large matrix products run at "
+            f"{document['machine']}, load {document['load']:.1f} before; {versions}. "
+            "Large matrix products run at "
             f"{_number(limits['flop/s'] / 1e9)} Gflop/s and a pass over memory at "
             f"{_number(limits['byte/s'] / 1e9)} GB/s there. "
             f"{configuration['rounds']} rounds at least for each of "
@@ -166,33 +167,27 @@ def picture(path: Path, rows: list[Row]) -> None:
 
 def _bars(axis: Any, groups: dict[tuple[str, str], list[Row]]) -> None:
     suites = list(dict.fromkeys(rows[0]["suite"] for rows in groups.values()))
+    medians = []
     for i, rows in enumerate(groups.values()):
         speeds = [row["speed"] for row in rows]
         color = f"C{suites.index(rows[0]['suite'])}"
         middle = float(np.median(speeds))
         axis.barh(i, middle - 1, left=1, color=color, height=0.7)
         axis.plot([min(speeds), max(speeds)], [i, i], color="0.25", lw=1.2)
-        axis.annotate(
-            _number(middle),
-            (max(*speeds, 1.0), i),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        medians.append(middle)
     axis.set_xscale("log")
-    axis.set_xlim(
-        right=2.5 * max(row["speed"] for rows in groups.values() for row in rows)
-    )
     axis.axvline(1, color="k", lw=0.8)
     axis.set_yticks(
         range(len(groups)),
-        [f"{quantity}  vs  {against}" for quantity, against in groups],
+        [
+            f"{quantity}  vs  {against}   {_number(median)}"
+            for (quantity, against), median in zip(groups, medians, strict=True)
+        ],
         fontsize=8,
     )
     axis.invert_yaxis()
     axis.set(
-        xlabel="times as fast: median over sizes, and from the least to the most",
+        xlabel="times as fast: bar and number the median over sizes, line their range",
         title="jaxbce beside what else there is",
     )
 
@@ -208,7 +203,8 @@ def _curve(axis: Any, quantity: str, grows: str, points: list[Row]) -> None:
             if row["against"] == peer
         }
         axis.loglog(list(theirs), list(theirs.values()), "o--", ms=3, label=peer)
-    axis.set_title(f"{quantity}: {grows}", fontsize=9)
+    axis.set_title(f"{quantity} by {grows}", fontsize=9)
+    axis.set_xlabel(grows, fontsize=8)
     axis.set_ylabel(f"seconds a {points[0]['unit']}", fontsize=8)
     axis.set_xticks(list(ours), [f"{at:g}" for at in ours])
     axis.xaxis.set_minor_locator(NullLocator())

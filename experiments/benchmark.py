@@ -220,20 +220,21 @@ def main() -> int:
     }
     environment = _results.environment() | _versions()
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
+    load, warning = os.getloadavg()[0], _timing.load_warning()
     limits = _timing.limits()
     print(
-        f"{_timing.machine()}, load {os.getloadavg()[0]:.2f}: products at "
+        f"{_timing.machine()}, load {load:.2f}: products at "
         f"{limits['flop/s'] / 1e9:.4g} Gflop/s, copies at "
         f"{limits['byte/s'] / 1e9:.3g} GB/s"
     )
-    if warning := _timing.load_warning():
+    if warning:
         print(warning)
     refused: list[str] = []
     document: dict[str, Any] = {
         "environment": environment,
         "configuration": configuration,
         "machine": _timing.machine(),
-        "load": os.getloadavg()[0],
+        "load": load,
         "limits": limits,
         "rows": [],
     }

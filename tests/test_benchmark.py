@@ -138,7 +138,7 @@ def test_starts_and_curves_are_measured():
         for cell in _report.slopes(measure(*growing))
         if cell["against"] == "jax.grad"
     ]
-    assert cell["as grow"] == "rows, 4 to 16"
+    assert cell["as grow"] == "rows: 4, 16"
 
 
 def test_an_exponent_is_that_of_the_curve():
@@ -148,7 +148,7 @@ def test_an_exponent_is_that_of_the_curve():
         for n in (10, 100, 1000)
     ]
     (cell,) = _report.slopes(curve)
-    assert (cell["exponent"], cell["its"]) == ("2.00", "1.00")
+    assert (cell["exponent"], cell["theirs"]) == ("2.00", "1.00")
 
 
 def test_calls_are_timed_in_turn_and_made_anew_in_each_repeat():
