@@ -19,12 +19,14 @@ SEED = flags.DEFINE_integer(
 SEEDS = flags.DEFINE_integer(
     "seeds",
     None,
-    "Networks that differ by their seed. If not set, a point of a sweep has 4, private "
-    "takes 5 and find_mislabeled 10.",
+    "Networks that differ by their seed. If not set, 4 for each point of sweep, 5 in "
+    "private and 10 in find_mislabeled.",
     lower_bound=1,
 )
 OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "A folder for the results as files; made if needed."
+    "output_dir",
+    None,
+    "A folder for the results as files, made if needed; if not set, none are written.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -36,7 +38,7 @@ DTYPE = flags.DEFINE_enum(
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
-    "CPU devices of this process, for sweeps; one a core if not set.",
+    "CPU devices of this process; one a core if not set.",
     lower_bound=1,
     upper_bound=4096,
 )
@@ -56,6 +58,10 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
+COMMON = ("seed", "output_dir")  # what every script takes of the above
+PROCESSES = ("cpu_devices", "coordinator", "num_processes", "process_id", "distributed")
+
+
 class InputError(Exception):
     """Something the user gave cannot be used; its text is one line for them."""
 
@@ -68,6 +74,8 @@ def output_dir() -> Path | None:
     """
     if OUTPUT_DIR.value is None:
         return None
+    if not OUTPUT_DIR.value:
+        raise InputError("--output_dir is empty; a folder's name is accepted")
     path = Path(OUTPUT_DIR.value)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -80,6 +88,13 @@ def output_dir() -> Path | None:
     return path
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def use_devices() -> None:
     """Gives this process its CPU devices and its part among processes, as flags say.
 
@@ -88,9 +103,7 @@ def use_devices() -> None:
     Raises:
       InputError: If only some of a process's flags are given, or no others are found.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    count = CPU_DEVICES.value or cores or os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value or cores())
     given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     if given == (None, None, None) and not DISTRIBUTED.value:
         return
@@ -106,6 +119,16 @@ def use_devices() -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"no other processes can be joined: {reason}") from error
+
+
+def _check_given() -> None:
+    """No flag of another script is given, which would do nothing here."""
+    known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined:
+            ours = module.startswith("experiments.")
+            if ours and flag.present and flag.name not in known:
+                raise InputError(f"--{flag.name} is not a flag of this script")
 
 
 def launch(main: Callable[[], int]) -> NoReturn:
@@ -136,6 +159,7 @@ def launch(main: Callable[[], int]) -> NoReturn:
         try:
             if argv[1:]:
                 raise InputError(f"{argv[1]!r}: not a flag; flags begin with --")
+            _check_given()
             return main()
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,8 @@
 """What the benchmark measures side by side, in one form for all that it measures."""
 
-import importlib.util
+import functools
+import importlib
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -9,12 +11,12 @@ from experiments._timing import Call
 
 OURS = "jaxbce"
 _LIBRARIES = {  # that a side needs beyond what experiments need anyway
-    "jax_privacy": "jax_privacy",
-    "jax_privacy by 32": "jax_privacy",
-    "Opacus": "opacus",
-    "PyTorch": "torch",
-    "PyTorch, one": "torch",
-    "torch.func.vmap": "torch",
+    "jax_privacy": ("jax_privacy",),
+    "jax_privacy by 32": ("jax_privacy",),
+    "Opacus": ("torch", "opacus"),
+    "PyTorch": ("torch",),
+    "PyTorch, one": ("torch",),
+    "torch.func.vmap": ("torch",),
 }
 
 
@@ -27,14 +29,16 @@ class Case(NamedTuple):
       size: Of what, in words.
       sides: Makes the calls anew, `OURS` first.
       results: Of calls that `sides` made, by side, what they must agree on; a side that
-        it leaves out does other work, which the quantity says.
+        it leaves out does other work, which is not compared.
       tolerance: The largest relative difference of a leaf, in the norm.
+      rough: What the calls' own results must be within where `exact` decides.
       flop: Floating-point operations that the matrix products of ours take, a unit.
       bytes: What must be read and written at least, a unit.
       unit: What the seconds are of.
-      missing: Sides that are left out because a library is not installed.
+      missing: Sides that are left out because a library cannot be imported.
       exact: The results of the same sides in float64, which decide where those of
-        float32 differ: a large batch has units of relu within a rounding of 0.
+        float32 differ by more than `tolerance`: a large batch has units of relu within
+        a rounding of 0, and a long run makes much of roundings.
       along: What grows on a scaling curve, and how large it is here; or None.
     """
 
@@ -44,6 +48,7 @@ class Case(NamedTuple):
     sides: Callable[[], dict[str, Call]]
     results: Callable[[dict[str, Call]], dict[str, Any]]
     tolerance: float
+    rough: float = 1e-2
     flop: float = 0.0
     bytes: float = 0.0
     unit: str = "call"
@@ -58,12 +63,21 @@ def results_of(calls: dict[str, Call]) -> dict[str, Any]:
 
 
 def missing_among(names: Iterable[str]) -> tuple[str, ...]:
-    """Those whose library is not installed."""
+    """Those whose libraries cannot be imported."""
     return tuple(
-        name
-        for name in names
-        if name in _LIBRARIES and importlib.util.find_spec(_LIBRARIES[name]) is None
+        name for name in names if not all(map(_importable, _LIBRARIES.get(name, ())))
     )
+
+
+@functools.cache
+def _importable(library: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module(library)
+        except Exception:  # a broken installation fails in any way it likes
+            return False
+    return True
 
 
 def multiplications(layers: tuple[int, ...]) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def case(
       along: As in `Case`.
     """
     named = quantities()[quantity]
-    args = arguments(rows, layers, key, named.networks)
+    args = named.placed(arguments(rows, layers, key, named.networks))
     copies = rows * sum(a * b + b for a, b in pairwise(layers))
     small = copies <= _MOST_NUMBERS
     chosen = {

@@ -19,7 +19,8 @@ from jaxbce.network import Layer, Params
 OPTIMIZER = flags.DEFINE_string(
     "optimizer",
     "adam",
-    "An optimizer of optax or optax.contrib by its name; a wrong name lists them.",
+    "An optimizer of optax or optax.contrib by its name; a wrong name lists them. "
+    "sweep takes several, comma-separated.",
 )
 OPTIMIZER_ARG = flags.DEFINE_multi_string(
     "optimizer_arg", [], "An argument of the optimizer, as b1=0.95"
@@ -27,8 +28,8 @@ OPTIMIZER_ARG = flags.DEFINE_multi_string(
 LEARNING_RATE = flags.DEFINE_float(
     "learning_rate",
     None,
-    "The learning rate. If not set, the optimizer's own default, or 0.003 if it has "
-    "none.",
+    "The learning rate. If not set, the optimizer's own default, or if it has none "
+    "0.003; in private 0.01 for adam.",
 )
 SCHEDULE = flags.DEFINE_enum(
     "schedule",

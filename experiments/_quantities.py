@@ -38,6 +38,7 @@ class Quantity(NamedTuple):
         those whose cost is linear in rows, and a row and row in those of all pairs.
       other_work: Peers that compute something else, to compare the price with.
       networks: None, or that params are of so many networks that share the batch.
+      placed: Puts the arguments where the sides expect them.
     """
 
     ours: Function
@@ -45,6 +46,7 @@ class Quantity(NamedTuple):
     products: Callable[[tuple[int, ...]], tuple[int, int]]
     other_work: tuple[str, ...] = ()
     networks: int | None = None
+    placed: Callable[[Any], Any] = lambda args: args
 
 
 def _row_gradients(params: Params, x: jax.Array, y: jax.Array) -> Params:
@@ -152,12 +154,24 @@ def _over_devices(function: Function) -> Function:
         varying = jax.lax.pcast(params, "rows", to="varying")
         return jax.lax.pmean(function(varying, x, y, params), "rows")
 
+    specs: Any = {"in_specs": _BY_ROWS[:3], "out_specs": jax.P()}
+    spread = jax.shard_map(part, mesh=_row_mesh(), **specs)
+    return lambda params, x, y, v: spread(params, x, y)
+
+
+_BY_ROWS = jax.P(), jax.P("rows"), jax.P("rows"), jax.P()
+
+
+def _row_mesh() -> jax.sharding.Mesh:
     devices = jax.devices()
     devices = devices[: 1 << (len(devices).bit_length() - 1)]  # which divide the rows
-    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-    specs: Any = {"in_specs": (jax.P(), jax.P("rows"), jax.P("rows"))}
-    spread = jax.shard_map(part, mesh=mesh, **specs, out_specs=jax.P())
-    return lambda params, x, y, v: spread(params, x, y)
+    return jax.sharding.Mesh(np.array(devices), ("rows",))
+
+
+def _placed_by_rows(args: Any) -> Any:
+    mesh = _row_mesh()
+    shardings = (jax.sharding.NamedSharding(mesh, spec) for spec in _BY_ROWS)
+    return tuple(map(jax.device_put, args, shardings))
 
 
 def _plain(function: Function) -> Side:
@@ -209,7 +223,9 @@ def quantities() -> dict[str, Quantity]:
             _gradient, plain | {"PyTorch": _torch.gradient}, _of_gradient
         ),
         "64 gradients": Quantity(_networks(_gradient), several, _of_gradient, (), 64),
-        "sharded gradient": Quantity(_over_devices(_gradient), spread, _of_gradient),
+        "sharded gradient": Quantity(
+            _over_devices(_gradient), spread, _of_gradient, placed=_placed_by_rows
+        ),
         "norms": Quantity(
             lambda params, x, y, v: per_example.norms(params, x, y), norms, _of_norms
         ),

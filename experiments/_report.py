@@ -15,7 +15,10 @@ from experiments._contests import OURS
 
 Row = dict[str, Any]
 
-_BLOCK = re.compile(r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKS = "<!-- benchmark", "<!-- end"
+_BLOCK = re.compile(
+    r"(<!-- benchmark: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL
+)
 
 
 def _number(value: float) -> str:
@@ -49,7 +52,7 @@ def table(rows: list[Row]) -> list[Row]:
         cell = {
             "quantity": row["quantity"],
             "size": row["size"],
-            "against": row["against"],
+            "against": row["against"] + " †" * (row["differ_by"] is None),
             "speed": _number(row["speed"]),
             "quartiles": "-".join(map(_number, row["quartiles"])),
             f"ours, a {row['unit']}": _time(row["seconds"]),
@@ -111,10 +114,9 @@ def markdown(suite: str, document: dict[str, Any]) -> str:
             f"{_number(limits['byte/s'] / 1e9)} GB/s there. "
             f"{configuration['rounds']} rounds at least for each of "
             f"{configuration['repeats']} compilations."
+            + "".join(f" {name} was not there." for name in document["skipped"])
         )
     rows = [row for row in document["rows"] if row["suite"] == suite]
-    if not rows:
-        raise ValueError(f"there are no rows of suite {suite!r}")
     cells = slopes(rows) if suite == "scaling" else table(rows)
     left = ("quantity", "size", "against", "as grow", "a unit")
     align = ["left" if name in left else "right" for name in cells[0]]
@@ -131,10 +133,21 @@ def with_tables(text: str, document: dict[str, Any]) -> str:
     """A README with the tables of a benchmark between its `<!-- benchmark: -->` marks.
 
     Raises:
-      ValueError: If it has no marks, or the benchmark not all of the suites they name.
+      ValueError: If its marks are not all in pairs, or the benchmark is not one that
+        `--full` has finished, with all suites that they name and nothing refused.
     """
-    if not _BLOCK.search(text):
-        raise ValueError("there are no <!-- benchmark: --> marks")
+    blocks = _BLOCK.findall(text)
+    if not blocks or {len(blocks)} != {text.count(mark) for mark in _MARKS}:
+        raise ValueError(
+            "README.md's marks are not pairs <!-- benchmark: NAME --> and <!-- end -->"
+        )
+    if not document["configuration"]["full"]:
+        raise ValueError("not a run of --full")
+    if document["refused"]:
+        raise ValueError(f"{len(document['refused'])} rows are refused in it")
+    for _, suite, _ in blocks:
+        if suite not in (*document["finished"], "machine"):
+            raise ValueError(f"suite {suite!r} is not finished in it")
     return _BLOCK.sub(
         lambda found: f"{found[1]}\n{markdown(found[2], document)}\n\n{found[3]}", text
     )

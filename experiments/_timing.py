@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments._cli import cores
+
 _LEAST_SECONDS = 2e-3  # of one measurement; shorter calls are repeated to fill it
 _LONG_SECONDS = 0.05  # of a call that what came before it does not touch
 _ROUND_SECONDS = 0.1  # of all sides once; shorter rounds are more,
@@ -95,16 +97,15 @@ def speed(mine: Cost, theirs: Cost) -> tuple[float, float, float]:
 
 
 def _seconds(run: Callable[[], Any], calls: int, settle: bool = True) -> float:
-    """Seconds a call, over some calls, if asked for after one that is not timed.
+    """Seconds from a call to its result, over some, if asked after one not timed.
 
     That one pays for what a long call of another side has left in the caches.
     """
     if settle:
         jax.block_until_ready(run())
     start = time.perf_counter()
-    for _ in range(calls - 1):
-        run()
-    jax.block_until_ready(run())
+    for _ in range(calls):
+        jax.block_until_ready(run())
     return (time.perf_counter() - start) / calls
 
 
@@ -147,20 +148,21 @@ def limits() -> dict[str, float]:
 
 def machine() -> str:
     """The device and its host's processor, in words."""
-    device, cores = jax.devices()[0], os.cpu_count() or 1
+    device = jax.devices()[0]
     lines = []
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         lines = cpuinfo.read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    host = f"{cores} cores of {names[0] if names else platform.processor()}"
+    host = f"{cores()} cores of {names[0] if names else platform.processor()}"
     return host if device.platform == "cpu" else f"{device.device_kind}, {host}"
 
 
 def load_warning() -> str | None:
     """A line to print before timings when other work is running, else None."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load < 0.75 * cores:
+    load = os.getloadavg()[0]
+    if load < 0.75 * cores():
         return None
     return (
-        f"The machine is busy (load {load:.1f} on {cores} cores): timings are doubtful."
+        f"The machine is busy (load {load:.1f} on {cores()} cores): timings are "
+        "doubtful."
     )

@@ -133,7 +133,7 @@ def ghost_clipped(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call
 def adam(
     params: Params, x: Any, y: Any, orders: np.ndarray, rate: float, members: int
 ) -> Callable[[], Params]:
-    """Adam on `torch.func.vmap` of a gradient, members stacked and alike.
+    """Adam by the usual loop, or on `torch.func.vmap` of a gradient of many alike.
 
     Args:
       params: Where each member begins.
@@ -144,24 +144,29 @@ def adam(
       members: How many; 0 is one network that is not under vmap.
 
     Returns:
-      A function that trains from the start, and returns the first member's parameters.
+      A function that trains from the start, and returns parameters, of members
+      stacked.
     """
     torch = _library()
     start, data = _tensors(params), _tensors((x, y))
-    gradient = torch.func.grad(_loss)
     if members:
         start = [leaf.expand(members, *leaf.shape) for leaf in start]
-        gradient = torch.func.vmap(gradient, in_dims=(0, None, None))
+    mapped = torch.func.vmap(torch.func.grad(_loss), in_dims=(0, None, None))
     batches = torch.tensor(orders).to(start[0].device)
 
     def train() -> Params:
-        leaves = [leaf.clone() for leaf in start]
-        optimizer = torch.optim.Adam(leaves, lr=rate, foreach=True)
+        leaves = [leaf.clone().requires_grad_(not members) for leaf in start]
+        optimizer = torch.optim.Adam(leaves, lr=rate, fused=True)
         for rows in batches:
-            grads = gradient(tuple(leaves), *(t[rows] for t in data))
-            for leaf, grad in zip(leaves, grads, strict=True):
-                leaf.grad = grad
+            batch = [t[rows] for t in data]
+            if members:
+                grads = mapped(tuple(leaves), *batch)
+                for leaf, grad in zip(leaves, grads, strict=True):
+                    leaf.grad = grad
+            else:
+                optimizer.zero_grad()
+                _loss(leaves, *batch).backward()
             optimizer.step()
-        return _layers(leaf[0] if members else leaf for leaf in leaves)
+        return _layers(leaves)
 
     return train

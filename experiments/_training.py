@@ -25,9 +25,10 @@ BATCH_SIZE = flags.DEFINE_integer(
 NUM_STEPS = flags.DEFINE_integer(
     "num_steps",
     None,
-    "Steps to train for. If not set, what --epochs says; trainability takes 200, "
-    "private 300 and find_mislabeled 400.",
+    "Steps to train for. If not set, 200 in trainability, 300 in private, 400 in "
+    "find_mislabeled, and what --epochs says elsewhere.",
     lower_bound=1,
+    upper_bound=2**31 - 1,
 )
 EPOCHS = flags.DEFINE_integer(
     "epochs", None, "Epochs to train for; 60 if not set.", lower_bound=1
@@ -42,13 +43,15 @@ EVALUATE_EVERY = flags.DEFINE_integer(
 PATIENCE = flags.DEFINE_integer(
     "patience",
     None,
-    "Stop at the first evaluation that comes this many steps, or more, after the best.",
+    "Stop at the first evaluation that comes this many steps, or more, after the best; "
+    "never if not set.",
     lower_bound=1,
 )
 POS_WEIGHT = flags.DEFINE_string(
     "pos_weight",
     "1",
-    "Weight of label 1 in the loss; 'balanced' is rows of label 0 over rows of 1.",
+    "Weight of label 1 in the loss; in train also 'balanced', rows of label 0 over "
+    "rows of label 1.",
 )
 
 CHUNKS = 20  # a run is checkpointed, and its progress shown, this many times or fewer

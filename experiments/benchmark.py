@@ -6,9 +6,10 @@
     python -m experiments.benchmark --readme results/benchmark/benchmark.json
 
 Every row is two sides of one quantity at one size, in one process: they must agree
-first, and are then timed in turn, A B A B. Speed is the median over rounds of the
-peer's time over ours, above 1 is faster. A library that is not installed is skipped
-with a line that says so; `pip install '.[benchmark]'` has them all.
+first (a peer marked † does other work, and is not compared), and are then timed in
+turn, A B A B, each call to its result. Speed is the median over rounds of the peer's
+time over ours, above 1 is faster. A library that cannot be imported is skipped with a
+line that says so; `pip install '.[benchmark]'` has them all.
 
 Suite gradient: `value_and_grad` beside `jax.value_and_grad` of optax's loss and
 PyTorch's autograd, also of many networks and over all devices. fit: a step of `fit`
@@ -46,7 +47,8 @@ from experiments import (
 )
 from experiments._contests import OURS, Case
 
-flags.adopt_module_key_flags(_cli)
+for _name in (*_cli.COMMON, "cpu_devices"):
+    flags.declare_key_flag(_name)
 SUITES = {
     "gradient": _contests_of_batches,
     "fit": _contests_of_runs,
@@ -60,10 +62,13 @@ _SUITE = flags.DEFINE_multi_enum(
     "suite", list(SUITES), list(SUITES), "What to measure; all if not set."
 )
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "The first size of each quantity, three rounds: about two minutes."
+    "quick", False, "Few sizes and three rounds: about two minutes on two cores."
 )
 _FULL = flags.DEFINE_bool(
-    "full", False, "All sizes, compiled twice, seven rounds for each: half an hour."
+    "full",
+    False,
+    "Seven rounds for each of two compilations, which is half an hour on two cores; "
+    "with neither flag five rounds of one.",
 )
 _ROUNDS = flags.DEFINE_integer(
     "rounds",
@@ -115,16 +120,18 @@ def run(
     rows, refused = [], []
     for case in cases:
         name = f"{case.suite}: {case.quantity}, {case.size}"
-        made = [case.sides()]
-        differ_by = _differences(case.results(made[0]))
-        if case.exact is not None and _wrong(case, differ_by):
-            differ_by = _differences(case.exact())
-        if wrong := _wrong(case, differ_by):
-            refused.append(f"{name}: differs from {wrong}, not measured")
+        for side in case.missing:
+            report(f"{name}: {side} cannot be imported, skipped")
+        made, differ_by = [], {}
+        try:
+            made.append(case.sides())
+            differ_by, wrong = _compared(case, made[0])
+        except Exception as error:  # of whichever side: no row, but all the others
+            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+        if wrong:
+            refused.append(f"{name}: {wrong}, not measured")
             report(refused[-1])
             continue
-        for side in case.missing:
-            report(f"{name}: {side} is not installed, skipped")
 
         def sides(case: Case = case, made: list[Any] = made) -> dict[str, _timing.Call]:
             return made.pop() if made else case.sides()
@@ -156,19 +163,39 @@ def run(
     return rows, refused
 
 
-def _wrong(case: Case, differ_by: dict[str, float]) -> dict[str, float]:
-    """Those beyond the tolerance, NaN among them."""
-    return {peer: d for peer, d in differ_by.items() if not d <= case.tolerance}
+def _compared(case: Case, calls: dict[str, _timing.Call]) -> tuple[Any, str | None]:
+    """By how much each peer differs from ours, and what of that is too much."""
+
+    def beyond(tolerance: float) -> str | None:
+        wrong = {peer: d for peer, d in differ_by.items() if not d <= tolerance}
+        return f"differs from {wrong}" if wrong else None
+
+    differ_by = _differences(case.results(calls))
+    if case.exact is None or not beyond(case.tolerance):
+        return differ_by, beyond(case.tolerance)
+    if wrong := beyond(case.rough):
+        return differ_by, wrong
+    differ_by = _differences(case.exact())
+    return differ_by, beyond(case.tolerance)
 
 
 def _differences(results: dict[str, Any]) -> dict[str, float]:
-    """By peer, the largest relative difference of a leaf from ours, in the norm."""
-    norm, ours = np.linalg.norm, jax.tree.leaves(results[OURS])
+    """By peer, the largest relative difference of a leaf from ours, in the norm.
+
+    NaN where there is one on either side, or in a leaf of another shape.
+    """
+
+    def difference(a: Any, b: Any) -> float:
+        if np.shape(a) != np.shape(b):
+            return np.nan
+        norm = np.linalg.norm
+        return float(norm(np.subtract(a, b)) / (max(norm(a), norm(b)) or 1))
+
+    ours = jax.tree.leaves(results[OURS])
     return {
-        peer: max(
-            float(norm(np.subtract(a, b)) / (max(norm(a), norm(b)) or 1))
-            for a, b in zip(ours, jax.tree.leaves(result), strict=True)
-        )
+        peer: float(np.max(list(map(difference, ours, leaves))))
+        if len(leaves := jax.tree.leaves(result)) == len(ours)
+        else np.nan
         for peer, result in results.items()
         if peer != OURS
     }
@@ -190,8 +217,12 @@ def _write_readme(source: Path) -> int:
     try:
         document = json.loads(source.read_text(encoding="utf-8"))
         text = _report.with_tables(readme.read_text(encoding="utf-8"), document)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise _cli.InputError(f"--readme={source}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _cli.InputError(
+            f"--readme={source}: not a benchmark.json ({error!r})"
+        ) from None
     with _results.replacing(readme) as path:
         path.write_text(text, encoding="utf-8")
     print(f"The tables of {source} are in {readme}")
@@ -214,6 +245,7 @@ def main() -> int:
     configuration = {
         "suites": list(dict.fromkeys(_SUITE.value)),
         "quick": _QUICK.value,
+        "full": _FULL.value,
         "rounds": _ROUNDS.value or rounds,
         "repeats": _REPEATS.value or repeats,
         "seed": _cli.SEED.value,
@@ -229,40 +261,49 @@ def main() -> int:
     )
     if warning:
         print(warning)
-    refused: list[str] = []
     document: dict[str, Any] = {
         "environment": environment,
         "configuration": configuration,
         "machine": _timing.machine(),
         "load": load,
         "limits": limits,
+        "finished": [],
+        "refused": [],
+        "skipped": [],
         "rows": [],
     }
+
+    def report(line: str) -> None:
+        print(f"  {line}", flush=True)
+
+    def save() -> None:
+        if folder is not None:
+            _results.write(folder, "benchmark", document, document["rows"])
+
     for suite in configuration["suites"]:
         cases = SUITES[suite].cases(
             suite, _QUICK.value, jax.random.key(_cli.SEED.value)
         )
-        rows, wrong = run(
-            cases,
-            rounds=configuration["rounds"],
-            repeats=configuration["repeats"],
-            limits=limits,
-            report=lambda line: print(f"  {line}", flush=True),
-        )
-        document["rows"] += rows
-        refused += wrong
-        if not rows:
-            continue
+        begin = len(document["rows"])
+        options = {name: configuration[name] for name in ("rounds", "repeats")}
+        for case in cases:
+            rows, refused = run([case], **options, limits=limits, report=report)
+            document["rows"] += rows
+            document["refused"] += refused
+            document["skipped"] += set(case.missing) - set(document["skipped"])
+            save()  # an end costs the case under way
+        document["finished"].append(suite)
+        save()
+        rows = document["rows"][begin:]
         cells = _report.slopes(rows) if suite == "scaling" else _report.table(rows)
-        print(f"\n{_results.table(cells)}\n", flush=True)
-        if folder is not None:  # after each suite, so that an end costs no more
-            _results.write(folder, "benchmark", document, document["rows"])
-            _report.picture(folder / "benchmark.png", document["rows"])
+        if cells:
+            print(f"\n{_results.table(cells)}\n", flush=True)
     if folder is not None:
+        _report.picture(folder / "benchmark.png", document["rows"])
         print(f"Written to {folder}: benchmark.json, .csv, .png")
-    for line in refused:
+    for line in document["refused"]:
         print(f"WRONG: {line}")
-    return 1 if refused else 0
+    return 1 if document["refused"] else 0
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ import jaxbce
 from experiments import _cli, _comparisons, _data, _explain, _results, _timing
 from jaxbce.checking import TOLERANCES
 
-flags.adopt_module_key_flags(_cli)
 flags.adopt_module_key_flags(_data)
+for _name in (*_cli.COMMON, "dtype"):
+    flags.declare_key_flag(_name)
 _BATCH = flags.DEFINE_integer(
     "batch", None, "Rows of the data to use; all of them if not set.", lower_bound=1
 )
@@ -142,7 +143,8 @@ def picture(path: Path, costs: list[Row]) -> None:
         axis.invert_yaxis()
         axis.set(title="One gradient", xlabel=column)
     right.set_yticklabels([])
-    figure.savefig(path, dpi=120)
+    with _results.replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
     plt.close(figure)
 
 

@@ -34,9 +34,10 @@ import jaxbce
 from experiments import _cli, _data, _optimizers, _pictures, _results, _training
 from jaxbce import per_example
 
-for _module in (_cli, _data, _optimizers):
+for _module in (_data, _optimizers):
     flags.adopt_module_key_flags(_module)
-for _name in ("batch_size", "num_steps", "seeds"):
+_NAMES = "batch_size", "cpu_devices", "dtype", "num_steps", "seeds"
+for _name in (*_cli.COMMON, *_NAMES):
     flags.declare_key_flag(_name)
 _FLIP_FRACTION = flags.DEFINE_float(
     "flip_fraction",
@@ -291,6 +292,8 @@ def main() -> int:
     fraction = _FLIP_FRACTION.value
     if fraction is None:
         fraction = 0.0 if _data.DATA.value is not None else 0.05
+    if np.isnan(fraction):
+        raise _cli.InputError("--flip_fraction=nan: a number is accepted")
     print(f"{table.name}: {len(table.y)} rows")
     print(", ".join(f"{k} {v}" for k, v in _results.environment().items()), flush=True)
     result = run(

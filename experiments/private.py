@@ -42,17 +42,17 @@ from experiments import (
 )
 from jaxbce import per_example
 
-for _module in (_cli, _data, _optimizers):
+for _module in (_data, _optimizers):
     flags.adopt_module_key_flags(_module)
-for _name in ("batch_size", "num_steps", "seeds"):
+for _name in (*_cli.COMMON, "batch_size", "dtype", "num_steps", "seeds"):
     flags.declare_key_flag(_name)
 _EPSILON = flags.DEFINE_list(
     "epsilon",
     ["0.5", "1", "2", "3", "5", "8"],
-    "Privacy to train with: ε, one or several, comma-separated.",
+    "Privacy to train with: ε above 0 and up to 20, one or several, comma-separated.",
 )
 _DELTA = flags.DEFINE_float(
-    "delta", 1e-5, "δ, of which less than 1 / rows is usual.", 0.0, 1.0
+    "delta", 1e-5, "δ, from 1e-15; less than 1 / rows is usual.", 0.0, 1.0
 )
 _MAX_GRAD_NORM = flags.DEFINE_float(
     "max_grad_norm", 1.0, "The norm that each row's gradient is clipped to."

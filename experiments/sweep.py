@@ -43,8 +43,10 @@ from experiments import (
 )
 from jaxbce import sweeps
 
-for _module in (_cli, _data, _optimizers, _training):
+for _module in (_data, _optimizers, _training):
     flags.adopt_module_key_flags(_module)
+for _name in (*_cli.COMMON, *_cli.PROCESSES, "dtype", "seeds"):
+    flags.declare_key_flag(_name)
 _AXIS = flags.DEFINE_multi_string(
     "axis",
     [],
@@ -397,9 +399,12 @@ def main() -> int:
     try:
         pos_weight = float(_training.POS_WEIGHT.value)
     except ValueError:
+        pos_weight = np.nan
+    if not 0 <= pos_weight < np.inf:
         raise _cli.InputError(
-            f"--pos_weight={_training.POS_WEIGHT.value}: a number is accepted"
-        ) from None
+            f"--pos_weight={_training.POS_WEIGHT.value}: a finite number >= 0 is "
+            "accepted"
+        )
     table = _data.from_flags(_cli.SEED.value)
     first = jax.process_index() == 0
     if first:

@@ -37,8 +37,10 @@ from experiments import (
     _training,
 )
 
-for _module in (_cli, _data, _optimizers, _training):
+for _module in (_data, _optimizers, _training):
     flags.adopt_module_key_flags(_module)
+for _name in (*_cli.COMMON, "dtype"):
+    flags.declare_key_flag(_name)
 _GRADIENT = flags.DEFINE_enum(
     "gradient",
     "manual",

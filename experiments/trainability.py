@@ -39,8 +39,8 @@ from scipy import stats
 import jaxbce
 from experiments import _cli, _parts, _results, _training
 
-flags.adopt_module_key_flags(_cli)
-flags.declare_key_flag("num_steps")
+for _name in (*_cli.COMMON, *_cli.PROCESSES, "dtype", "num_steps"):
+    flags.declare_key_flag(_name)
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", 256, "Pixels a side, each a network.", lower_bound=2
 )

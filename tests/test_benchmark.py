@@ -64,7 +64,9 @@ def test_every_side_of_a_quantity_agrees_and_is_measured(quantity):
         assert row["speed"] > 0
         assert row["flop_share"] == case.flop / 1e9 / row["seconds"]
     for library in case.missing:
-        assert any(f"{library} is not installed, skipped" in line for line in reported)
+        assert any(
+            f"{library} cannot be imported, skipped" in line for line in reported
+        )
 
 
 def test_what_does_not_agree_is_refused():
@@ -78,11 +80,44 @@ def test_what_does_not_agree_is_refused():
     assert line.startswith(
         "gradient: gradient, 32×5→4→1: differs from {'jax.grad': 0.00"
     )
-    rows = measure(case._replace(results=lambda _: dict(wrong)))  # float64 decides
-    assert rows[0]["differ_by"] < 1e-14
-    nan = results | {OURS: (np.nan, grads)}
-    assert "'jax.grad': nan" in refused(
-        case._replace(results=lambda _: nan, exact=None)
+
+
+def scaled(results, factor):
+    value, grads = results[OURS]
+    return results | {OURS: (value, jax.tree.map(lambda g: factor * g, grads))}
+
+
+def test_float64_decides_where_float32_is_not_far_off():
+    case = _contests_of_batches.case("gradient", "gradient", 32, (5, 4, 1), KEY)
+    (row, *_) = measure(
+        case._replace(results=lambda calls: scaled(case.results(calls), 1 + 1e-4))
+    )
+    assert row["differ_by"] < 1e-14
+    for factor in (1.02, 0, np.nan):  # whatever float64 says
+        far = case._replace(
+            results=lambda calls, f=factor: scaled(case.results(calls), f)
+        )
+        assert "differs from" in refused(far)
+
+
+def test_whatever_cannot_be_compared_is_refused():
+    case = _contests_of_batches.case("gradient", "gradient", 32, (5, 4, 1), KEY)
+    value, (first, last) = case.results(case.sides())[OURS]
+    for wrong in (
+        (value, (first, last._replace(b=np.full(1, np.nan)))),
+        (value, (first, last._replace(b=last.b[None]))),
+        (value, (first, last._replace(b=None))),
+    ):
+        bad = case._replace(
+            results=lambda calls, w=wrong: case.results(calls) | {OURS: w}
+        )
+        assert "'jax.grad': nan" in refused(bad)
+
+    def fail():
+        raise RuntimeError("out of luck")
+
+    assert "RuntimeError: out of luck, not measured" in refused(
+        case._replace(sides=fail)
     )
 
 
@@ -198,9 +233,21 @@ def test_the_readme_has_the_tables_of_one_run():
     assert _report.with_tables(text, document) == text
     broken = text.replace("<!-- benchmark: fit -->\n", "<!-- benchmark: fit -->\nx")
     assert _report.with_tables(broken, document) == text
-    rows = [row for row in document["rows"] if row["suite"] != "fit"]
-    with pytest.raises(ValueError, match="no rows of suite 'fit'"):
-        _report.with_tables(text, document | {"rows": rows})
+    configuration = document["configuration"]
+    for change, match in (
+        ({"finished": ["gradient"]}, "suite 'fit' is not finished"),
+        ({"refused": ["one"]}, "1 rows are refused"),
+        ({"configuration": configuration | {"full": False}}, "not a run of --full"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            _report.with_tables(text, document | change)
+    for torn in (
+        text.replace("<!-- end -->", "", 1),
+        text.replace("<!-- benchmark: fit -->", "<!-- benchmark:fit -->"),
+        "no marks",
+    ):
+        with pytest.raises(ValueError, match=r"README.md's marks are not pairs"):
+            _report.with_tables(torn, document)
 
 
 def test_as_a_process_it_writes_its_files_and_says_what_is_wrong(tmp_path):
@@ -234,7 +281,7 @@ def test_as_a_process_it_writes_its_files_and_says_what_is_wrong(tmp_path):
 
 
 def test_a_missing_library_leaves_its_sides_out(monkeypatch):
-    monkeypatch.setitem(_contests._LIBRARIES, "PyTorch", "no_such_library")
+    monkeypatch.setitem(_contests._LIBRARIES, "PyTorch", ("no_such_library",))
     case = _contests_of_batches.case("gradient", "gradient", 32, (5, 4, 1), KEY)
     assert isinstance(case, Case)
     assert case.missing == ("PyTorch",)
