@@ -114,10 +114,29 @@ def test_as_a_process_it_writes_results_that_say_what_made_them(tmp_path):
     assert (folder / "compare_gradients.png").stat().st_size > 10_000
 
 
+OTHERS = {
+    ("compare_gradients", "--seeds=3"): "--seeds is not a flag of this script",
+    ("train", "--cpu_devices=2"): "--cpu_devices is not a flag of this script",
+    ("trainability", "--batch_size=4"): "--batch_size is not a flag of this script",
+    ("sweep", "--axis=b1=0.9", "--pos_weight=nan"): "a finite number >= 0",
+    ("find_mislabeled", "--flip_fraction=nan"): "--flip_fraction=nan",
+}
+
+
+def test_what_would_do_nothing_or_no_good_is_refused():
+    started = {command: start(*command) for command in OTHERS}
+    for command, process in started.items():
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 2, (command, out, err)
+        assert OTHERS[command] in err
+        assert err.count("\n") == 1, err
+
+
 def test_a_mistake_on_the_command_line_is_one_line_and_a_failure():
     mistakes = {
         ("--no_such_flag",): "no_such_flag",
         ("--hidden=8,x",): "--hidden=8,x: widths are integers >= 1",
+        ("--output_dir=",): "--output_dir is empty",
         ("--batch=99999",): "--batch=99999: digits has 1797 rows",
         ("--tolerance=nan",): "--tolerance=nan: not a number",
         ("stray",): "'stray': not a flag",
