@@ -72,12 +72,14 @@ def duration(
     """Steps in all, and between evaluations, from what is set of them.
 
     Raises:
-      InputError: If both `num_steps` and `epochs` are.
+      InputError: If both `num_steps` and `epochs` are, or the epochs are too many.
     """
     if num_steps is not None and epochs is not None:
         raise InputError("--num_steps and --epochs are two answers to one question")
     epoch = -(-rows // (batch_size or rows))
     num_steps = num_steps or (epochs or 60) * epoch
+    if num_steps >= 2**31:
+        raise InputError(f"--epochs={epochs}: {num_steps} steps; 2^31 are too many")
     return num_steps, min(evaluate_every or max(epoch, -(-num_steps // 100)), num_steps)
 
 

@@ -116,6 +116,7 @@ def test_as_a_process_it_writes_results_that_say_what_made_them(tmp_path):
 
 OTHERS = {
     ("compare_gradients", "--seeds=3"): "--seeds is not a flag of this script",
+    ("train", "--epochs=99999999999"): "--epochs=99999999999: ",
     ("train", "--cpu_devices=2"): "--cpu_devices is not a flag of this script",
     ("trainability", "--batch_size=4"): "--batch_size is not a flag of this script",
     ("sweep", "--axis=b1=0.9", "--pos_weight=nan"): "a finite number >= 0",
