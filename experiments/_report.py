@@ -117,6 +117,8 @@ def markdown(suite: str, document: dict[str, Any]) -> str:
             + "".join(f" {name} was not there." for name in document["skipped"])
         )
     rows = [row for row in document["rows"] if row["suite"] == suite]
+    if not rows:
+        raise ValueError(f"there are no rows of suite {suite!r}")
     cells = slopes(rows) if suite == "scaling" else table(rows)
     left = ("quantity", "size", "against", "as grow", "a unit")
     align = ["left" if name in left else "right" for name in cells[0]]

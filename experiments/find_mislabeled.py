@@ -36,8 +36,8 @@ from jaxbce import per_example
 
 for _module in (_data, _optimizers):
     flags.adopt_module_key_flags(_module)
-_NAMES = "batch_size", "cpu_devices", "dtype", "num_steps", "seeds"
-for _name in (*_cli.COMMON, *_NAMES):
+_NAMES = ("batch_size", "cpu_devices", "dtype", "num_steps", "seeds")
+for _name in _cli.COMMON + _NAMES:
     flags.declare_key_flag(_name)
 _FLIP_FRACTION = flags.DEFINE_float(
     "flip_fraction",

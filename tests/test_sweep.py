@@ -116,7 +116,7 @@ def test_choices_are_programs_and_a_random_search_draws(table):
 def test_a_dry_run_says_what_it_would_take(table):
     cost = sweep.run(table=table, axes=AXES, dry_run=True, **TOY)["cost"]
     assert cost[0]["networks"] == 24
-    assert cost[0]["network-steps/s"] > 0
+    assert 0 < cost[0]["network-steps/s"] < 1e9
     assert cost[0]["on all devices at a time"] <= 24
 
 
