@@ -36,27 +36,20 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import (
-    _cli,
-    _contests_of_batches,
-    _contests_of_runs,
-    _contests_of_starts,
-    _report,
-    _results,
-    _timing,
-)
-from experiments._contests import OURS, Case
+from experiments.suites import batches, compilation, report, scaling, training
+from experiments.suites.case import OURS, Case
+from experiments.support import cli, output, timing
 
-for _name in (*_cli.COMMON, "cpu_devices"):
+for _name in (*cli.COMMON, "cpu_devices"):
     flags.declare_key_flag(_name)
 SUITES = {
-    "gradient": _contests_of_batches,
-    "fit": _contests_of_runs,
-    "sweep": _contests_of_runs,
-    "per_example": _contests_of_batches,
-    "curvature": _contests_of_batches,
-    "compile": _contests_of_starts,
-    "scaling": _contests_of_starts,
+    "gradient": batches,
+    "fit": training,
+    "sweep": training,
+    "per_example": batches,
+    "curvature": batches,
+    "compile": compilation,
+    "scaling": scaling,
 }
 _SUITE = flags.DEFINE_multi_enum(
     "suite", list(SUITES), list(SUITES), "What to measure; all if not set."
@@ -106,7 +99,7 @@ def run(
       cases: What to measure, as `Case`s.
       rounds: How often each side is timed in each repeat, at least.
       repeats: How often all sides are made anew.
-      limits: What `_timing.limits()` found; None is to measure it now.
+      limits: What `timing.limits()` found; None is to measure it now.
       report: Called with a line on each case as it is done, and on each that is not
         measured because a library is missing.
 
@@ -116,7 +109,7 @@ def run(
       "flop_share" and "byte_share" of the limits, "differ_by", and "along". Then a
       line for each case that is not measured because its sides do not agree.
     """
-    limits = _timing.limits() if limits is None else limits
+    limits = timing.limits() if limits is None else limits
     rows, refused = [], []
     for case in cases:
         name = f"{case.suite}: {case.quantity}, {case.size}"
@@ -133,13 +126,13 @@ def run(
             report(refused[-1])
             continue
 
-        def sides(case: Case = case, made: list[Any] = made) -> dict[str, _timing.Call]:
+        def sides(case: Case = case, made: list[Any] = made) -> dict[str, timing.Call]:
             return made.pop() if made else case.sides()
 
-        costs = _timing.measure(sides, rounds=rounds, repeats=repeats)
+        costs = timing.measure(sides, rounds=rounds, repeats=repeats)
         ours = costs.pop(OURS)
         for peer, theirs in costs.items():
-            speed, *quartiles = _timing.speed(ours, theirs)
+            speed, *quartiles = timing.speed(ours, theirs)
             rows.append(
                 {
                     "suite": case.suite,
@@ -163,7 +156,7 @@ def run(
     return rows, refused
 
 
-def _compared(case: Case, calls: dict[str, _timing.Call]) -> tuple[Any, str | None]:
+def _compared(case: Case, calls: dict[str, timing.Call]) -> tuple[Any, str | None]:
     """By how much each peer differs from ours, and what of that is too much."""
 
     def beyond(tolerance: float) -> str | None:
@@ -216,14 +209,14 @@ def _write_readme(source: Path) -> int:
     readme = Path(__file__).parent.parent / "README.md"
     try:
         document = json.loads(source.read_text(encoding="utf-8"))
-        text = _report.with_tables(readme.read_text(encoding="utf-8"), document)
+        text = report.with_tables(readme.read_text(encoding="utf-8"), document)
     except ValueError as error:
-        raise _cli.InputError(f"--readme={source}: {error}") from None
+        raise cli.InputError(f"--readme={source}: {error}") from None
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--readme={source}: not a benchmark.json ({error!r})"
         ) from None
-    with _results.replacing(readme) as path:
+    with output.replacing(readme) as path:
         path.write_text(text, encoding="utf-8")
     print(f"The tables of {source} are in {readme}")
     return 0
@@ -237,10 +230,10 @@ def main() -> int:
     if _README.value is not None:
         return _write_readme(Path(_README.value))
     if _QUICK.value and _FULL.value:
-        raise _cli.InputError("--quick and --full: one of them, or neither")
-    _cli.use_devices()
+        raise cli.InputError("--quick and --full: one of them, or neither")
+    cli.use_devices()
     jax.config.update("jax_default_matmul_precision", "highest")
-    folder = _cli.output_dir()
+    folder = cli.output_dir()
     rounds, repeats = (3, 1) if _QUICK.value else (7, 2) if _FULL.value else (5, 1)
     configuration = {
         "suites": list(dict.fromkeys(_SUITE.value)),
@@ -248,14 +241,14 @@ def main() -> int:
         "full": _FULL.value,
         "rounds": _ROUNDS.value or rounds,
         "repeats": _REPEATS.value or repeats,
-        "seed": _cli.SEED.value,
+        "seed": cli.SEED.value,
     }
-    environment = _results.environment() | _versions()
+    environment = output.environment() | _versions()
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
-    load, warning = os.getloadavg()[0], _timing.load_warning()
-    limits = _timing.limits()
+    load, warning = os.getloadavg()[0], timing.load_warning()
+    limits = timing.limits()
     print(
-        f"{_timing.machine()}, load {load:.2f}: products at "
+        f"{timing.machine()}, load {load:.2f}: products at "
         f"{limits['flop/s'] / 1e9:.4g} Gflop/s, copies at "
         f"{limits['byte/s'] / 1e9:.3g} GB/s"
     )
@@ -264,7 +257,7 @@ def main() -> int:
     document: dict[str, Any] = {
         "environment": environment,
         "configuration": configuration,
-        "machine": _timing.machine(),
+        "machine": timing.machine(),
         "load": load,
         "limits": limits,
         "finished": [],
@@ -273,21 +266,19 @@ def main() -> int:
         "rows": [],
     }
 
-    def report(line: str) -> None:
+    def say(line: str) -> None:
         print(f"  {line}", flush=True)
 
     def save() -> None:
         if folder is not None:
-            _results.write(folder, "benchmark", document, document["rows"])
+            output.write(folder, "benchmark", document, document["rows"])
 
     for suite in configuration["suites"]:
-        cases = SUITES[suite].cases(
-            suite, _QUICK.value, jax.random.key(_cli.SEED.value)
-        )
+        cases = SUITES[suite].cases(suite, _QUICK.value, jax.random.key(cli.SEED.value))
         begin = len(document["rows"])
         options = {name: configuration[name] for name in ("rounds", "repeats")}
         for case in cases:
-            rows, refused = run([case], **options, limits=limits, report=report)
+            rows, refused = run([case], **options, limits=limits, report=say)
             document["rows"] += rows
             document["refused"] += refused
             document["skipped"] += set(case.missing) - set(document["skipped"])
@@ -295,11 +286,11 @@ def main() -> int:
         document["finished"].append(suite)
         save()
         rows = document["rows"][begin:]
-        cells = _report.slopes(rows) if suite == "scaling" else _report.table(rows)
+        cells = report.slopes(rows) if suite == "scaling" else report.table(rows)
         if cells:
-            print(f"\n{_results.table(cells)}\n", flush=True)
+            print(f"\n{output.table(cells)}\n", flush=True)
     if folder is not None:
-        _report.picture(folder / "benchmark.png", document["rows"])
+        report.picture(folder / "benchmark.png", document["rows"])
         print(f"Written to {folder}: benchmark.json, .csv, .png")
     for line in document["refused"]:
         print(f"WRONG: {line}")
@@ -307,4 +298,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

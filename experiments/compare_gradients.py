@@ -14,7 +14,6 @@ tiny network through the derivation, number by number.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,11 +22,12 @@ import numpy as np
 from absl import flags
 
 import jaxbce
-from experiments import _cli, _comparisons, _data, _explain, _results, _timing
+from experiments.gradient_checks import comparisons, figure, walkthrough
+from experiments.support import cli, datasets, output, timing
 from jaxbce.checking import TOLERANCES
 
-flags.adopt_module_key_flags(_data)
-for _name in (*_cli.COMMON, "dtype"):
+flags.adopt_module_key_flags(datasets)
+for _name in (*cli.COMMON, "dtype"):
     flags.declare_key_flag(_name)
 _BATCH = flags.DEFINE_integer(
     "batch", None, "Rows of the data to use; all of them if not set.", lower_bound=1
@@ -97,55 +97,22 @@ def run(
             jnp.asarray(x, dtype),
             jnp.asarray(y, dtype),
         )
-        rows = _comparisons.leaves_and_factors(*arguments, tolerance)
+        rows = comparisons.leaves_and_factors(*arguments, tolerance)
         title = f"1. By hand, {dtype}, against JAX's own derivative (verdict: norm rel)"
         done("factors", title, rows)
-        rows = _comparisons.oracles(*arguments, tolerance=tolerance, seed=seed)
+        rows = comparisons.oracles(*arguments, tolerance=tolerance, seed=seed)
         done("oracles", "2. The gradient against oracles, the worst point", rows)
     done(
         "tail",
         "3. The tail: relative error of δ = ∂BCE/∂a, float32 (verdict: by hand)",
-        _comparisons.tail(_comparisons.TAIL_LOGITS),
+        comparisons.tail(comparisons.TAIL_LOGITS),
     )
     with jax.enable_x64(dtype == "float64"):
-        rows = _comparisons.many_networks(key, sizes, *arguments[1:], trials, tolerance)
+        rows = comparisons.many_networks(key, sizes, *arguments[1:], trials, tolerance)
         done("networks", f"4. {trials} random networks under vmap, the worst", rows)
-    costs = _comparisons.cost(key, sizes, x, y, block_size=block_size, rounds=rounds)
+    costs = comparisons.cost(key, sizes, x, y, block_size=block_size, rounds=rounds)
     done("cost", f"5. Cost of one gradient, float32, {len(x)} rows", costs)
     return parts
-
-
-def picture(path: Path, costs: list[Row]) -> None:
-    """Draws the error against the logit, and the costs."""
-    import matplotlib.pyplot as plt
-
-    logits = np.linspace(0.5, 80, 160)
-    errors = _comparisons.tail(tuple(logits))
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13, 4), width_ratios=[2, 1, 1], layout="constrained"
-    )
-    for name in list(errors[0])[1:-1]:
-        values = np.maximum([row[name] for row in errors], 1e-9)
-        left.semilogy(
-            logits, values, label=name, lw=3 if name == _comparisons.BY_HAND else 1.5
-        )
-    left.set(
-        title="Error of ∂BCE/∂a in float32",
-        xlabel="logit |a|, on the side of its label",
-        ylabel="relative error",
-    )
-    left.legend()
-    names = [
-        row["gradient"].replace(", ", ",\n").replace(" of ", "\nof ") for row in costs
-    ]
-    for axis, column in ((middle, "µs"), (right, "temporary kB")):
-        axis.barh(names, [float(row[column]) for row in costs], color="C0")
-        axis.invert_yaxis()
-        axis.set(title="One gradient", xlabel=column)
-    right.set_yticklabels([])
-    with _results.replacing(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
 
 
 def main() -> int:
@@ -153,37 +120,37 @@ def main() -> int:
     # On a GPU float32 products are otherwise rounded to TF32's 10 bits.
     jax.config.update("jax_default_matmul_precision", "highest")
     if _EXPLAIN.value:
-        text, holds = _explain.walk()
+        text, holds = walkthrough.walk()
         print(text)
         return 0 if holds else 1
     if _TOLERANCE.value is not None and not 0 < _TOLERANCE.value < float("inf"):
-        raise _cli.InputError(f"--tolerance={_TOLERANCE.value}: not a number > 0")
-    hidden = _data.hidden_sizes()
-    table = _data.from_flags(_cli.SEED.value)
-    x, y = _data.whole(table)
+        raise cli.InputError(f"--tolerance={_TOLERANCE.value}: not a number > 0")
+    hidden = datasets.hidden_sizes()
+    table = datasets.from_flags(cli.SEED.value)
+    x, y = datasets.whole(table)
     batch = _BATCH.value or len(x)
     if batch > len(x):
-        raise _cli.InputError(f"--batch={batch}: {table.name} has {len(x)} rows")
-    dtype = _cli.DTYPE.value or "float64"
-    folder = _cli.output_dir()
+        raise cli.InputError(f"--batch={batch}: {table.name} has {len(x)} rows")
+    dtype = cli.DTYPE.value or "float64"
+    folder = cli.output_dir()
     configuration = {
         "data": table.name,
         "hidden": hidden,
         "batch": batch,
         "dtype": dtype,
         "trials": _TRIALS.value,
-        "seed": _cli.SEED.value,
+        "seed": cli.SEED.value,
         "tolerance": _TOLERANCE.value,
         "block_size": _BLOCK_SIZE.value,
     }
     sizes = "→".join(map(str, (x.shape[1], *hidden, y.shape[1])))
     print(f"{table.name}: {batch} rows, network {sizes}")
-    print(", ".join(f"{k} {v}" for k, v in _results.environment().items()))
+    print(", ".join(f"{k} {v}" for k, v in output.environment().items()))
 
     def report(title: str, rows: list[Row]) -> None:
-        print(f"\n{title}\n\n{_results.table(rows)}", flush=True)
+        print(f"\n{title}\n\n{output.table(rows)}", flush=True)
 
-    if warning := _timing.load_warning():
+    if warning := timing.load_warning():
         print(warning)
     parts = run(
         x=x[:batch],
@@ -191,7 +158,7 @@ def main() -> int:
         hidden=hidden,
         dtype=dtype,
         trials=_TRIALS.value,
-        seed=_cli.SEED.value,
+        seed=cli.SEED.value,
         tolerance=_TOLERANCE.value,
         block_size=_BLOCK_SIZE.value,
         report=report,
@@ -205,11 +172,11 @@ def main() -> int:
     )
     if folder is not None:
         results = {"configuration": configuration, "holds": holds, "parts": parts}
-        _results.write(folder, "compare_gradients", results, rows)
-        picture(folder / "compare_gradients.png", parts["cost"])
+        output.write(folder, "compare_gradients", results, rows)
+        figure.draw(folder / "compare_gradients.png", parts["cost"])
         print(f"Written to {folder}: compare_gradients.json, .csv, .png")
     return 0 if holds else 1
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

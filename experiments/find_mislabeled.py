@@ -31,13 +31,13 @@ from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 import jaxbce
-from experiments import _cli, _data, _optimizers, _pictures, _results, _training
+from experiments.support import chunked_fit, cli, datasets, optimizers, output, plots
 from jaxbce import per_example
 
-for _module in (_data, _optimizers):
+for _module in (datasets, optimizers):
     flags.adopt_module_key_flags(_module)
 _NAMES = ("batch_size", "cpu_devices", "dtype", "num_steps", "seeds")
-for _name in _cli.COMMON + _NAMES:
+for _name in cli.COMMON + _NAMES:
     flags.declare_key_flag(_name)
 _FLIP_FRACTION = flags.DEFINE_float(
     "flip_fraction",
@@ -67,7 +67,7 @@ Row = dict[str, Any]
 
 def run(
     *,
-    table: _data.Table,
+    table: datasets.Table,
     flip_fraction: float = 0.0,
     folds: int = 5,
     seeds: int = SEEDS,
@@ -111,25 +111,25 @@ def run(
       InputError: If something asked for cannot be done.
     """
     if table.y.shape[1] != 1:
-        raise _cli.InputError("--target: one target can be searched, not several")
-    x, y = _data.whole(table)
+        raise cli.InputError("--target: one target can be searched, not several")
+    x, y = datasets.whole(table)
     n = len(y)
     rng = np.random.default_rng(seed)
     flipped = np.zeros(n, bool)
     flipped[rng.choice(n, round(flip_fraction * n), replace=False)] = True
     given = np.where(flipped, 1 - y[:, 0], y[:, 0])
     if flip_fraction > 0 and not flipped.any():
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--flip_fraction={flip_fraction}: flips none of {n} labels"
         )
     if min(given.sum(), n - given.sum()) < folds:
-        raise _cli.InputError(f"--folds={folds}: a label has fewer rows than that")
+        raise cli.InputError(f"--folds={folds}: a label has fewer rows than that")
     least = n - -(-n // folds)  # rows that a fold's networks are trained on
     if batch_size is not None and batch_size > least:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--batch_size={batch_size}: {table.name} has {least} rows to train on"
         )
-    make_optimizer = _optimizers.family(
+    make_optimizer = optimizers.family(
         optimizer,
         swept=(),
         learning_rate=learning_rate,
@@ -161,7 +161,7 @@ def run(
                 dtype=dtype,
             )
             if (networks.diverged_at >= 0).any():
-                raise _cli.InputError(
+                raise cli.InputError(
                     "networks diverged; a smaller --learning_rate may help"
                 )
             params = jax.tree.map(lambda leaf: leaf[0], networks.params)
@@ -187,7 +187,7 @@ def run(
     return {
         "configuration": {
             "data": table.name,
-            "data_digest": _data.digest(table),
+            "data_digest": datasets.digest(table),
             "classes": table.classes,
             "rows": n,
             "flipped": int(flipped.sum()),
@@ -229,7 +229,7 @@ def _score(params: Any, x: jax.Array, y: jax.Array) -> tuple[dict[str, Any], Any
 
 
 def _ranking(
-    table: _data.Table,
+    table: datasets.Table,
     given: np.ndarray,
     flipped: np.ndarray,
     probability: np.ndarray,
@@ -284,34 +284,34 @@ def _marked(quality: dict[str, np.ndarray], flipped: np.ndarray) -> Row:
 
 def main() -> int:
     """Scores, prints and draws what the flags say."""
-    _cli.use_devices()
+    cli.use_devices()
     jax.config.update("jax_default_matmul_precision", "highest")
-    folder = _cli.output_dir()
-    hidden = _data.hidden_sizes()
-    table = _data.from_flags(_cli.SEED.value)
+    folder = cli.output_dir()
+    hidden = datasets.hidden_sizes()
+    table = datasets.from_flags(cli.SEED.value)
     fraction = _FLIP_FRACTION.value
     if fraction is None:
-        fraction = 0.0 if _data.DATA.value is not None else 0.05
+        fraction = 0.0 if datasets.DATA.value is not None else 0.05
     if np.isnan(fraction):
-        raise _cli.InputError("--flip_fraction=nan: a number is accepted")
+        raise cli.InputError("--flip_fraction=nan: a number is accepted")
     print(f"{table.name}: {len(table.y)} rows")
-    print(", ".join(f"{k} {v}" for k, v in _results.environment().items()), flush=True)
+    print(", ".join(f"{k} {v}" for k, v in output.environment().items()), flush=True)
     result = run(
         table=table,
         flip_fraction=fraction,
         folds=_FOLDS.value,
-        seeds=_cli.SEEDS.value or SEEDS,
-        seed=_cli.SEED.value,
-        num_steps=_training.NUM_STEPS.value or NUM_STEPS,
-        batch_size=_training.batch_size(),
+        seeds=cli.SEEDS.value or SEEDS,
+        seed=cli.SEED.value,
+        num_steps=chunked_fit.NUM_STEPS.value or NUM_STEPS,
+        batch_size=chunked_fit.batch_size(),
         hidden=hidden,
-        optimizer=_optimizers.OPTIMIZER.value,
-        optimizer_args=_optimizers.arguments(_optimizers.OPTIMIZER_ARG.value),
-        learning_rate=_optimizers.LEARNING_RATE.value,
-        schedule=_optimizers.SCHEDULE.value,
-        weight_decay=_optimizers.WEIGHT_DECAY.value,
+        optimizer=optimizers.OPTIMIZER.value,
+        optimizer_args=optimizers.arguments(optimizers.OPTIMIZER_ARG.value),
+        learning_rate=optimizers.LEARNING_RATE.value,
+        schedule=optimizers.SCHEDULE.value,
+        weight_decay=optimizers.WEIGHT_DECAY.value,
         rank_by=_RANK_BY.value,
-        dtype=_cli.DTYPE.value or "float32",
+        dtype=cli.DTYPE.value or "float32",
     )
     _report(result)
     if folder is not None:
@@ -329,7 +329,7 @@ def _report(result: dict[str, Any]) -> None:
             "flipped. How well each score finds them, and how many of that many rows "
             "with the highest score are among them:\n"
         )
-        print(_results.table(result["found"], ".3f"))
+        print(output.table(result["found"], ".3f"))
     if marked is None:
         print(
             "\ncleanlab is not installed, and not compared with; pip install "
@@ -345,24 +345,24 @@ def _report(result: dict[str, Any]) -> None:
     first = result["rows"].head(SHOWN).to_dict("records")
     if "flipped" in result["rows"]:
         first = [{**row, "flipped": "yes" if row["flipped"] else "no"} for row in first]
-    print(_results.table(first))
+    print(output.table(first))
 
 
-def _keep(folder: Path, table: _data.Table, result: dict[str, Any]) -> None:
-    with _results.replacing(folder / "suspicious.csv") as path:
+def _keep(folder: Path, table: datasets.Table, result: dict[str, Any]) -> None:
+    with output.replacing(folder / "suspicious.csv") as path:
         result["rows"].to_csv(path, index=False)
     names = ("configuration", "found", "confident learning")
     document = {name: result[name] for name in names}
     summary = result["found"] or [result["configuration"]]
-    _results.write(folder, "find_mislabeled", document, summary)
+    output.write(folder, "find_mislabeled", document, summary)
     images = None
     if table.name in IMAGES:
         x = table.features.to_numpy(np.float64)
         images = x.reshape(-1, *IMAGES[table.name])
     rank_by = result["configuration"]["rank_by"]
     path = folder / "suspicious.png"
-    _pictures.suspicious(path, result["rows"], rank_by, images)
+    plots.suspicious(path, result["rows"], rank_by, images)
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

@@ -31,20 +31,20 @@ from absl import flags
 from tqdm import tqdm
 
 import jaxbce
-from experiments import (
-    _cli,
-    _data,
-    _optimizers,
-    _pictures,
-    _privacy,
-    _results,
-    _training,
+from experiments.support import (
+    chunked_fit,
+    cli,
+    datasets,
+    dp_accounting,
+    optimizers,
+    output,
+    plots,
 )
 from jaxbce import per_example
 
-for _module in (_data, _optimizers):
+for _module in (datasets, optimizers):
     flags.adopt_module_key_flags(_module)
-for _name in (*_cli.COMMON, "batch_size", "dtype", "num_steps", "seeds"):
+for _name in (*cli.COMMON, "batch_size", "dtype", "num_steps", "seeds"):
     flags.declare_key_flag(_name)
 _EPSILON = flags.DEFINE_list(
     "epsilon",
@@ -76,7 +76,7 @@ Row = dict[str, Any]
 
 def run(
     *,
-    table: _data.Table,
+    table: datasets.Table,
     epsilons: tuple[float, ...] = (3.0,),
     delta: float = 1e-5,
     max_grad_norm: float = 1.0,
@@ -121,29 +121,29 @@ def run(
     Raises:
       InputError: If something asked for cannot be done.
     """
-    parts, _ = _data.split(table, seed)
+    parts, _ = datasets.split(table, seed)
     if bounds is not None:
         parts = _scaled(table, parts, bounds)
     rows = len(parts["train"].x)
     if not epsilons or not all(0 < epsilon <= LARGEST_EPSILON for epsilon in epsilons):
         given = ",".join(map(str, epsilons))
-        raise _cli.InputError(f"--epsilon={given}: not in (0, {LARGEST_EPSILON:g}]")
+        raise cli.InputError(f"--epsilon={given}: not in (0, {LARGEST_EPSILON:g}]")
     if not LEAST_DELTA <= delta < 1:
-        raise _cli.InputError(f"--delta={delta}: not in [{LEAST_DELTA:g}, 1)")
+        raise cli.InputError(f"--delta={delta}: not in [{LEAST_DELTA:g}, 1)")
     if dtype == "bfloat16":
-        raise _cli.InputError(
+        raise cli.InputError(
             "--dtype=bfloat16: rounds sums by more than the noise is meant to hide"
         )
     if not 0 < max_grad_norm < np.inf:
-        raise _cli.InputError(f"--max_grad_norm={max_grad_norm}: not a number > 0")
+        raise cli.InputError(f"--max_grad_norm={max_grad_norm}: not a number > 0")
     if batch_size is None:
         batch_size = min(BATCH_SIZE, -(-rows // 4))
     batch_size = batch_size or rows
     if batch_size > rows:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--batch_size={batch_size}: {table.name} has {rows} rows to train on"
         )
-    family = _optimizers.family(
+    family = optimizers.family(
         optimizer,
         swept=(),
         learning_rate=learning_rate,
@@ -159,13 +159,15 @@ def run(
             lambda: transformation.update(one, transformation.init(one), one)
         )
     except TypeError as error:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--optimizer={optimizer}: needs more than the private gradient ({error})"
         ) from None
     sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
     bar = tqdm(epsilons, desc="accounting", unit="ε", disable=None)
-    noise = [_privacy.noise_multiplier(epsilon, delta, **sampling) for epsilon in bar]
-    spent = [_privacy.epsilon_spent(sigma, delta, **sampling) for sigma in noise]
+    noise = [
+        dp_accounting.noise_multiplier(epsilon, delta, **sampling) for epsilon in bar
+    ]
+    spent = [dp_accounting.epsilon_spent(sigma, delta, **sampling) for sigma in noise]
     with jax.enable_x64(dtype == "float64"):
         accuracies, clipped = _train(
             parts,
@@ -195,7 +197,7 @@ def run(
     return {
         "configuration": {
             "data": table.name,
-            "data_digest": _data.digest(table),
+            "data_digest": datasets.digest(table),
             "classes": table.classes,
             "rows": rows,
             "seed": seed,
@@ -220,15 +222,15 @@ def run(
 
 
 def _scaled(
-    table: _data.Table, parts: dict[str, _data.Part], bounds: tuple[float, float]
-) -> dict[str, _data.Part]:
+    table: datasets.Table, parts: dict[str, datasets.Part], bounds: tuple[float, float]
+) -> dict[str, datasets.Part]:
     """The parts with features from `bounds` to [−1, 1], whatever the rows are."""
     low, high = bounds
     if not -np.inf < low < high < np.inf:
-        raise _cli.InputError(f"--bounds={low:g},{high:g}: two numbers, LOW < HIGH")
+        raise cli.InputError(f"--bounds={low:g},{high:g}: two numbers, LOW < HIGH")
     categories = table.features.select_dtypes(exclude=float).columns
     if len(categories):
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--bounds is of numbers; {table.name} has categories in {categories[0]!r}"
         )
     x = table.features.to_numpy(np.float64).clip(low, high)
@@ -237,7 +239,7 @@ def _scaled(
 
 
 def _train(
-    parts: dict[str, _data.Part],
+    parts: dict[str, datasets.Part],
     optimizer: optax.GradientTransformation,
     *,
     levels: list[tuple[float, float]],
@@ -258,7 +260,7 @@ def _train(
     keys = jax.random.split(jax.random.key(seed), (seeds, 2))
 
     def private(key: jax.Array, stddev: jax.Array) -> optax.GradientTransformation:
-        mean = _privacy.noisy_mean(key, stddev, sampling["batch_size"])
+        mean = dp_accounting.noisy_mean(key, stddev, sampling["batch_size"])
         return optax.chain(mean, optimizer)
 
     def begin(level: Any, keys: jax.Array) -> Any:
@@ -289,7 +291,9 @@ def _train(
         return jax.lax.scan(step, state, batches)
 
     num_steps = sampling["num_steps"]
-    draws = [_privacy.poisson_batches(**sampling, seed=(seed, s)) for s in range(seeds)]
+    draws = [
+        dp_accounting.poisson_batches(**sampling, seed=(seed, s)) for s in range(seeds)
+    ]
     each_level = jax.vmap(begin, in_axes=(0, None))
     state = jax.jit(jax.vmap(each_level, in_axes=(None, 0)))(columns, keys)
     each_level = jax.vmap(steps, in_axes=(0, 0, None, None))
@@ -331,7 +335,7 @@ def _floats(flag: str, texts: list[str]) -> tuple[float, ...]:
         return tuple(float(text) for text in texts)
     except ValueError:
         given = ",".join(texts)
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--{flag}={given}: not numbers, comma-separated"
         ) from None
 
@@ -356,7 +360,7 @@ def _report(result: dict[str, Any]) -> None:
         }
         for row in rows
     ]
-    print(_results.table(shown))
+    print(output.table(shown))
     print(
         f"\nMeans over {configuration['seeds']} networks ± their standard error; the "
         "share of rows clipped in the first and last tenth of the steps."
@@ -373,20 +377,20 @@ def _report(result: dict[str, Any]) -> None:
 def main() -> int:
     """Trains, prints and draws what the flags say."""
     jax.config.update("jax_default_matmul_precision", "highest")
-    folder = _cli.output_dir()
+    folder = cli.output_dir()
     epsilons = tuple(sorted(set(_floats("epsilon", _EPSILON.value))))
-    bounds: Any = BOUNDS.get(_data.DATASET.value or "digits")
-    if _data.DATA.value is not None:
+    bounds: Any = BOUNDS.get(datasets.DATASET.value or "digits")
+    if datasets.DATA.value is not None:
         bounds = None
     if _BOUNDS.value is not None:
         bounds = _floats("bounds", _BOUNDS.value)
         if len(bounds) != 2:
-            raise _cli.InputError(f"--bounds={','.join(_BOUNDS.value)}: not LOW,HIGH")
-    hidden = _data.hidden_sizes()
-    table = _data.from_flags(_cli.SEED.value)
+            raise cli.InputError(f"--bounds={','.join(_BOUNDS.value)}: not LOW,HIGH")
+    hidden = datasets.hidden_sizes()
+    table = datasets.from_flags(cli.SEED.value)
     print(f"{table.name}: {len(table.y)} rows")
-    print(", ".join(f"{k} {v}" for k, v in _results.environment().items()), flush=True)
-    rate, optimizer = _optimizers.LEARNING_RATE.value, _optimizers.OPTIMIZER.value
+    print(", ".join(f"{k} {v}" for k, v in output.environment().items()), flush=True)
+    rate, optimizer = optimizers.LEARNING_RATE.value, optimizers.OPTIMIZER.value
     if rate is None and optimizer == "adam":
         rate = LEARNING_RATE
     result = run(
@@ -394,18 +398,18 @@ def main() -> int:
         epsilons=epsilons,
         delta=_DELTA.value,
         max_grad_norm=_MAX_GRAD_NORM.value,
-        num_steps=_training.NUM_STEPS.value or NUM_STEPS,
-        batch_size=_training.BATCH_SIZE.value,
-        seeds=_cli.SEEDS.value or SEEDS,
-        seed=_cli.SEED.value,
+        num_steps=chunked_fit.NUM_STEPS.value or NUM_STEPS,
+        batch_size=chunked_fit.BATCH_SIZE.value,
+        seeds=cli.SEEDS.value or SEEDS,
+        seed=cli.SEED.value,
         hidden=hidden,
         optimizer=optimizer,
-        optimizer_args=_optimizers.arguments(_optimizers.OPTIMIZER_ARG.value),
+        optimizer_args=optimizers.arguments(optimizers.OPTIMIZER_ARG.value),
         learning_rate=rate,
-        schedule=_optimizers.SCHEDULE.value,
-        weight_decay=_optimizers.WEIGHT_DECAY.value,
+        schedule=optimizers.SCHEDULE.value,
+        weight_decay=optimizers.WEIGHT_DECAY.value,
         bounds=bounds,
-        dtype=_cli.DTYPE.value or "float32",
+        dtype=cli.DTYPE.value or "float32",
     )
     _report(result)
     if folder is not None:
@@ -417,15 +421,15 @@ def main() -> int:
 def _keep(folder: Path, result: dict[str, Any]) -> None:
     rows, clipped = result["rows"], result["clipped"].mean(axis=1)  # [ε, steps]
     document = {"configuration": result["configuration"], "rows": rows}
-    _results.write(folder, "private", document, rows)
+    output.write(folder, "private", document, rows)
     columns = {
         f"ε = {row['ε']:g}": line for row, line in zip(rows, clipped, strict=True)
     }
     shares = pd.DataFrame({"step": np.arange(clipped.shape[1]), **columns})
-    with _results.replacing(folder / "clipped.csv") as path:
+    with output.replacing(folder / "clipped.csv") as path:
         shares.drop(columns="ε = inf").to_csv(path, index=False)
-    _pictures.private(folder / "private.png", rows, clipped)
+    plots.private(folder / "private.png", rows, clipped)
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

@@ -30,22 +30,23 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
+import experiments.support.optimizers as optimizers_module
 import jaxbce
-from experiments import (
-    _axes,
-    _cli,
-    _data,
-    _optimizers,
-    _parts,
-    _pictures,
-    _results,
-    _training,
+from experiments.support import (
+    chunked_fit,
+    cli,
+    datasets,
+    optimizers,
+    output,
+    plots,
+    resumable,
+    sweep_axes,
 )
 from jaxbce import sweeps
 
-for _module in (_data, _optimizers, _training):
+for _module in (datasets, optimizers, chunked_fit):
     flags.adopt_module_key_flags(_module)
-for _name in (*_cli.COMMON, *_cli.PROCESSES, "dtype", "seeds"):
+for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "seeds"):
     flags.declare_key_flag(_name)
 _AXIS = flags.DEFINE_multi_string(
     "axis",
@@ -88,8 +89,8 @@ class _Part(NamedTuple):
 
 def run(
     *,
-    table: _data.Table,
-    axes: list[_axes.Axis],
+    table: datasets.Table,
+    axes: list[sweep_axes.Axis],
     search: str = "grid",
     num_points: int | None = None,
     seeds: int = 4,
@@ -148,23 +149,23 @@ def run(
     Raises:
       InputError: If something asked for cannot be done.
     """
-    parts, _ = _data.split(table, seed)
+    parts, _ = datasets.split(table, seed)
     rows = len(parts["train"].x)
     if batch_size is not None and batch_size > rows:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--batch_size={batch_size}: {table.name} has {rows} rows to train on"
         )
-    num_steps, evaluate_every = _training.duration(
+    num_steps, evaluate_every = chunked_fit.duration(
         rows, batch_size, num_steps, epochs, evaluate_every
     )
-    points = _axes.points(axes, search, num_points, seed)
+    points = sweep_axes.points(axes, search, num_points, seed)
     count = len(next(iter(points.values())))
-    swept = tuple(name for name in points if name not in _axes.OF_THE_SWEEP)
+    swept = tuple(name for name in points if name not in sweep_axes.OF_THE_SWEEP)
     choices = [_Choice(h, o) for h in hidden or [(32,)] for o in optimizers]
     if len(set(choices)) < len(choices):
-        raise _cli.InputError("--hidden or --optimizer has the same one twice")
+        raise cli.InputError("--hidden or --optimizer has the same one twice")
     families = {
-        name: _optimizers.family(
+        name: optimizers_module.family(
             name,
             swept=swept,
             learning_rate=learning_rate,
@@ -177,7 +178,7 @@ def run(
     }
     configuration = {
         "data": table.name,
-        "data_digest": _data.digest(table),
+        "data_digest": datasets.digest(table),
         "classes": table.classes,
         "axes": {a.name: [a.spacing, *a.values.tolist()] for a in axes},
         "search": search,
@@ -256,7 +257,7 @@ def run(
             return _rows(todo[i].choice, points, chosen, numbers, found, data["test"])
 
         folder = make_folder()
-        members = _parts.collect(
+        members = resumable.collect(
             len(todo),
             compute,
             sizes,
@@ -269,16 +270,14 @@ def run(
         return {"configuration": configuration}
     best = _top(members, list(points), top)
     if folder is not None:
-        with _results.replacing(folder / "sweep.parquet") as path:
+        with output.replacing(folder / "sweep.parquet") as path:
             members.to_parquet(path, index=False)
         if csv:
-            with _results.replacing(folder / "sweep.csv") as path:
+            with output.replacing(folder / "sweep.csv") as path:
                 members.to_csv(path, index=False)
         document = {"configuration": configuration, "top": best}
-        _results.write(folder, "top", document, best)
-        _pictures.sweep(
-            folder / "sweep.png", members, {a.name: a.spacing for a in axes}
-        )
+        output.write(folder, "top", document, best)
+        plots.sweep(folder / "sweep.png", members, {a.name: a.spacing for a in axes})
     rows_ = members.to_dict(orient="records")
     return {"configuration": configuration, "members": rows_, "top": best}
 
@@ -392,64 +391,64 @@ def _cost(
 
 def main() -> int:
     """Sweeps what the flags say."""
-    _cli.use_devices()
+    cli.use_devices()
     jax.config.update("jax_default_matmul_precision", "highest")
-    hidden = _data.hidden_choices()
-    axes = [_axes.axis(text) for text in _AXIS.value]
+    hidden = datasets.hidden_choices()
+    axes = [sweep_axes.axis(text) for text in _AXIS.value]
     try:
-        pos_weight = float(_training.POS_WEIGHT.value)
+        pos_weight = float(chunked_fit.POS_WEIGHT.value)
     except ValueError:
         pos_weight = np.nan
     if not 0 <= pos_weight < np.inf:
-        raise _cli.InputError(
-            f"--pos_weight={_training.POS_WEIGHT.value}: a finite number >= 0 is "
+        raise cli.InputError(
+            f"--pos_weight={chunked_fit.POS_WEIGHT.value}: a finite number >= 0 is "
             "accepted"
         )
-    table = _data.from_flags(_cli.SEED.value)
+    table = datasets.from_flags(cli.SEED.value)
     first = jax.process_index() == 0
     if first:
         print(f"{table.name}: {table.features.shape[0]} rows")
-        print(", ".join(f"{k} {v}" for k, v in _results.environment().items()))
+        print(", ".join(f"{k} {v}" for k, v in output.environment().items()))
     result = run(
         table=table,
         axes=axes,
         search=_SEARCH.value,
         num_points=_NUM_POINTS.value,
-        seeds=_cli.SEEDS.value or 4,
-        seed=_cli.SEED.value,
+        seeds=cli.SEEDS.value or 4,
+        seed=cli.SEED.value,
         hidden=hidden,
-        optimizers=tuple(_optimizers.OPTIMIZER.value.split(",")),
-        optimizer_args=_optimizers.arguments(_optimizers.OPTIMIZER_ARG.value),
-        learning_rate=_optimizers.LEARNING_RATE.value,
-        schedule=_optimizers.SCHEDULE.value,
-        weight_decay=_optimizers.WEIGHT_DECAY.value,
-        batch_size=_training.batch_size(),
-        num_steps=_training.NUM_STEPS.value,
-        epochs=_training.EPOCHS.value,
-        evaluate_every=_training.EVALUATE_EVERY.value,
-        patience=_training.PATIENCE.value,
+        optimizers=tuple(optimizers.OPTIMIZER.value.split(",")),
+        optimizer_args=optimizers.arguments(optimizers.OPTIMIZER_ARG.value),
+        learning_rate=optimizers.LEARNING_RATE.value,
+        schedule=optimizers.SCHEDULE.value,
+        weight_decay=optimizers.WEIGHT_DECAY.value,
+        batch_size=chunked_fit.batch_size(),
+        num_steps=chunked_fit.NUM_STEPS.value,
+        epochs=chunked_fit.EPOCHS.value,
+        evaluate_every=chunked_fit.EVALUATE_EVERY.value,
+        patience=chunked_fit.PATIENCE.value,
         pos_weight=pos_weight,
-        dtype=_cli.DTYPE.value or "float32",
+        dtype=cli.DTYPE.value or "float32",
         top=_TOP.value,
         dry_run=_DRY_RUN.value,
         csv=_CSV.value,
-        make_folder=_cli.output_dir,
+        make_folder=cli.output_dir,
     )
     if not first:
         return 0
     if _DRY_RUN.value:
-        print(f"\n{_results.table(result['cost'])}")
+        print(f"\n{output.table(result['cost'])}")
         return 0
     members = result["members"]
     diverged = sum(row["diverged_at"] >= 0 for row in members)
     print(f"\n{len(members)} networks, of which {diverged} diverged\n")
-    print(_results.table(result["top"]))
-    if _cli.OUTPUT_DIR.value is not None:
-        folder = Path(_cli.OUTPUT_DIR.value)
+    print(output.table(result["top"]))
+    if cli.OUTPUT_DIR.value is not None:
+        folder = Path(cli.OUTPUT_DIR.value)
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         print(f"\nIn {folder}: {', '.join(names)}")
     return 0
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

@@ -25,21 +25,21 @@ import numpy as np
 from absl import flags
 
 import jaxbce
-from experiments import (
-    _baselines,
-    _checkpoints,
-    _cli,
-    _data,
-    _metrics,
-    _models,
-    _optimizers,
-    _results,
-    _training,
+from experiments.support import (
+    artifacts,
+    baselines,
+    chunked_fit,
+    cli,
+    datasets,
+    metrics,
+    optimizers,
+    output,
+    resumable,
 )
 
-for _module in (_data, _optimizers, _training):
+for _module in (datasets, optimizers, chunked_fit):
     flags.adopt_module_key_flags(_module)
-for _name in (*_cli.COMMON, "dtype"):
+for _name in (*cli.COMMON, "dtype"):
     flags.declare_key_flag(_name)
 _GRADIENT = flags.DEFINE_enum(
     "gradient",
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 def run(
     *,
-    table: _data.Table,
+    table: datasets.Table,
     seed: int = 0,
     hidden: tuple[int, ...] = (32,),
     optimizer: str = "adam",
@@ -109,18 +109,18 @@ def run(
     Raises:
       InputError: If something asked for cannot be done, or the run diverges at once.
     """
-    parts, preparation = _data.split(table, seed)
+    parts, preparation = datasets.split(table, seed)
     rows = len(parts["train"].x)
     if batch_size is not None and batch_size > rows:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--batch_size={batch_size}: {table.name} has {rows} rows to train on"
         )
-    num_steps, evaluate_every = _training.duration(
+    num_steps, evaluate_every = chunked_fit.duration(
         rows, batch_size, num_steps, epochs, evaluate_every
     )
     configuration = {
         "data": table.name,
-        "data_digest": _data.digest(table),
+        "data_digest": datasets.digest(table),
         "classes": table.classes,
         "seed": seed,
         "hidden": hidden,
@@ -137,7 +137,7 @@ def run(
         "gradient": gradient,
         "dtype": dtype,
     }
-    transformation, penalty = _optimizers.build(
+    transformation, penalty = optimizers.build(
         optimizer,
         learning_rate=learning_rate,
         schedule=schedule,
@@ -145,15 +145,15 @@ def run(
         weight_decay=weight_decay,
         args=tuple((optimizer_args or {}).items()),
     )
-    losses = {"manual": jaxbce.loss, "autodiff": _baselines.plain_objective}
+    losses = {"manual": jaxbce.loss, "autodiff": baselines.plain_objective}
     with jax.enable_x64(dtype == "float64"):
-        make = _training.train(
+        make = chunked_fit.train(
             parts,
             seed=seed,
             hidden=hidden,
             dtype=dtype,
             optimizer=transformation,
-            loss=_optimizers.objective(losses[gradient], penalty),
+            loss=optimizers.objective(losses[gradient], penalty),
             num_steps=num_steps,
             batch_size=batch_size,
             evaluate_every=evaluate_every,
@@ -163,32 +163,32 @@ def run(
         with contextlib.ExitStack() as stack:
             folder, checkpoints = make_folder(), None
             if folder is not None:
-                opened = _checkpoints.opened(folder, configuration)
+                opened = resumable.opened(folder, configuration)
                 checkpoints = stack.enter_context(opened)
             trained = make(checkpoints)
             best, steps = int(trained.run.best_step), int(trained.run.step)
             diverged = int(trained.run.diverged_at) >= 0
             if best == 0:
-                raise _cli.InputError(
+                raise cli.InputError(
                     f"the loss was not finite at step {steps}, before any evaluation; "
                     "a smaller --learning_rate may help"
                 )
             params = trained.run.best_params
             probabilities = {
-                _models.NETWORK: {
-                    name: _models.predict(params, part.x)
+                artifacts.NETWORK: {
+                    name: artifacts.predict(params, part.x)
                     for name, part in parts.items()
                 }
             }
             if with_baselines:
-                probabilities |= _metrics.baselines(parts, hidden, seed)
+                probabilities |= metrics.baselines(parts, hidden, seed)
             history = zip(trained.steps, trained.history.tolist(), strict=True)
             result = {
                 "configuration": configuration,
                 "best_step": best,
                 "steps": steps,
                 "diverged": diverged,
-                "metrics": _metrics.table(parts, list(table.classes), probabilities),
+                "metrics": metrics.table(parts, list(table.classes), probabilities),
                 "history": [
                     {"step": int(step), "train loss": train, "validation loss": valid}
                     for step, (train, valid) in history
@@ -196,7 +196,7 @@ def run(
                 "params": params,
             }
             if folder is not None:
-                _models.keep(folder, result, table, parts, preparation, probabilities)
+                artifacts.keep(folder, result, table, parts, preparation, probabilities)
     return result
 
 
@@ -209,7 +209,7 @@ def _pos_weight(value: float | str, y: np.ndarray) -> tuple[float, ...]:
     except ValueError:
         number = np.nan
     if not 0 <= number < np.inf:
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--pos_weight={value}: a finite number >= 0 or 'balanced' is accepted"
         )
     return (number,) * y.shape[1]
@@ -219,39 +219,39 @@ def main() -> int:
     """Trains, or scores, what the flags say."""
     jax.config.update("jax_default_matmul_precision", "highest")
     if _PREDICT.value is not None:
-        if _cli.OUTPUT_DIR.value is None:
-            raise _cli.InputError("--predict needs --output_dir, where the run is")
+        if cli.OUTPUT_DIR.value is None:
+            raise cli.InputError("--predict needs --output_dir, where the run is")
         with jax.enable_x64(True):  # whatever dtype the parameters have
-            rows, path = _models.score(_PREDICT.value, Path(_cli.OUTPUT_DIR.value))
+            rows, path = artifacts.score(_PREDICT.value, Path(cli.OUTPUT_DIR.value))
         print(f"{rows} rows scored: {path}")
         return 0
-    hidden = _data.hidden_sizes()
-    table = _data.from_flags(_cli.SEED.value)
+    hidden = datasets.hidden_sizes()
+    table = datasets.from_flags(cli.SEED.value)
     numbers = table.features.select_dtypes(float).shape[1]
     categories = table.features.shape[1] - numbers
     columns = f"{numbers} columns of numbers"
     columns += f", {categories} of categories" if categories else ""
     print(f"{table.name}: {len(table.y)} rows, {columns}")
-    print(f"label 1: {', '.join(_data.label_1(table.classes))}")
-    print(", ".join(f"{k} {v}" for k, v in _results.environment().items()), flush=True)
+    print(f"label 1: {', '.join(datasets.label_1(table.classes))}")
+    print(", ".join(f"{k} {v}" for k, v in output.environment().items()), flush=True)
     result = run(
         table=table,
-        seed=_cli.SEED.value,
+        seed=cli.SEED.value,
         hidden=hidden,
-        optimizer=_optimizers.OPTIMIZER.value,
-        optimizer_args=_optimizers.arguments(_optimizers.OPTIMIZER_ARG.value),
-        learning_rate=_optimizers.LEARNING_RATE.value,
-        schedule=_optimizers.SCHEDULE.value,
-        weight_decay=_optimizers.WEIGHT_DECAY.value,
-        batch_size=_training.batch_size(),
-        num_steps=_training.NUM_STEPS.value,
-        epochs=_training.EPOCHS.value,
-        evaluate_every=_training.EVALUATE_EVERY.value,
-        patience=_training.PATIENCE.value,
-        pos_weight=_training.POS_WEIGHT.value,
+        optimizer=optimizers.OPTIMIZER.value,
+        optimizer_args=optimizers.arguments(optimizers.OPTIMIZER_ARG.value),
+        learning_rate=optimizers.LEARNING_RATE.value,
+        schedule=optimizers.SCHEDULE.value,
+        weight_decay=optimizers.WEIGHT_DECAY.value,
+        batch_size=chunked_fit.batch_size(),
+        num_steps=chunked_fit.NUM_STEPS.value,
+        epochs=chunked_fit.EPOCHS.value,
+        evaluate_every=chunked_fit.EVALUATE_EVERY.value,
+        patience=chunked_fit.PATIENCE.value,
+        pos_weight=chunked_fit.POS_WEIGHT.value,
         gradient=_GRADIENT.value,
-        dtype=_cli.DTYPE.value or "float32",
-        make_folder=_cli.output_dir,
+        dtype=cli.DTYPE.value or "float32",
+        make_folder=cli.output_dir,
     )
     asked, steps = result["configuration"]["num_steps"], result["steps"]
     why = "diverged" if result["diverged"] else "stopped, its patience at an end,"
@@ -259,13 +259,13 @@ def main() -> int:
         f"\nParameters of step {result['best_step']}, with the least validation loss; "
         + (f"all {asked} steps taken." if steps == asked else f"{why} at step {steps}.")
     )
-    print(f"\n{_results.table(result['metrics'], '.4f')}")
-    if _cli.OUTPUT_DIR.value is not None:
-        folder = Path(_cli.OUTPUT_DIR.value)
+    print(f"\n{output.table(result['metrics'], '.4f')}")
+    if cli.OUTPUT_DIR.value is not None:
+        folder = Path(cli.OUTPUT_DIR.value)
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         print(f"\nIn {folder}: {', '.join(names)}")
     return 0
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

@@ -37,9 +37,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 
 import jaxbce
-from experiments import _cli, _parts, _results, _training
+from experiments.support import chunked_fit, cli, output, resumable
 
-for _name in (*_cli.COMMON, *_cli.PROCESSES, "dtype", "num_steps"):
+for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "num_steps"):
     flags.declare_key_flag(_name)
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", 256, "Pixels a side, each a network.", lower_bound=2
@@ -164,7 +164,7 @@ def run(
                 }
             )
 
-        table = _parts.collect(
+        table = resumable.collect(
             len(sizes),
             compute,
             sizes,
@@ -325,7 +325,7 @@ def picture(
         "blue: converged, darker the faster;  red: diverged, darker the later",
         fontsize=11,
     )
-    with _results.replacing(path) as partial:
+    with output.replacing(path) as partial:
         figure.savefig(partial, dpi=dpi)
 
 
@@ -339,7 +339,7 @@ def _rates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Learning rates in the middle of each column and of each row."""
     if not (math.isfinite(span) and span > 0):
-        raise _cli.InputError(f"--span={span:g}: a finite number > 0 is accepted")
+        raise cli.InputError(f"--span={span:g}: a finite number > 0 is accepted")
     floating = np.dtype("float64" if dtype == "float64" else "float32")
     offsets = span * ((np.arange(resolution) + 0.5) / resolution - 0.5)
     found = []
@@ -348,12 +348,12 @@ def _rates(
             rates = rate * 10**offsets
             rounded = rates.astype(floating)
         if not (np.isfinite(rounded).all() and (rounded > 0).all()):
-            raise _cli.InputError(
+            raise cli.InputError(
                 f"--span={span:g}: around {rate:g} there are learning rates that "
                 f"{floating} cannot hold"
             )
         if len(np.unique(rounded)) < resolution:
-            raise _cli.InputError(
+            raise cli.InputError(
                 f"--span={span:g}: pixels around {rate:g} are too close for {floating} "
                 "to tell apart"
             )
@@ -368,7 +368,7 @@ def _center(text: str) -> tuple[float, float]:
     except ValueError:
         hidden = output = math.nan
     if not (0 < hidden < math.inf and 0 < output < math.inf):
-        raise _cli.InputError(
+        raise cli.InputError(
             f"--center={text}: two finite numbers > 0 with a comma between are accepted"
         )
     return hidden, output
@@ -377,7 +377,7 @@ def _center(text: str) -> tuple[float, float]:
 def _keep(folder: Path, result: dict[str, Any]) -> None:
     """Writes the picture, the pixels and the numbers."""
     pixels, configuration = result["pixels"], result["configuration"]
-    with _results.replacing(folder / "trainability.npy") as path:
+    with output.replacing(folder / "trainability.npy") as path:
         np.save(path, pixels)
     picture(
         folder / "trainability.png",
@@ -386,12 +386,12 @@ def _keep(folder: Path, result: dict[str, Any]) -> None:
         configuration["span"],
     )
     numbers = {name: value for name, value in result.items() if name != "pixels"}
-    _results.write(folder, "trainability", numbers, result["boxes"])
+    output.write(folder, "trainability", numbers, result["boxes"])
 
 
 def main() -> int:
     """Trains the plane that the flags say."""
-    _cli.use_devices()
+    cli.use_devices()
     jax.config.update("jax_default_matmul_precision", "highest")
     center = _center(_CENTER.value)
     resolution, span = _RESOLUTION.value, _SPAN.value
@@ -403,16 +403,16 @@ def main() -> int:
             f"{span:g} decades a side"
         )
         print(
-            ", ".join(f"{k} {v}" for k, v in _results.environment().items()), flush=True
+            ", ".join(f"{k} {v}" for k, v in output.environment().items()), flush=True
         )
     result = run(
         resolution=resolution,
         center=center,
         span=span,
-        num_steps=_training.NUM_STEPS.value or DEFAULT_STEPS,
-        dtype=_cli.DTYPE.value or "float32",
-        seed=_cli.SEED.value,
-        make_folder=_cli.output_dir,
+        num_steps=chunked_fit.NUM_STEPS.value or DEFAULT_STEPS,
+        dtype=cli.DTYPE.value or "float32",
+        seed=cli.SEED.value,
+        make_folder=cli.output_dir,
     )
     if not first:
         return 0
@@ -422,7 +422,7 @@ def main() -> int:
     )
     boxes = result["boxes"]
     if boxes:
-        print(f"{_results.table(boxes)}\n")
+        print(f"{output.table(boxes)}\n")
     if result["dimension"] is not None:
         fitted = (result[name] for name in ("dimension", "standard_error", "r_squared"))
         slope, error, r_squared = (math.nan if v is None else v for v in fitted)
@@ -431,12 +431,12 @@ def main() -> int:
         print("dimension None: fewer than 3 box sides; a larger --resolution has more")
     else:
         print("dimension None: there is no boundary in this plane")
-    if _cli.OUTPUT_DIR.value is not None:
-        folder = Path(_cli.OUTPUT_DIR.value)
+    if cli.OUTPUT_DIR.value is not None:
+        folder = Path(cli.OUTPUT_DIR.value)
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         print(f"\nIn {folder}: {', '.join(names)}")
     return 0
 
 
 if __name__ == "__main__":
-    _cli.launch(main)
+    cli.launch(main)

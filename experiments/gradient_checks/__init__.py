@@ -1,0 +1,1 @@
+"""What `compare_gradients` compares, explains and draws."""

@@ -1,0 +1,242 @@
+"""Pictures of a trained network: its losses, its predictions, its boundary."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_curve
+
+from experiments.support import output
+from experiments.support.metrics import CALIBRATION_BINS, calibration_bins
+
+DPI = 120
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with output.replacing(path) as partial:
+        figure.savefig(partial, dpi=DPI)
+    plt.close(figure)
+
+
+def _plain(name: str) -> str:
+    """A name in which matplotlib finds no formula."""
+    return name.replace("$", r"\$")
+
+
+def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
+    """Train and validation loss `[evaluations, 2]` over steps, and the best one."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(steps, history[:, 0], label="train")
+    axis.plot(steps, history[:, 1], label="validation")
+    axis.axvline(best_step, color="0.6", ls=":", label="parameters kept")
+    axis.set(
+        xlabel="step", ylabel="loss (nats, outputs summed)", yscale="log", title="Loss"
+    )
+    axis.legend()
+    _save(figure, path)
+
+
+def roc_and_reliability(
+    path: Path, target: str, y: np.ndarray, probabilities: dict[str, np.ndarray]
+) -> None:
+    """ROC and reliability of each model's probabilities `[N]` for labels `[N]`."""
+    figure, (roc, reliability) = plt.subplots(
+        1, 2, figsize=(10, 4.6), layout="constrained"
+    )
+    for name, probability in probabilities.items():
+        false_positive, true_positive, _ = roc_curve(y, probability)
+        roc.plot(false_positive, true_positive, label=name)
+        share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
+        _, rows = np.unique(calibration_bins(probability), return_counts=True)
+        area = 10 + 600 * rows / len(y)
+        reliability.scatter(mean, share, s=area, alpha=0.6, label=name)
+    for axis in (roc, reliability):
+        axis.plot([0, 1], [0, 1], color="0.7", ls=":")
+        axis.set_aspect("equal")
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    reliability.set(
+        xlabel="predicted probability",
+        ylabel="share of label 1 among them",
+        title="Reliability (area: rows)",
+    )
+    roc.legend(loc="lower right")
+    figure.suptitle(f"{_plain(target)}, on {len(y)} test rows")
+    _save(figure, path)
+
+
+def boundary(
+    path: Path,
+    features: np.ndarray,
+    y: np.ndarray,
+    names: list[str],
+    predict: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Probability over the plane of two features, and the rows `[N, 2]` in it."""
+    low, high = features.min(axis=0), features.max(axis=0)
+    margin = 0.1 * (high - low)
+    axes = [np.linspace(low[i] - margin[i], high[i] + margin[i], 200) for i in (0, 1)]
+    grid = np.stack(np.meshgrid(*axes), axis=-1)
+    probability = predict(grid.reshape(-1, 2)).reshape(grid.shape[:2])
+    figure, axis = plt.subplots(figsize=(6.4, 5), layout="constrained")
+    levels = np.linspace(0, 1, 21)
+    filled = axis.contourf(*axes, probability, levels=levels, cmap="RdBu_r", alpha=0.8)
+    axis.contour(*axes, probability, levels=[0.5], colors="k", linewidths=1)
+    for label, marker in ((0, "o"), (1, "s")):
+        chosen = features[y == label]
+        color = plt.get_cmap("RdBu_r")(0.05 if label == 0 else 0.95)
+        axis.scatter(
+            *chosen.T, c=[color], marker=marker, s=14, edgecolors="k", linewidths=0.4
+        )
+    axis.set(
+        xlabel=_plain(names[0]), ylabel=_plain(names[1]), title="Probability of label 1"
+    )
+    figure.colorbar(filled, ax=axis, ticks=[0, 0.25, 0.5, 0.75, 1])
+    _save(figure, path)
+
+
+def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
+    """Validation loss over the first axis or two, a panel for each choice.
+
+    Args:
+      path: Where to.
+      members: A table with a row for each network, as experiments.sweep makes it.
+      axes: By name, how each is spaced: "log", "lin" or "values".
+    """
+    names = list(axes)[:2]
+    panels = list(members.groupby(["hidden", "optimizer"], sort=False))
+    figure, rows = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.2 + 4.6 * len(panels), 4.4),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    finite = members["validation_loss"][np.isfinite(members["validation_loss"])]
+    low, high = (finite.min(), finite.quantile(0.95)) if len(finite) else (0.1, 1.0)
+    norm = LogNorm(max(low, 1e-12), max(high, 1.01 * low, 1.1e-12), clip=True)
+    for axis, ((hidden, optimizer), mine) in zip(rows[0], panels, strict=True):
+        table = mine.groupby(names)["validation_loss"].agg(["mean", "sem"])
+        table = table.reset_index().replace(np.inf, np.nan)
+        axis.set(xlabel=_plain(names[0]), title=f"{hidden}, {optimizer}")
+        if axes[names[0]] == "log":
+            axis.set_xscale("log")
+        if len(names) == 1:
+            axis.errorbar(
+                table[names[0]], table["mean"], table["sem"], marker="o", ms=3
+            )
+            axis.set(yscale="log", ylabel="validation loss (nats), mean ± s.e.")
+            continue
+        axis.set_ylabel(_plain(names[1]))
+        if axes[names[1]] == "log":
+            axis.set_yscale("log")
+        elif axes[names[1]] == "values" and (table[names[1]] > 0).any():
+            positive = table[names[1]][table[names[1]] > 0]
+            axis.set_yscale("symlog", linthresh=positive.min())
+        size = np.clip(60000 / len(table), 6, 120)
+        drawn = axis.scatter(
+            table[names[0]],
+            table[names[1]],
+            c=table["mean"].fillna(norm.vmax),
+            norm=norm,
+            s=size,
+            marker="s",
+            cmap="viridis_r",
+        )
+        best = (
+            table.loc[table["mean"].idxmin()] if table["mean"].notna().any() else None
+        )
+        if best is not None:
+            axis.plot(best[names[0]], best[names[1]], "r+", ms=14, mew=2)
+        if axis is rows[0][-1]:
+            figure.colorbar(drawn, ax=rows[0].tolist(), label="validation loss (nats)")
+    _save(figure, path)
+
+
+def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None:
+    """Test accuracy over ε, and the share of rows clipped over steps `[ε, steps]`.
+
+    Args:
+      path: Where to.
+      rows: As experiments.private makes them; the last one is not private.
+      clipped: A line a row.
+    """
+    figure, (accuracy, share) = plt.subplots(
+        1, 2, figsize=(10, 4), layout="constrained"
+    )
+    *some, plain = rows
+    accuracy.errorbar(
+        [row["ε"] for row in some],
+        [row["test accuracy"] for row in some],
+        [row["test s.e."] for row in some],
+        marker="o",
+        capsize=3,
+        label="private",
+    )
+    mean, error = plain["test accuracy"], plain["test s.e."]
+    accuracy.axhline(mean, color="C1", label="not private")
+    accuracy.axhspan(mean - error, mean + error, color="C1", alpha=0.2, lw=0)
+    accuracy.set(
+        xlabel="ε",
+        xscale="log",
+        ylabel="test accuracy, mean ± s.e.",
+        title="What privacy costs",
+    )
+    ticks = [row["ε"] for row in some]
+    accuracy.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    accuracy.minorticks_off()
+    accuracy.legend(loc="lower right")
+    window = max(1, clipped.shape[1] // 50)
+    steps = np.arange(clipped.shape[1] // window) * window + window / 2
+    for i, row in enumerate(some):
+        line = clipped[i, : len(steps) * window].reshape(-1, window).mean(axis=1)
+        color = plt.get_cmap("viridis")(i / max(len(some) - 1, 1) * 0.9)
+        share.plot(steps, line, color=color, label=f"ε = {row['ε']:g}")
+    share.set(
+        xlabel="step",
+        ylabel="share of rows clipped",
+        ylim=(0, 1.02),
+        title="Rows whose gradient was clipped",
+    )
+    share.legend()
+    _save(figure, path)
+
+
+def suspicious(path: Path, rows: Any, rank_by: str, images: np.ndarray | None) -> None:
+    """The rows with the highest score, drawn if they are images; else the scores.
+
+    Args:
+      path: Where to.
+      rows: A table of all rows, the highest score first, as find_mislabeled makes it.
+      rank_by: The score's name.
+      images: `[N, height, width]`, by the number in the column "row", or None.
+    """
+    if images is None:
+        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        place = np.arange(1, len(rows) + 1)
+        axis.plot(place, rows[rank_by], color="0.7", zorder=1)
+        if "flipped" in rows:
+            chosen = rows["flipped"].to_numpy()
+            axis.scatter(
+                place[chosen], rows[rank_by][chosen], s=12, color="C3", label="flipped"
+            )
+            axis.legend()
+        axis.set(xlabel="rank", xscale="log", ylabel=_plain(rank_by))
+    else:
+        figure, axes = plt.subplots(4, 10, figsize=(11, 5.4), layout="constrained")
+        for axis, (_, row) in zip(axes.ravel(), rows.iterrows(), strict=False):
+            axis.imshow(images[row["row"]], cmap="gray_r")
+            wrong = bool(row.get("flipped", False))
+            axis.set_title(
+                _plain(row["label"]), fontsize=9, color="C3" if wrong else "k"
+            )
+        for axis in axes.ravel():
+            axis.set_axis_off()
+    known = ", flipped ones in red" if "flipped" in rows else ""
+    figure.suptitle(f"Labels as given, of the rows with the highest {rank_by}{known}")
+    _save(figure, path)

@@ -1,0 +1,295 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbce
+from jaxbce.network import Layer
+from tests.helpers import problem
+
+
+def by_hand(params, x, y, *, pos_weight=1.0, mask=lambda a: a > 0):
+    """A gradient as a user writes one, with the steps that mutants change."""
+    trace = jaxbce.forward(params, x)
+    p = jnp.asarray(pos_weight, x.dtype)
+    deltas = [(1 - y) * jax.nn.sigmoid(trace.a[-1])]
+    deltas[0] -= p * y * jax.nn.sigmoid(-trace.a[-1])
+    for layer, a in zip(params[:0:-1], trace.a[-2::-1], strict=True):
+        deltas.insert(0, deltas[0] @ layer.w.T * mask(a).astype(x.dtype))
+    grads = [
+        Layer(h.T @ d / len(x), d.sum(0) / len(x))
+        for h, d in zip(trace.h[:-1], deltas, strict=True)
+    ]
+    return jaxbce.loss(params, x, y, pos_weight=p), tuple(grads)
+
+
+def changed(change, **options):
+    def mutant(params, x, y, **kwargs):
+        value, grads = by_hand(params, x, y, **options, **kwargs)
+        return value, change(grads, params, x, y)
+
+    return mutant
+
+
+def at(k, **leaves):
+    """A mutant that changes leaves of layer k."""
+
+    def change(grads, params, x, y):
+        del params, x, y
+        layer = grads[k]
+        new = {name: f(getattr(layer, name)) for name, f in leaves.items()}
+        return (*grads[:k], layer._replace(**new), *grads[k + 1 :])
+
+    return changed(change)
+
+
+def same(grads, *_):
+    return grads
+
+
+def scaled(factor):
+    return changed(lambda grads, *_: jax.tree.map(lambda g: g * factor, grads))
+
+
+def dropped_row(params, x, y):
+    value, _ = by_hand(params, x, y)
+    n = len(x)
+    _, grads = by_hand(params, x[:-1], y[:-1])
+    return value, jax.tree.map(lambda g: g * ((n - 1) / n), grads)
+
+
+def weight_not_transposed(params, x, y):
+    value, _ = by_hand(params, x, y)
+    middle = params[1]._replace(w=params[1].w.T)
+    trace = jaxbce.forward(params, x)
+    delta = (trace.h[-1] - y) / len(x)
+    deltas = [delta]
+    for layer, a in ((params[2], trace.a[1]), (middle, trace.a[0])):
+        deltas.insert(0, deltas[0] @ layer.w.T * (a > 0).astype(x.dtype))
+    return value, tuple(
+        Layer(h.T @ d, d.sum(0)) for h, d in zip(trace.h, deltas, strict=False)
+    )
+
+
+def weight_decay(grads, params, *_):
+    return jax.tree.map(lambda g, w: g + 1e-4 * w, grads, params)
+
+
+def inputs_not_relu(grads, params, x, y):
+    del y
+    a_1 = x @ params[0].w + params[0].b
+    h_1 = jax.nn.relu(a_1)
+    ratio = jnp.sum(a_1) / jnp.sum(h_1)
+    return (grads[0], grads[1]._replace(w=grads[1].w * ratio), *grads[2:])
+
+
+def hard_labels(params, x, y):
+    value, _ = by_hand(params, x, y)
+    return value, by_hand(params, x, jnp.round(y))[1]
+
+
+def in_float32(params, x, y):
+    single = jax.tree.map(lambda t: t.astype(jnp.float32), (params, x, y))
+    return jax.tree.map(lambda t: t.astype(jnp.float64), by_hand(*single))
+
+
+MUTANTS = {
+    "a leaf scaled by 1.001": at(1, w=lambda w: w * 1.001),
+    "a bias scaled by 1.001": at(0, b=lambda b: b * 1.001),
+    "everything scaled by 1.001": scaled(1.001),
+    "sum for mean": scaled(37),
+    "a flipped sign": scaled(-1),
+    "a leaf with a flipped sign": at(2, b=lambda b: -b),
+    "a dropped row": dropped_row,
+    "a flipped mask": changed(same, mask=lambda a: a < 0),
+    "no mask": changed(same, mask=lambda a: a == a),
+    ">= for >": changed(same, mask=lambda a: a >= 0),
+    "a weight not transposed": weight_not_transposed,
+    "a transposed leaf": at(1, w=lambda w: w.T),
+    "a bias of zero": at(0, b=jnp.zeros_like),
+    "one entry off": at(0, w=lambda w: w.at[2, 3].multiply(1 + 1e-6)),
+    "one entry exchanged": at(0, w=lambda w: w.at[0].set(w[1])),
+    "weight decay": changed(weight_decay),
+    "h before its relu": changed(inputs_not_relu),
+    "soft labels rounded": hard_labels,
+    "two leaves exchanged": changed(
+        lambda g, *_: (g[0]._replace(b=g[1].b), g[1]._replace(b=g[0].b), *g[2:])
+    ),
+    "a NaN": at(0, w=lambda w: w.at[0, 0].set(jnp.nan)),
+    "a missing layer": changed(lambda grads, *_: grads[:-1]),
+    "a wrong shape": at(2, w=jnp.ravel),
+    "float32 inside": in_float32,
+    "a wrong value": lambda *a: (by_hand(*a)[0] * 1.001, by_hand(*a)[1]),
+}
+SQUARE = problem((6, 5, 5, 1))
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def check(fun, p=SQUARE, **kwargs):
+    return jaxbce.check_gradients(fun, *p.arguments(np.float32), **kwargs)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_nan_at_any_one_point_is_rejected(call):
+    calls = []
+
+    def mutant(params, x, y):
+        value, grads = by_hand(params, x, y)
+        calls.append(1)
+        if len(calls) != call + 1:
+            return value, grads
+        return value, jax.tree.map(lambda g: g * jnp.nan, grads)
+
+    assert not check(mutant).passed
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_a_wrong_derivative_at_the_kink_of_one_layer_is_rejected(hidden):
+    def mutant(params, x, y):
+        trace = jaxbce.forward(params, x)
+        deltas = [(trace.h[-1] - y) / len(x)]
+        for k in (1, 0):
+            on = trace.a[k] >= 0 if k == hidden else trace.a[k] > 0
+            deltas.insert(0, deltas[0] @ params[k + 1].w.T * on)
+        grads = [(h.T @ d, d.sum(0)) for h, d in zip(trace.h, deltas, strict=False)]
+        return jaxbce.loss(params, x, y), grads
+
+    assert not check(mutant).passed
+
+
+@pytest.mark.parametrize("grads", [(), None, (1j * jnp.ones(3),)], ids=str)
+def test_grads_that_cannot_be_compared_are_a_type_error(grads):
+    with pytest.raises(TypeError, match="empty or complex"):
+        check(lambda params, x, y: (jaxbce.loss(params, x, y), grads))
+
+
+@pytest.mark.parametrize("fun", MUTANTS.values(), ids=MUTANTS.keys())
+def test_a_mutant_is_rejected_with_a_reason(fun):
+    report = check(fun)
+    assert not report.passed
+    wrong = [c for c in report.comparisons if not c.passed]
+    assert wrong
+    assert all(c.reason for c in wrong)
+    assert "WRONG: " in str(report)
+    assert "FAILED" in str(report)
+
+
+@pytest.mark.parametrize("fun", [jaxbce.value_and_grad, by_hand])
+def test_a_correct_gradient_passes_at_20_seeds(fun):
+    for seed in range(20):
+        sizes = [(6, 5, 5, 1), (4, 9, 3), (3, 1)][seed % 3]
+        p = problem(sizes, rows=12, seed=seed)
+        with np.errstate(all="raise"):
+            report = check(fun, p, seed=seed)
+        assert report.passed, str(report)
+        assert "gradient: passed" in str(report)
+
+
+def test_weights_and_reduction_reach_the_function_and_the_oracles():
+    s = jnp.asarray(SQUARE.sample_weight)
+    every = {"sample_weight": s, "pos_weight": 2.5, "reduction": "sum"}
+    assert check(jaxbce.value_and_grad, **every).passed
+    for name in every:
+
+        def ignores(params, x, y, name=name, **options):
+            options.pop(name, None)  # the tail is looked at without options
+            return jaxbce.value_and_grad(params, x, y, **options)
+
+        assert not check(ignores, **every).passed
+
+
+def test_three_oracles_look_at_every_leaf():
+    report = check(jaxbce.value_and_grad)
+    leaves = {f"[{k}].{name}" for k in range(3) for name in "wb"}
+    oracles = {"autodiff", "complex step", "differences"}
+    found = {(c.leaf, c.oracle) for c in report.comparisons}
+    assert found == {(leaf, o) for leaf in leaves for o in oracles} | {
+        ("value", "autodiff")
+    }
+    # A leaf that is wrong is wrong for each of them.
+    wrong = check(at(1, w=lambda w: w * 1.001)).comparisons
+    assert {c.oracle for c in wrong if not c.passed and c.leaf == "[1].w"} == oracles
+    assert all(c.passed for c in wrong if c.leaf != "[1].w")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a leaf scaled by 1.001", "is 1.001 times what it should be"),
+        ("a flipped sign", "is -1 times what it should be"),
+        ("a transposed leaf", "is transposed"),
+        ("a NaN", "1 of 30 entries are not finite"),
+        ("a wrong shape", r"has shape (5,) for (5, 1)"),
+        ("a missing layer", "has 4 leaves, params have 6"),
+        ("one entry off", "at [2, 3] is "),
+    ],
+)
+def test_the_reason_names_the_mistake(name, reason):
+    reasons = [c.reason for c in check(MUTANTS[name]).comparisons if not c.passed]
+    assert any(reason in r for r in reasons), reasons
+
+
+def test_the_tail_has_a_verdict_of_its_own():
+    def textbook(params, x, y):
+        trace = jaxbce.forward(params, x)
+        delta = (trace.h[-1] - y) / len(x)
+        return jaxbce.loss(params, x, y), (Layer(x.T @ delta, delta.sum(0)),)
+
+    p = problem((4, 1))
+    assert check(jaxbce.value_and_grad, p).tail_passed
+    report = check(textbook, p)
+    assert report.passed
+    assert not report.tail_passed
+    errors = {(t.logit, t.label): t.error for t in report.tail}
+    assert errors[40.0, 1] == 1  # ŷ − y is 0
+    assert errors[-40.0, 0] < 1e-14
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lower_precision_passes_by_its_own_tolerance(dtype):
+    report = check(jaxbce.value_and_grad, dtype=dtype)
+    assert report.passed, str(report)
+    assert report.tail_passed, str(report)
+    assert not check(jaxbce.value_and_grad, dtype=dtype, tolerance=1e-12).passed
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_x64_is_left_as_it_was_also_when_the_function_raises(before):
+    def raises(params, x, y):
+        raise RuntimeError("mine")
+
+    with jax.enable_x64(before):
+        check(jaxbce.value_and_grad)
+        assert (jnp.result_type(float) == jnp.float64) == before
+        with pytest.raises(RuntimeError, match="mine"):
+            check(raises)
+        assert (jnp.result_type(float) == jnp.float64) == before
+
+
+def test_a_function_of_numpy_alone_can_be_checked():
+    def in_numpy(params, x, y):
+        (w, b), x, y = jax.tree.map(np.asarray, (params[0], x, y))
+        a = x @ w + b
+        value = np.mean(np.sum(np.logaddexp(0, a) - y * a, axis=1))
+        delta = (1 / (1 + np.exp(-a)) - y) / len(x)
+        return value, [(x.T @ delta, delta.sum(0))]
+
+    assert check(in_numpy, problem((5, 2))).passed
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": jnp.full((37, 6), jnp.nan)}, ValueError, "x has a NaN or infinite"),
+        ({"y": jnp.zeros(37)}, ValueError, r"y has shape \(37,\), logits have"),
+        ({"reduction": "max"}, ValueError, "reduction is 'max'"),
+        ({"dtype": "float16"}, TypeError, "dtype is float16; bfloat16"),
+        ({"sample_weight": jnp.ones(3)}, ValueError, r"sample_weight has shape \(3,\)"),
+    ],
+)
+def test_rejects(change, error, match):
+    call = {**dict(zip(("params", "x", "y"), SQUARE.arguments("float32"), strict=True))}
+    with pytest.raises(error, match=match):
+        jaxbce.check_gradients(jaxbce.value_and_grad, **{**call, **change})

@@ -1,0 +1,128 @@
+"""What the compiler sees: platforms, traces, work that is not asked for, devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import P
+
+import jaxbce
+from jaxbce import curvature, gradients, per_example
+from tests.helpers import problem, relative_error
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_size", [None, 8])
+def test_the_core_lowers_for_accelerators(platform, dtype, block_size):
+    arguments = problem((5, 4, 2)).arguments(dtype)
+    s = jnp.ones(37, jnp.float32)
+
+    def core(params, x, y):
+        options = {"sample_weight": s, "pos_weight": 2.0, "block_size": block_size}
+        return (
+            jaxbce.value_and_grad(params, x, y, **options),
+            jax.grad(jaxbce.loss, argnums=(0, 1, 2))(params, x, y, **options),
+            jaxbce.chain_rule(params, x, y),
+            jaxbce.predict_proba(params, x),
+            jaxbce.init(jax.random.key(0), (5, 4, 2), dtype=dtype),
+        )
+
+    lowered = jax.jit(core).trace(*arguments).lower(lowering_platforms=(platform,))
+    assert "dot_general" in lowered.as_text()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_per_example_work_and_curvature_lower_for_accelerators(platform, dtype):
+    arguments = problem((5, 4, 2)).arguments(dtype)
+
+    def everything(params, x, y):
+        return (
+            per_example.grads(params, x, y),
+            per_example.inner_products(params, x, y, x, y, block_size=8),
+            per_example.clipped_value_and_grad(params, x, y, max_norm=1.0),
+            per_example.scores(params, x, y),
+            per_example.noise_scale(params, x, y),
+            curvature.ntk(params, x, block_size=8),
+            curvature.hvp(params, x, y, params),
+            curvature.ggn_vp(params, x, y, params),
+            curvature.ggn_eigenvalues(params, x, y, k=3),
+            curvature.log_evidence(params, x, y, 1.0),
+            curvature.kfac_factors(params, x),
+        )
+
+    lowered = jax.jit(everything).trace(*arguments)
+    assert "dot_general" in lowered.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_equal_shapes_are_traced_once(monkeypatch):
+    traces = []
+    honest = gradients.contract
+    monkeypatch.setattr(
+        gradients, "contract", lambda *args: traces.append(1) or honest(*args)
+    )
+    jax.clear_caches()
+    for seed in range(3):
+        jaxbce.value_and_grad(*problem((5, 4, 1), seed=seed).arguments(np.float32))
+        assert len(traces) == 1
+    for weight in (2.0, 3.0):  # a Python number is an argument, not a constant
+        jaxbce.value_and_grad(
+            *problem((5, 4, 1)).arguments(np.float32), pos_weight=weight
+        )
+    assert len(traces) == 2
+    jax.clear_caches()
+
+
+def products(function, *arguments):
+    return str(jax.make_jaxpr(function)(*arguments)).count("dot_general")
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    params, x, y = problem((5, 6, 1)).arguments(np.float32)
+    # Forward 2, backward 1, contraction 2; ∂/∂X is one more.
+    assert products(jaxbce.value_and_grad, params, x, y) == 5
+    assert products(jax.grad(jaxbce.loss), params, x, y) == 5
+    assert products(jax.grad(jaxbce.loss, argnums=(0, 1)), params, x, y) == 6
+    assert products(jaxbce.loss, params, x, y) == 2
+
+
+@pytest.mark.parametrize("block_size", [None, 7])
+def test_shard_map_over_rows_adds_up_to_the_batch(block_size):
+    params, x, y = problem((5, 4, 1), rows=40).arguments(np.float32)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"mesh": mesh, "in_specs": (P(), P("i"), P("i")), "out_specs": P()}
+    options = {"reduction": "sum", "block_size": block_size}
+
+    def by_hand(params, x, y):
+        return jax.lax.psum(jaxbce.value_and_grad(params, x, y, **options), "i")
+
+    def through_loss(params, x, y):
+        def total(params):
+            return jax.lax.psum(jaxbce.loss(params, x, y, **options), "i")
+
+        return jax.value_and_grad(total)(params)
+
+    truth = jaxbce.value_and_grad(params, x, y, reduction="sum")
+    for function in (by_hand, through_loss):
+        found = jax.jit(jax.shard_map(function, **specs))(params, x, y)
+        assert relative_error(found, truth) <= 1e-6
+
+
+def test_nothing_relies_on_rank_promotion():
+    params, x, y = problem((5, 4, 2)).arguments(np.float32)
+    p = jnp.array([1.0, 2.0])
+    with jax.numpy_rank_promotion("raise"):
+        jaxbce.chain_rule(params, x, y)
+        jax.grad(jaxbce.loss, (0, 1, 2))(params, x, y, pos_weight=p)
+        jax.grad(lambda p: jaxbce.loss(params, x, y, pos_weight=p))(p)
+        options: Any = {"pos_weight": p, "sample_weight": jnp.ones(37)}
+        options |= {"optimizer": optax.sgd(0.1), "num_steps": 3, "batch_size": 8}
+        jaxbce.fit(jax.random.key(0), params, x, y, **options)
+        checked = jaxbce.check_gradients(
+            jaxbce.value_and_grad, params, x, y, pos_weight=p
+        )
+        assert checked.passed

@@ -1,0 +1,135 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbce
+from tests.helpers import NETWORKS, TOLERANCE, problem, relative_error
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", None])
+def test_init_has_the_sizes_and_dtype_asked_for(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = jaxbce.init(jax.random.key(0), [3, 5, 4, 2], dtype=dtype)
+    assert [layer.w.shape for layer in params] == [(3, 5), (5, 4), (4, 2)]
+    assert [layer.b.shape for layer in params] == [(5,), (4,), (2,)]
+    names = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+    assert names == {dtype or "float32"}
+
+
+def test_init_draws_weights_of_variance_two_over_fan_in_and_zero_biases():
+    first, second = jaxbce.init(jax.random.key(1), (200, 300, 100))
+    # Standard error of a variance of n normal draws: √(2/n), under 1% here.
+    np.testing.assert_allclose(np.var(first.w), 2 / 200, rtol=0.04)
+    np.testing.assert_allclose(np.var(second.w), 2 / 300, rtol=0.04)
+    assert not first.b.any()
+    assert not second.b.any()
+
+
+def test_init_is_a_function_of_the_key_and_layers_differ():
+    one, same, other = (jaxbce.init(jax.random.key(k), (4, 4, 4)) for k in (0, 0, 1))
+    assert relative_error(one, same) == 0
+    assert relative_error(one[0].w, other[0].w) > 0.1
+    assert relative_error(one[0].w, one[1].w) > 0.1
+
+
+def test_init_under_vmap_makes_one_network_a_key():
+    keys = jax.random.split(jax.random.key(0), 3)
+    many = jax.vmap(lambda key: jaxbce.init(key, (4, 3, 1)))(keys)
+    third = jax.tree.map(lambda leaf: leaf[2], many)
+    assert relative_error(third, jaxbce.init(keys[2], (4, 3, 1))) == 0
+
+
+@pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS.keys())
+def test_forward_is_the_textbook_in_numpy(sizes):
+    p = problem(sizes)
+    with jax.enable_x64(True):
+        trace = jaxbce.forward(*p.arguments()[:2])
+        logits = jaxbce.logits(*p.arguments()[:2])
+        y_hat = jaxbce.predict_proba(*p.arguments()[:2])
+    h = p.x
+    assert relative_error(trace.h[0], h) == 0
+    for k, (w, b) in enumerate(p.params):
+        a = h @ w + b
+        assert relative_error(trace.a[k], a) <= TOLERANCE["float64"]
+        h = np.maximum(a, 0) if k < len(p.params) - 1 else 1 / (1 + np.exp(-a))
+        assert relative_error(trace.h[k + 1], h) <= TOLERANCE["float64"]
+    assert len(trace.a) + 1 == len(trace.h) == len(sizes)
+    assert relative_error(logits, trace.a[-1]) == 0
+    assert relative_error(y_hat, trace.h[-1]) == 0
+
+
+def test_bfloat16_accumulates_in_float32():
+    # In bfloat16, 1 + 1 + ... stops at 256, where the next float is 258.
+    params = (jaxbce.Layer(jnp.ones((1000, 1), "bfloat16"), jnp.zeros(1, "bfloat16")),)
+    logits = jaxbce.logits(params, jnp.ones((2, 1000), "bfloat16"))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, 1000)
+
+
+def test_features_are_cast_to_the_parameters_dtype():
+    p = problem((3, 2, 1))
+    params = p.arguments(np.float32)[0]
+    trace = jaxbce.forward(params, p.x)  # float64 NumPy
+    assert trace.h[0].dtype == trace.a[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "match"),
+    [
+        ((), ValueError, r"sizes is \(\); at least an input and an output"),
+        ((3,), ValueError, r"sizes is \(3,\); at least"),
+        ((3, 0, 1), ValueError, r"each >= 1"),
+        ((3, 2.5, 1), TypeError, r"sizes is \(3, 2.5, 1\); a sequence of integers"),
+        (3, TypeError, "sizes is 3; a sequence of integers"),
+        ("31", TypeError, "sizes is '31'"),
+    ],
+)
+def test_init_rejects_sizes(sizes, error, match):
+    with pytest.raises(error, match=match):
+        jaxbce.init(jax.random.key(0), sizes)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float16", "complex64"])
+def test_init_rejects_dtypes(dtype):
+    with pytest.raises(TypeError, match=f"dtype is {dtype}; bfloat16, float32"):
+        jaxbce.init(jax.random.key(0), (2, 1), dtype=dtype)
+
+
+LAYER = jaxbce.Layer(jnp.ones((3, 2)), jnp.zeros(2))
+X = jnp.ones((4, 3))
+
+
+@pytest.mark.parametrize(
+    ("params", "x", "error", "match"),
+    [
+        ([LAYER], X, TypeError, r"params is a list of \['Layer'\]; a tuple of Layer"),
+        (((X, X),), X, TypeError, r"params is a tuple of \['tuple'\]"),
+        (LAYER, X, TypeError, "params is a Layer"),
+        ((), X, ValueError, "params is empty"),
+        ((LAYER, LAYER), X, ValueError, r"params\[1\].w has shape \(3, 2\); \(2, n_o"),
+        ((LAYER._replace(b=X[0]),), X, ValueError, r"params\[0\].b has shape \(3,\)"),
+        ((LAYER._replace(w=X[0]),), X, ValueError, r"params\[0\].w has shape \(3,\)"),
+        ((LAYER._replace(w=1.0),), X, ValueError, r"params\[0\].w has shape \(\)"),
+        (
+            (LAYER._replace(b=jnp.zeros(2, int)),),
+            X,
+            TypeError,
+            r"params\[0\].b has dtype int32; bfloat16, float32, float64 is accepted",
+        ),
+        (
+            (LAYER._replace(b=jnp.zeros(2, "bfloat16")),),
+            X,
+            TypeError,
+            r"mixes dtypes \['bfloat16', 'float32'\]",
+        ),
+        ((LAYER,), X[:, :2], ValueError, r"x has shape \(4, 2\); \[rows, 3\]"),
+        ((LAYER,), X[0], ValueError, r"x has shape \(3,\); \[rows, 3\]"),
+        ((LAYER,), X[:0], ValueError, r"x has shape \(0, 3\); at least one row"),
+        ((LAYER,), X.astype(int), TypeError, "x has dtype int32; bfloat16, float32"),
+        ((LAYER,), [[1.0, 2.0, 3.0]], TypeError, r"x is a list; an array \[rows, 3\]"),
+    ],
+)
+def test_forward_rejects(params, x, error, match):
+    with pytest.raises(error, match=match):
+        jaxbce.forward(params, x)

@@ -1,0 +1,449 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbce
+from jaxbce import per_example
+from tests.helpers import NETWORKS, TOLERANCE, loss_reference, problem, relative_error
+
+SIZES = [(7, 5, 1), (7, 5, 3), (6, 8, 7, 5, 1), (6, 8, 7, 5, 3), (4, 2)]
+EXACT = 1e-12  # float64, relative
+WEIGHTS = {
+    "plain": {},
+    "pos_weight": {"pos_weight": 2.5},
+    "weights": {"sample_weight": True, "pos_weight": 0.3},
+}
+
+
+def options(p, name, dtype=np.float64):
+    chosen = dict(WEIGHTS[name])
+    if "sample_weight" in chosen:
+        chosen["sample_weight"] = jnp.asarray(p.sample_weight, dtype)
+    return chosen
+
+
+def grads_reference(params, x, y, *, sample_weight=None, pos_weight=1.0):
+    """`vmap(jax.grad)` of each row's own loss."""
+
+    def row(x, y, s):
+        one = {"sample_weight": s[None], "pos_weight": pos_weight, "reduction": "sum"}
+        return jax.grad(loss_reference)(params, x[None], y[None], **one)
+
+    s = jnp.ones(len(x), x.dtype) if sample_weight is None else sample_weight
+    return jax.vmap(row)(x, y, s)
+
+
+def flat(grads):
+    """Per-example gradients as a matrix `[N, P]`."""
+    leaves = jax.tree.leaves(grads)
+    return np.concatenate([np.reshape(t, (len(t), -1)) for t in leaves], axis=1)
+
+
+def clipped_reference(grads, max_norm, divisor=1.0):
+    """Materialised gradients, each rescaled, then summed."""
+    norms = np.linalg.norm(flat(grads), axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = np.where(norms > max_norm, max_norm / norms, 1)
+    return jax.tree.map(lambda g: np.tensordot(kept, g, 1) / divisor, grads)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_everything_is_what_materialised_gradients_give(sizes, name):
+    p = problem(sizes)
+    with jax.enable_x64(True):
+        arguments, weights = p.arguments(), options(p, name)
+        truth = jax.jit(grads_reference)(*arguments, **weights)
+        matrix = flat(truth)
+        norms = np.linalg.norm(matrix, axis=1)
+        mine = per_example.grads(*arguments, **weights)
+        chex.assert_trees_all_equal_shapes_and_dtypes(mine, truth)
+        assert relative_error(mine, truth) <= EXACT
+        median = 0.999 * float(np.median(norms))
+        for reduction, block_size in (("sum", None), ("mean", 10)):
+            mine = per_example.norms(*arguments, **weights, block_size=block_size)
+            np.testing.assert_allclose(mine, norms, rtol=EXACT)
+            value, grads = jaxbce.value_and_grad(
+                *arguments, reduction=reduction, **weights
+            )
+            s = weights.get("sample_weight", np.ones(len(p.x)))
+            divisor = float(np.sum(s)) if reduction == "mean" else 1.0
+            for max_norm in (0.0, median, np.inf):
+                clipped = per_example.clipped_value_and_grad(
+                    *arguments,
+                    max_norm=max_norm,
+                    reduction=reduction,
+                    block_size=block_size,
+                    **weights,
+                )
+                sums = clipped_reference(truth, max_norm, divisor)
+                assert relative_error(clipped.grads, sums) <= EXACT
+                assert relative_error(clipped.value, value) <= EXACT
+                if max_norm == np.inf:
+                    assert relative_error(clipped.grads, grads) <= EXACT
+                np.testing.assert_allclose(clipped.norms, norms, rtol=EXACT)
+                fraction = np.mean(norms > max_norm)
+                np.testing.assert_allclose(clipped.fraction_clipped, fraction)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_inner_products_are_those_of_materialised_gradients(sizes):
+    p, q = problem(sizes), problem(sizes, rows=11, seed=1)
+    with jax.enable_x64(True):
+        (params, x, y), (_, x2, y2) = p.arguments(), q.arguments()
+        left = flat(grads_reference(params, x, y, pos_weight=2.5))
+        right = flat(grads_reference(params, x2, y2, pos_weight=2.5))
+        for block_size in (None, 10):
+            mine = per_example.inner_products(
+                params, x, y, x2, y2, pos_weight=2.5, block_size=block_size
+            )
+            assert relative_error(mine, left @ right.T) <= EXACT
+        own = per_example.inner_products(params, x, y, x, y)
+        np.testing.assert_allclose(
+            np.diag(own), per_example.norms(params, x, y) ** 2, rtol=EXACT
+        )
+
+
+def test_influence_sums_over_checkpoints():
+    p = problem((7, 5, 1))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        rates = jnp.array([0.3, 0.1])
+        points = [params, jax.tree.map(jnp.negative, params)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *points)
+        each = jax.vmap(per_example.inner_products, (0, None, None, None, None))
+        mine = jnp.tensordot(rates, each(stacked, x, y, x[:5], y[:5]), 1)
+        truth = 0.0
+        for rate, point in zip(rates, points, strict=True):
+            matrix = flat(grads_reference(point, x, y))
+            truth += rate * matrix @ matrix[:5].T
+        assert relative_error(mine, truth) <= EXACT
+
+
+def test_influence_predicts_what_a_small_step_does():
+    p = problem((7, 5, 1))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        rate = 1e-6
+        row = jaxbce.grad(params, x[:1], y[:1])
+        stepped = jax.tree.map(lambda t, g: t - rate * g, params, row)
+        for j in (0, 5, 9):
+            other = x[j : j + 1], y[j : j + 1]
+            change = jaxbce.loss(stepped, *other) - jaxbce.loss(params, *other)
+            influence = per_example.inner_products(params, x[:1], y[:1], *other)
+            np.testing.assert_allclose(change, -rate * influence[0, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS.keys())
+def test_scores_are_their_definitions(sizes):
+    p = problem(sizes)
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        scores = per_example.scores(params, x, y, block_size=10)
+        error = jaxbce.predict_proba(params, x) - y
+        matrix = flat(grads_reference(params, x, y))
+    np.testing.assert_allclose(scores.el2n, np.linalg.norm(error, axis=1), rtol=EXACT)
+    np.testing.assert_allclose(scores.grand, np.linalg.norm(matrix, axis=1), rtol=EXACT)
+    np.testing.assert_allclose(scores.input_norm, np.linalg.norm(x, axis=1), rtol=EXACT)
+
+
+def test_noise_scale_is_its_definition_and_unbiased():
+    p = problem((7, 5, 3), rows=64)
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        matrix = flat(grads_reference(params, x, y))
+        variance = np.var(matrix, axis=0, ddof=1).sum()
+        squared_norm = np.sum(matrix.mean(0) ** 2) - variance / len(x)
+        for block_size in (None, 10):
+            mine = per_example.noise_scale(params, x, y, block_size=block_size)
+            np.testing.assert_allclose(mine.variance, variance, rtol=1e-11)
+            np.testing.assert_allclose(mine.squared_norm, squared_norm, rtol=1e-11)
+            np.testing.assert_allclose(mine.scale, variance / squared_norm, rtol=1e-11)
+        # Unbiased: over every pair of rows the mean is the population's.
+        few = per_example.noise_scale
+        pairs = jnp.array([(i, j) for i in range(64) for j in range(i)])
+        each = jax.vmap(lambda rows: few(params, x[rows], y[rows]))(pairs)
+        np.testing.assert_allclose(np.mean(each.variance), variance, rtol=1e-11)
+        np.testing.assert_allclose(np.mean(each.squared_norm), squared_norm, rtol=1e-10)
+
+
+def test_noise_scale_where_rows_agree_or_cancel():
+    params = (jaxbce.Layer(jnp.zeros((1, 1)), jnp.zeros(1)),)
+    same = jnp.ones((4, 1))
+    assert per_example.noise_scale(params, same, same).scale == 0
+    opposite = per_example.noise_scale(params, same, jnp.array([[1.0], [0.0]] * 2))
+    assert opposite.scale == np.inf
+    assert opposite.squared_norm < 0
+    zero = per_example.noise_scale(params, same, jnp.full((4, 1), 0.5))
+    assert np.isnan(zero.scale)
+    assert zero.variance == 0
+    with pytest.raises(ValueError, match="at least two rows"):
+        per_example.noise_scale(params, same[:1], same[:1])
+
+
+@pytest.mark.parametrize("a", [0.0, 15.0, 50.0, 80.0])
+def test_norms_are_exact_in_the_tail(a):
+    params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),)
+    x, y = jnp.full((2, 1), a), jnp.array([[1.0], [0.0]])
+    norms = per_example.norms(params, x, y)
+    wrong = 1 / (1 + np.exp(-a))
+    truth = np.array([np.exp(-a) * wrong, wrong]) * np.sqrt(1 + a**2)
+    np.testing.assert_allclose(norms, truth, rtol=1e-6)
+    np.testing.assert_allclose(
+        per_example.scores(params, x, y).el2n, truth / np.sqrt(1 + a**2), rtol=1e-6
+    )
+    half = float(truth[0]) / 2
+    clipped = per_example.clipped_value_and_grad(
+        params, x[:1], y[:1], max_norm=half, reduction="sum"
+    )
+    np.testing.assert_allclose(norm_of(clipped.grads), half, rtol=1e-6)
+
+
+def norm_of(grads):
+    return np.linalg.norm(
+        np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)]).astype(float)
+    )
+
+
+def test_zero_norms_saturated_rows_and_zero_weights_are_left_alone():
+    params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),)
+    x = jnp.array([[np.inf], [200.0], [-1.0], [-200.0]])
+    y = jnp.ones((4, 1))
+    norms = per_example.norms(params, x[1:], y[1:])
+    assert norms[0] == 0  # e^-200 is below the smallest float32
+    np.testing.assert_allclose(norms[2], np.hypot(1, 200), rtol=1e-6)
+    for max_norm in (0.0, 1e-30, 1.0, np.inf):
+        clipped = per_example.clipped_value_and_grad(
+            params, x[1:], y[1:], max_norm=max_norm, reduction="sum"
+        )
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(clipped.grads))
+        assert norm_of(clipped.grads) <= 2 * max_norm
+        assert clipped.fraction_clipped == np.float32(np.mean(norms > max_norm))
+    weights = jnp.array([0.0, 1.0, 0.0])
+    some = per_example.clipped_value_and_grad(
+        params, x[1:], y[1:], max_norm=0.5, sample_weight=weights
+    )
+    alone = per_example.clipped_value_and_grad(params, x[2:3], y[2:3], max_norm=0.5)
+    chex.assert_trees_all_close(some.grads, alone.grads, rtol=1e-6)
+    np.testing.assert_array_equal(some.norms == 0, [True, False, True])
+    assert some.fraction_clipped == alone.fraction_clipped == 1
+    none = per_example.clipped_value_and_grad(
+        params, x[1:], y[1:], max_norm=0.5, sample_weight=0 * weights, reduction="sum"
+    )
+    assert norm_of(none.grads) == 0
+    assert np.isnan(none.fraction_clipped)
+    # An infinite logit that agrees with its label has a gradient of 0.
+    sure = (jaxbce.Layer(jnp.ones((1, 1)), jnp.full(1, np.inf)),)
+    assert per_example.norms(sure, jnp.ones((1, 1)), jnp.ones((1, 1)))[0] == 0
+
+
+def test_leaving_a_row_out_changes_the_clipped_sum_by_max_norm_at_most():
+    p = problem((7, 5, 3))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        clipped = functools.partial(
+            per_example.clipped_value_and_grad, max_norm=0.2, reduction="sum"
+        )
+        s = jnp.asarray(10 * p.sample_weight)
+        all_rows = clipped(params, x, y, sample_weight=s)
+        assert all_rows.fraction_clipped > 0.5
+        for i in range(0, len(x), 6):
+            without = clipped(params, x, y, sample_weight=s.at[i].set(0)).grads
+            change = jax.tree.map(jnp.subtract, all_rows.grads, without)
+            assert norm_of(change) <= 0.2 * (1 + 1e-12)
+
+
+def test_duplicated_rows_count_twice_and_one_row_is_itself():
+    p = problem((7, 5, 1))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        one = per_example.clipped_value_and_grad(
+            params, x[:1], y[:1], max_norm=0.1, reduction="sum"
+        )
+        two = per_example.clipped_value_and_grad(
+            params,
+            x[jnp.zeros(2, int)],
+            y[jnp.zeros(2, int)],
+            max_norm=0.1,
+            reduction="sum",
+        )
+        twice = jax.tree.map(lambda g: 2 * g, one.grads)
+        assert relative_error(two.grads, twice) <= EXACT
+        assert two.norms[0] == two.norms[1]
+        alone = per_example.norms(params, x[:1], y[:1])
+        np.testing.assert_allclose(one.norms, alone, rtol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_precision_agrees_with_float64(dtype):
+    p = problem((6, 8, 7, 5, 3)).rounded(dtype)
+    mine = per_example.clipped_value_and_grad(*p.arguments(dtype), max_norm=1.0)
+    assert mine.norms.dtype == mine.value.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(mine.grads, p.arguments(dtype)[0])
+    with jax.enable_x64(True):
+        truth = per_example.clipped_value_and_grad(*p.arguments(), max_norm=1.0)
+    assert relative_error(mine[:3], truth[:3]) <= TOLERANCE[dtype]
+
+
+def test_networks_of_a_sweep_map():
+    p = problem((7, 5, 1))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), params)
+        mapped = jax.vmap(per_example.scores, (0, None, None))(stacked, x, y)
+        norms = jnp.array([0.1, 1.0, 10.0])
+        clipped = jax.vmap(
+            lambda params, c: per_example.clipped_value_and_grad(
+                params, x, y, max_norm=c
+            )
+        )(stacked, norms)
+        for i in range(3):
+            member = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            alone = per_example.scores(member, x, y)
+            of_one = jax.tree.map(lambda leaf, i=i: leaf[i], mapped)
+            assert relative_error(of_one, alone) <= EXACT
+            alone = per_example.clipped_value_and_grad(member, x, y, max_norm=norms[i])
+            of_one = jax.tree.map(lambda leaf, i=i: leaf[i], clipped)
+            assert relative_error(of_one, alone) <= EXACT
+
+
+def test_no_per_example_gradient_is_in_memory():
+    rows, sizes = 512, (64, 256, 1)
+    arguments = problem(sizes, rows=rows).arguments(np.float32)
+    whole = 4 * rows * 64 * 256
+    for fun in (
+        per_example.norms,
+        per_example.scores,
+        per_example.noise_scale,
+        functools.partial(per_example.clipped_value_and_grad, max_norm=1.0),
+    ):
+        memory = jax.jit(fun).lower(*arguments).compile().memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < whole / 10, fun
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_norm": -1.0}, r"max_norm is -1.0; a number >= 0"),
+        ({"max_norm": float("nan")}, "max_norm is nan"),
+        ({"max_norm": "1"}, "max_norm is a str"),
+        ({"max_norm": None}, "max_norm is a NoneType"),
+        ({"max_norm": np.float64(-1.0)}, "max_norm is"),
+        ({"max_norm": np.array(float("nan"))}, "max_norm is"),
+        ({"max_norm": np.array(True)}, "dtype bool"),
+        ({"max_norm": np.ones(2)}, r"max_norm has shape \(2,\)"),
+        ({"max_norm": 1.0, "reduction": "max"}, "reduction is 'max'"),
+        ({"max_norm": 1.0, "block_size": 0}, "block_size is 0"),
+        ({"max_norm": 1.0, "sample_weight": np.ones(3)}, "sample_weight has shape"),
+    ],
+)
+def test_a_wrong_option_is_named(change, message):
+    arguments = problem((7, 5, 1)).arguments(np.float32)
+    with pytest.raises((TypeError, ValueError), match=message):
+        per_example.clipped_value_and_grad(*arguments, **change)
+
+
+def test_a_norm_that_is_not_a_number_clips_to_nothing_that_looks_right():
+    arguments = problem((7, 5, 1)).arguments(np.float32)
+    clipped = per_example.clipped_value_and_grad(
+        *arguments, max_norm=jnp.float32("nan")
+    )
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(clipped.grads))
+
+
+def test_a_row_of_weight_0_may_have_an_infinite_loss():
+    params = (jaxbce.Layer(jnp.full((1, 1), 1e30), jnp.zeros(1)),)
+    x, y = jnp.array([[1e30], [0.0]]), jnp.zeros((2, 1))
+    clipped = per_example.clipped_value_and_grad(
+        params, x, y, max_norm=1.0, sample_weight=jnp.array([0.0, 1.0])
+    )
+    np.testing.assert_allclose(clipped.value, np.log(2), rtol=1e-6)
+
+
+def test_scores_and_noise_scale_know_of_pos_weight():
+    p = problem((7, 5, 3))
+    with jax.enable_x64(True):
+        params, x, y = p.arguments()
+        matrix = flat(grads_reference(params, x, y, pos_weight=2.5))
+        scores = per_example.scores(params, x, y, pos_weight=2.5)
+        np.testing.assert_allclose(
+            scores.grand, np.linalg.norm(matrix, axis=1), rtol=EXACT
+        )
+        mine = per_example.noise_scale(params, x, y, pos_weight=2.5)
+        variance = np.var(matrix, axis=0, ddof=1).sum()
+        np.testing.assert_allclose(mine.variance, variance, rtol=1e-11)
+
+
+def test_wrong_second_rows_are_named():
+    params, x, y = problem((7, 5, 1)).arguments(np.float32)
+    with pytest.raises(ValueError, match=r"x2 has shape \(37, 6\)"):
+        per_example.inner_products(params, x, y, x[:, :6], y)
+    with pytest.raises(ValueError, match=r"y2 has shape \(37,\)"):
+        per_example.inner_products(params, x, y, x, y[:, 0])
+
+
+def test_norms_and_clipped_sums_are_pytorchs():
+    """An oracle that shares no code: a loop of PyTorch's autograd over rows."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch, which is not installed")
+    p = problem((6, 8, 7, 5, 3))
+    leaves = [
+        torch.tensor(leaf, requires_grad=True) for layer in p.params for leaf in layer
+    ]
+    rows = []
+    for x, y in zip(p.x, p.y, strict=True):
+        h = torch.tensor(x)
+        for w, b in zip(leaves[:-2:2], leaves[1:-2:2], strict=True):
+            h = torch.relu(h @ w + b)
+        a = h @ leaves[-2] + leaves[-1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            a, torch.tensor(y), reduction="sum", pos_weight=torch.tensor(2.5).double()
+        )
+        grads = torch.autograd.grad(loss, leaves)
+        rows.append(torch.cat([g.flatten() for g in grads]).numpy())
+    matrix = np.stack(rows)
+    norms = np.linalg.norm(matrix, axis=1)
+    kept = np.minimum(1, np.median(norms) / norms)
+    with jax.enable_x64(True):
+        mine = per_example.clipped_value_and_grad(
+            *p.arguments(),
+            max_norm=float(np.median(norms)),
+            pos_weight=2.5,
+            reduction="sum",
+        )
+    np.testing.assert_allclose(mine.norms, norms, rtol=EXACT)
+    flat_sum = np.concatenate([np.ravel(g) for g in jax.tree.leaves(mine.grads)])
+    np.testing.assert_allclose(flat_sum, kept @ matrix, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_clipped_sums_are_opacus():
+    """The norms and sums that Opacus takes for private training."""
+    reason = "needs Opacus, which is not installed"
+    opacus = pytest.importorskip("opacus", reason=reason)
+    torch = pytest.importorskip("torch", reason=reason)
+    p = problem((6, 8, 1))
+    layers = []
+    for w, b in p.params:
+        layer = torch.nn.Linear(*w.shape, dtype=torch.float64)
+        layer.weight.data, layer.bias.data = torch.tensor(w.T.copy()), torch.tensor(b)
+        layers += [layer, torch.nn.ReLU()]
+    model = opacus.GradSampleModule(
+        torch.nn.Sequential(*layers[:-1]), loss_reduction="sum"
+    )
+    loss = torch.nn.BCEWithLogitsLoss(reduction="sum")
+    loss(model(torch.tensor(p.x)), torch.tensor(p.y)).backward()
+    samples = [leaf.grad_sample for leaf in model.parameters()]
+    norms = torch.stack([s.flatten(1).norm(dim=1) for s in samples]).norm(dim=0)
+    kept = (norms.median() / norms).clamp(max=1)
+    sums = [torch.einsum("i,i...", kept, s).numpy().T for s in samples]
+    with jax.enable_x64(True):
+        mine = per_example.clipped_value_and_grad(
+            *p.arguments(), max_norm=float(norms.median()), reduction="sum"
+        )
+    np.testing.assert_allclose(mine.norms, norms.numpy(), rtol=EXACT)
+    assert relative_error(jax.tree.leaves(mine.grads), sums) <= EXACT

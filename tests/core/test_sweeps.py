@@ -1,0 +1,307 @@
+"""`grid` and `sweep`: members are solo runs, wherever and with whomever they train."""
+
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbce
+from jaxbce import sweeps
+from tests.helpers import problem, relative_error
+
+KEY = jax.random.key(3)
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def data(rows=37, sizes=(5, 4, 1), dtype="float64"):
+    _, x, y = problem(sizes, rows=rows).arguments(dtype)
+    return x, jnp.round(y)
+
+
+def sgd(hp):
+    return optax.sgd(hp["learning_rate"])
+
+
+def adamw(hp):
+    return optax.adamw(hp["learning_rate"], weight_decay=hp["weight_decay"])
+
+
+def per_layer(hp):
+    """A learning rate a layer, and a schedule of traced length."""
+
+    def falling(t):
+        return hp["learning_rate"] * (
+            1 - jnp.minimum(jnp.asarray(t, float) / hp["decay_steps"], 1)
+        )
+
+    each: Any = {"hidden": optax.adam(falling), "output": optax.adam(hp["output_rate"])}
+    return optax.partition(each, ("hidden", "output"))
+
+
+def solo(x, y, hp, seed, *, hidden, make_optimizer, dtype="float64", **options):
+    """The member as the docstring of `sweep` makes it."""
+    key_params, key_rows = jax.random.split(jax.random.fold_in(KEY, seed))
+    params = jaxbce.init(key_params, (x.shape[1], *hidden, y.shape[1]), dtype=dtype)
+    scale = hp.get("init_scale", 1.0)
+    params = tuple(layer._replace(w=scale * layer.w) for layer in params)
+    smoothing = hp.get("label_smoothing", 0.0)
+    options["pos_weight"] = hp.get("pos_weight", options.get("pos_weight", 1.0))
+    return jaxbce.fit(
+        key_rows,
+        params,
+        x,
+        y * (1 - smoothing) + smoothing / 2,
+        optimizer=make_optimizer(hp),
+        **options,
+    )
+
+
+CASES = {
+    "sgd": (sgd, {"learning_rate": [0.01, 0.1, 1.0]}, {}),
+    "full batch": (sgd, {"learning_rate": [0.01, 0.1]}, {"batch_size": None}),
+    "adamw": (
+        adamw,
+        jaxbce.grid(learning_rate=[0.01, 0.1], weight_decay=[0.0, 0.1]),
+        {"patience": 5, "pos_weight": 1.5},
+    ),
+    "per layer, three outputs": (
+        per_layer,
+        {
+            "learning_rate": [0.01, 0.1, 0.05],
+            "output_rate": [0.1, 0.1, 0.01],
+            "decay_steps": [10, 20, 30],
+        },
+        {"sizes": (5, 4, 3)},
+    ),
+    "of the sweep itself": (
+        sgd,
+        {
+            "learning_rate": [0.1, 0.2, 0.1],
+            "init_scale": [0.5, 1.0, 2.0],
+            "pos_weight": [1.0, 2.0, 0.5],
+            "label_smoothing": [0.0, 0.1, 0.2],
+        },
+        {},
+    ),
+    "deep": (sgd, {"learning_rate": [0.01, 0.1]}, {"hidden": (6, 5, 4)}),
+    "seeds alone": (lambda hp: optax.adam(0.01), {}, {"hidden": ()}),
+}
+
+
+@pytest.mark.parametrize(("make", "hparams", "given"), CASES.values(), ids=CASES)
+def test_every_member_is_its_solo_run(make, hparams, given):
+    given = dict(given)
+    sizes = given.pop("sizes", (5, 4, 1))
+    hidden = given.pop("hidden", (4,))
+    with jax.enable_x64(True):
+        x, y = data(sizes=sizes)
+        options: Any = {"num_steps": 30, "batch_size": 8, "evaluate_every": 10}
+        options |= {"validation": (x[:9] + 0.1, y[:9])} | given
+        common: Any = {"hidden": hidden, "make_optimizer": make, "dtype": "float64"}
+        found = jaxbce.sweep(
+            KEY, x, y, hparams=hparams, num_seeds=2, first_seed=5, **common, **options
+        )
+        points = len(next(iter(hparams.values()), [0]))
+        assert found.train_loss.shape == (points, 2, 3)
+        for i in range(points):
+            hp = {name: jnp.asarray(v)[i] for name, v in hparams.items()}
+            for s in range(2):
+                run = solo(x, y, hp, 5 + s, **common, **options)
+                mine = jax.tree.map(lambda leaf, i=i, s=s: leaf[i, s], found)
+                assert relative_error(mine.params, run.params) <= 1e-10
+                assert relative_error(mine.best_params, run.best_params) <= 1e-10
+                for name in ("train_loss", "validation_loss", "best_loss"):
+                    a, b = getattr(mine, name), getattr(run, name)
+                    np.testing.assert_allclose(a, b, rtol=1e-10)
+                for name in ("diverged_at", "best_step", "step"):
+                    assert getattr(mine, name) == getattr(run, name)
+
+
+# ------------------------------------------------------------- groups and devices
+
+
+def rates(count, **options):
+    return {"learning_rate": np.geomspace(1e-3, 1.0, count)} | options
+
+
+SMALL: Any = {"hidden": (4,), "make_optimizer": sgd, "num_steps": 12, "batch_size": 8}
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 64])
+def test_groups_of_any_size_give_the_same_members(group_size):
+    with jax.enable_x64(True):
+        x, y = data()
+        options = SMALL | {"hparams": rates(7), "num_seeds": 3, "dtype": "float64"}
+        truth = jaxbce.sweep(KEY, x, y, **options, group_size=2)
+        found = jaxbce.sweep(KEY, x, y, **options, group_size=group_size)
+        assert relative_error(found.params, truth.params) <= 1e-10
+        np.testing.assert_allclose(found.train_loss, truth.train_loss, rtol=1e-10)
+
+
+def test_two_devices_give_what_one_gives():
+    with jax.enable_x64(True):
+        x, y = data()
+        options = SMALL | {"hparams": rates(5), "num_seeds": 2, "dtype": "float64"}
+        one = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+        truth = jaxbce.sweep(KEY, x, y, **options, mesh=one)
+        found = jaxbce.sweep(KEY, x, y, **options)
+        assert jax.device_count() == 2
+        assert relative_error(found.params, truth.params) <= 1e-10
+
+
+def test_parts_of_a_sweep_are_the_sweep():
+    x, y = data(dtype="float32")
+    whole = jaxbce.sweep(KEY, x, y, hparams=rates(4), num_seeds=3, **SMALL)
+    part = {name: v[1:3] for name, v in rates(4).items()}
+    found = jaxbce.sweep(KEY, x, y, hparams=part, num_seeds=2, first_seed=1, **SMALL)
+    mine = jax.tree.map(lambda t: t[1:3, 1:], whole.params)
+    assert relative_error(found.params, mine) <= 1e-5
+
+
+def test_points_share_what_seeds_do_not():
+    x, y = data(dtype="float32")
+    same = {"learning_rate": np.full(2, 0.1)}
+    found = jaxbce.sweep(KEY, x, y, hparams=same, num_seeds=2, **SMALL)
+    w = found.params[0].w
+    assert np.array_equal(w[0], w[1])
+    assert not np.allclose(w[:, 0], w[:, 1])
+
+
+def test_the_program_is_compiled_once_whatever_the_members():
+    x, y = data(dtype="float32")
+    traces = []
+
+    def counted(hp):
+        traces.append(1)
+        return sgd(hp)
+
+    options = SMALL | {"group_size": 4, "make_optimizer": counted}
+    for points in (64, 8, 32):
+        jaxbce.sweep(KEY, x, y, hparams=rates(points), **options)
+    assert len(traces) == 1
+
+
+def test_memory_that_runs_out_halves_the_group_and_keeps_what_is_done(monkeypatch):
+    x, y = data(dtype="float32")
+    honest, sizes = sweeps._train, []
+
+    def limited(seeds, values, *rest, **options):
+        sizes.append(values["learning_rate"].shape[1] * seeds.shape[1])
+        if len(sizes) > 1 and sizes[-1] > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return honest(seeds, values, *rest, **options)
+
+    truth = jaxbce.sweep(KEY, x, y, hparams=rates(16), group_size=4, **SMALL)
+    monkeypatch.setattr(sweeps, "_train", limited)
+    with pytest.warns(RuntimeWarning, match="a group of 4 members does not fit"):
+        found = jaxbce.sweep(KEY, x, y, hparams=rates(16), group_size=4, **SMALL)
+    assert sizes == [4, 4, 2, 2]
+    assert relative_error(found.params, truth.params) <= 1e-5
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def broken(*args, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    x, y = data(dtype="float32")
+    monkeypatch.setattr(sweeps, "_train", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        jaxbce.sweep(KEY, x, y, hparams=rates(4), **SMALL)
+
+
+def test_without_parameters_only_losses_are_returned():
+    x, y = data(dtype="float32")
+    found = jaxbce.sweep(KEY, x, y, hparams=rates(2), keep_params=False, **SMALL)
+    assert found.params is None
+    assert found.best_params is None
+    truth = jaxbce.sweep(KEY, x, y, hparams=rates(2), **SMALL)
+    assert np.array_equal(found.train_loss, truth.train_loss)
+
+
+@pytest.mark.parametrize("hidden", [(4,), (16,), (7, 5)], ids=str)
+def test_a_member_that_diverges_leaves_the_others_as_they_are_to_the_bit(hidden):
+    x, y = data(dtype="float32")
+    options = SMALL | {"hidden": hidden, "num_seeds": 2, "num_steps": 40}
+    calm = np.geomspace(1e-3, 0.3, 8)
+    wild = calm.copy()
+    wild[[2, 5]] = 1e6, np.inf
+    sick = jaxbce.sweep(KEY, x, y, hparams={"learning_rate": wild}, **options)
+    well = jaxbce.sweep(KEY, x, y, hparams={"learning_rate": calm}, **options)
+    assert (sick.diverged_at[5] > 0).all()
+    assert (sick.diverged_at[2] > 0).any()  # or all its units have died
+    healthy = np.setdiff1d(np.arange(8), [2, 5])
+    assert (sick.diverged_at[healthy] == -1).all()
+    for a, b in zip(jax.tree.leaves(sick), jax.tree.leaves(well), strict=True):
+        np.testing.assert_array_equal(a[healthy], b[healthy])
+
+
+HUNDRED_THOUSAND = """
+import resource
+import jax, numpy as np, optax, jaxbce
+jax.config.update("jax_num_cpu_devices", 2)
+x = jax.random.normal(jax.random.key(0), (569, 30))
+found = jaxbce.sweep(
+    jax.random.key(1), x, x[:, :1] > 0, hidden=(8,), num_steps=20, batch_size=32,
+    make_optimizer=lambda hp: optax.sgd(hp["learning_rate"]),
+    hparams={"learning_rate": np.geomspace(1e-4, 1, 100_000)})
+assert found.params[0].w.shape == (100_000, 1, 30, 8)
+assert (found.diverged_at == -1).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_hundred_thousand_members_take_less_than_four_gigabytes():
+    command = [sys.executable, "-c", HUNDRED_THOUSAND]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4e6  # in kilobytes
+
+
+# ------------------------------------------------------------------ what it refuses
+
+
+def test_a_grid_is_every_combination_with_the_last_axis_fastest():
+    points = jaxbce.grid(a=[1, 2], b=[0.1, 0.2, 0.3])
+    assert points["a"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert points["b"].tolist() == [0.1, 0.2, 0.3] * 2
+
+
+REFUSED = {
+    "lengths": (
+        {"hparams": {"a": [1.0], "b": [1.0, 2.0]}},
+        ValueError,
+        "of one length",
+    ),
+    "none": ({"hparams": {"a": []}}, ValueError, "hparams has shapes"),
+    "a list": ({"hparams": [0.1]}, TypeError, "hparams is a list"),
+    "text": ({"hparams": {"a": ["x"]}}, TypeError, r"hparams\['a'\] has dtype"),
+    "optimizer": ({"make_optimizer": 3}, TypeError, "make_optimizer is a int"),
+    "seeds": ({"num_seeds": 0}, ValueError, "num_seeds is 0"),
+    "first": ({"first_seed": -1}, ValueError, "first_seed is -1"),
+    "group": ({"group_size": 0}, ValueError, "group_size is 0"),
+    "steps": ({"num_steps": -1}, ValueError, "num_steps is -1"),
+    "hidden": ({"hidden": (0,)}, ValueError, "each >= 1"),
+    "batch": ({"batch_size": 99}, ValueError, "batch_size is 99"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_argument_is_refused_by_name(options, error, message):
+    x, y = data(dtype="float32")
+    with pytest.raises(error, match=message):
+        jaxbce.sweep(KEY, x, y, **({"hparams": rates(2)} | SMALL | options))
+
+
+def test_an_axis_without_values_is_refused():
+    with pytest.raises(ValueError, match="a has shape"):
+        jaxbce.grid(a=0.1)
+    with pytest.raises(ValueError, match="grid has no axes"):
+        jaxbce.grid()
+    with pytest.raises(ValueError, match="x is of shape"):
+        jaxbce.sweep(KEY, jnp.ones(3), jnp.ones(3), hparams=rates(2), **SMALL)

@@ -1,0 +1,549 @@
+"""`fit`: the run it makes, where it stops, how it goes on, and what it refuses."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import P
+from sklearn.neural_network import MLPClassifier
+
+import jaxbce
+from tests.helpers import TOLERANCE, loss_reference, problem, relative_error
+
+KEY = jax.random.key(7)
+ADAM = optax.adam(0.05)  # one object: each other one would be compiled for
+SGD = optax.sgd(0.1)
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def arguments(rows=37, sizes=(5, 4, 1), dtype="float64"):
+    params, x, y = problem(sizes, rows=rows).arguments(dtype)
+    return params, x, jnp.round(y)
+
+
+def fit(params, x, y, *, optimizer=ADAM, num_steps=20, **options):
+    return jaxbce.fit(
+        KEY, params, x, y, optimizer=optimizer, num_steps=num_steps, **options
+    )
+
+
+def equal(a, b):
+    """Whether two pytrees are the same to the bit, NaN being NaN."""
+    same = jax.tree.map(lambda s, t: np.array_equal(s, t, equal_nan=True), a, b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+
+
+# ---------------------------------------------------------------- the run itself
+
+
+@pytest.mark.parametrize("hidden", [(16,), (9, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("momentum", "nesterov"), [(0, False), (0.9, False), (0.9, True)]
+)
+def test_a_full_batch_run_is_scikit_learns(hidden, momentum, nesterov):
+    with jax.enable_x64(True):
+        params, x, y = arguments(rows=60, sizes=(5, *hidden, 1))
+        options: Any = {"alpha": 0, "batch_size": 60, "shuffle": False}
+        options |= {"learning_rate_init": 0.05, "momentum": momentum}
+        options |= {"solver": "sgd", "nesterovs_momentum": nesterov}
+        model = MLPClassifier(hidden, **options)
+        model.partial_fit(x, y.ravel(), classes=[0, 1])  # lays out its state
+        for k, layer in enumerate(params):
+            model.coefs_[k][...], model.intercepts_[k][...] = layer
+        del model._optimizer
+        model.t_ = 0
+        for _ in range(200):
+            model.partial_fit(np.asarray(x), np.asarray(y).ravel())
+        optimizer = optax.sgd(0.05, momentum=momentum or None, nesterov=nesterov)
+        run = fit(params, x, y, optimizer=optimizer, num_steps=200)
+        theirs = tuple(zip(model.coefs_, model.intercepts_, strict=True))
+        assert relative_error(run.params, theirs) <= 1e-12
+        assert relative_error(run.params, params) > 0.1
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def step_reference(params, state, x, y, c, *, optimizer):
+    options = {"sample_weight": c, "pos_weight": 1.5, "reduction": "sum"}
+    grads = jax.grad(loss_reference)(params, x, y, **options)
+    updates, state = optimizer.update(grads, state)
+    return optax.apply_updates(params, updates), state
+
+
+def loop_reference(params, x, y, s, *, optimizer, num_steps, batch_size):
+    """The run as one would write it: an order an epoch, slices of it, autodiff."""
+    state = optimizer.init(params)
+    rows, t = len(x), 0
+    per_epoch = -(-rows // batch_size)
+    while t < num_steps:
+        order = jax.random.permutation(jax.random.fold_in(KEY, t // per_epoch), rows)
+        for i in range(0, rows, batch_size):
+            rows_ = order[i : i + batch_size]
+            c = s[rows_] / jnp.mean(s) / len(rows_)
+            params, state = step_reference(
+                params, state, x[rows_], y[rows_], c, optimizer=optimizer
+            )
+            t += 1
+            if t == num_steps:
+                break
+    return params
+
+
+@pytest.mark.parametrize("batch_size", [8, 36])
+def test_a_run_by_batches_is_the_plain_loop(batch_size):
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+        s = jnp.asarray(problem((5, 4, 1)).sample_weight)
+        optimizer = optax.adam(0.01)
+        options = {"optimizer": optimizer, "num_steps": 50, "batch_size": batch_size}
+        run = fit(
+            params, x, y, sample_weight=s, pos_weight=1.5, evaluate_every=7, **options
+        )
+        truth = loop_reference(params, x, y, s, **options)
+        assert relative_error(run.params, truth) <= 1e-10
+        loss = functools.partial(loss_reference, sample_weight=s, pos_weight=1.5)
+        assert np.isclose(run.train_loss[-1], loss(truth, x, y), rtol=1e-10)
+        assert run.train_loss.shape == (8,)
+
+
+def linear(params, x, y, *, sample_weight, pos_weight, reduction):
+    """Its gradient in row i of the weights is what row i of a unit matrix counted."""
+    assert reduction == "sum"
+    return jnp.sum(sample_weight[:, None] * (x @ params[0].w))
+
+
+@pytest.mark.parametrize("batch_size", [4, 10, None])
+def test_every_row_counts_once_an_epoch_and_a_short_batch_is_a_mean(batch_size):
+    params = (jaxbce.Layer(jnp.zeros((10, 1)), jnp.zeros(1)),)
+    x, y = jnp.eye(10), jnp.zeros((10, 1))
+    size = batch_size or 10
+    steps = -(-10 // size)
+    options = {"num_steps": steps, "batch_size": batch_size, "loss": linear}
+    run = fit(params, x, y, optimizer=SGD, **options)
+    short = 10 % size or size
+    shares = [1 / size] * (10 - short) + [1 / short] * short
+    counted = np.sort(-10 * run.params[0].w.ravel())
+    np.testing.assert_allclose(counted, np.sort(shares), rtol=1e-6)
+
+
+def test_a_mean_over_an_epoch_is_the_weighted_loss_of_all_rows():
+    params = (jaxbce.Layer(jnp.zeros((10, 1)), jnp.zeros(1)),)
+    s = jnp.arange(10.0)  # a weight may be 0
+    run = fit(
+        params,
+        jnp.eye(10),
+        jnp.zeros((10, 1)),
+        optimizer=optax.sgd(0.5),
+        num_steps=2,
+        batch_size=5,
+        sample_weight=s,
+        loss=linear,
+    )
+    np.testing.assert_allclose(-run.params[0].w.ravel(), s / s.sum(), rtol=1e-6)
+
+
+def test_orders_differ_between_epochs_and_keys():
+    params, x, y = arguments(dtype="float32")
+    options = {"optimizer": SGD, "num_steps": 5, "batch_size": 8}
+    runs = [
+        jaxbce.fit(jax.random.key(seed), start, x, y, **options)
+        for seed, start in ((0, params), (0, params), (1, params))
+    ]
+    assert equal(runs[0], runs[1])
+    assert relative_error(runs[0].params, runs[2].params) > 1e-4
+    # The second epoch from the same parameters is not the first again.
+    again = jaxbce.fit(
+        jax.random.key(0), runs[0]._replace(params=params), x, y, **options
+    )
+    assert relative_error(again.params, runs[0].params) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_dtypes_stay_what_they_were(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params, x, y = arguments(dtype=dtype)
+        run = fit(params, x, y, batch_size=8, validation=(x, y))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(run.params)} == {dtype}
+        wide = "float64" if dtype == "float64" else "float32"
+        assert run.train_loss.dtype == run.best_loss.dtype == wide
+        assert run.train_loss[-1] < jaxbce.loss(params, x, y)
+
+
+def test_losses_are_those_of_all_rows_and_the_best_params_are_of_the_least():
+    params, x, y = arguments(dtype="float32")
+    valid = (x[:9] + 0.1, 1 - y[:9])  # gets worse at some time
+    options = {"batch_size": 8, "validation": valid, "evaluate_every": 10}
+    run = fit(params, x, y, num_steps=100, pos_weight=2.0, **options)
+    assert run.train_loss.shape == run.validation_loss.shape == (10,)
+    best = int(jnp.argmin(run.validation_loss))
+    assert 0 <= best < 9
+    assert run.best_step == 10 * (best + 1)
+    assert run.best_loss == run.validation_loss[best]
+    truth = jaxbce.loss(run.best_params, *valid, pos_weight=2.0)
+    assert np.isclose(run.best_loss, truth, rtol=1e-6)
+    last = jaxbce.loss(run.params, *valid, pos_weight=2.0)
+    assert np.isclose(run.validation_loss[-1], last, rtol=1e-6)
+    without = fit(params, x, y, num_steps=5, evaluate_every=2)
+    assert np.isnan(without.validation_loss).all()
+    assert without.train_loss.shape == (3,)
+    assert without.best_loss == without.train_loss.min()
+
+
+def test_a_penalty_is_followed_and_not_reported():
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+
+        def penalised(params, x, y, **options):
+            penalty = 0.5 * sum(jnp.sum(layer.w**2) for layer in params)
+            return jaxbce.loss(params, x, y, **options) + 0.1 * penalty
+
+        run = fit(params, x, y, optimizer=optax.sgd(0.1), loss=penalised)
+        mask: Any = tuple(layer._replace(w=True, b=False) for layer in params)
+        decay = optax.add_decayed_weights(0.1, mask=mask)
+        chained = fit(params, x, y, optimizer=optax.chain(decay, optax.sgd(0.1)))
+        assert relative_error(run.params, chained.params) <= 1e-12
+        assert np.isclose(run.train_loss[0], jaxbce.loss(run.params, x, y))
+
+
+def test_autodiff_of_the_plain_loss_gives_the_same_run():
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+        options: Any = {"batch_size": 8, "num_steps": 100, "evaluate_every": 10}
+        by_hand = fit(params, x, y, **options)
+        autodiff = fit(params, x, y, loss=loss_reference, **options)
+        np.testing.assert_allclose(by_hand.train_loss, autodiff.train_loss, rtol=1e-10)
+
+
+# -------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (optax.sgd(0.1, momentum=0.9), {}),
+        (optax.lbfgs(), {}),
+        (
+            optax.chain(
+                optax.adam(optax.cosine_decay_schedule(0.05, 100)),
+                optax.contrib.reduce_on_plateau(patience=3),
+            ),
+            {"batch_size": 8},
+        ),
+    ],
+    ids=["full batch", "line search", "batches, schedule, plateau"],
+)
+def test_two_runs_are_one_long_run_to_the_bit(optimizer, options):
+    params, x, y = arguments(dtype="float32")
+    options |= {"optimizer": optimizer, "validation": (x[:7], y[:7])}
+    options |= {"evaluate_every": 6}
+    whole = fit(params, x, y, num_steps=36, **options)
+    begun = fit(params, x, y, num_steps=0, **options)
+    assert equal(begun.params, params)
+    assert begun.train_loss.shape == begun.validation_loss.shape == (0,)
+    first = fit(begun, x, y, num_steps=12, **options)
+    second = fit(first, x, y, num_steps=24, **options)
+    for name in ("train_loss", "validation_loss"):
+        parts = jnp.concatenate([getattr(first, name), getattr(second, name)])
+        np.testing.assert_array_equal(parts, getattr(whole, name))
+    none = {"train_loss": None, "validation_loss": None}
+    assert equal(second._replace(**none), whole._replace(**none))
+
+
+def test_a_run_ends_when_patience_does():
+    params, x, y = arguments(dtype="float32")
+    options = {"batch_size": 8, "validation": (x[:9] + 0.1, 1 - y[:9])}
+    options |= {"evaluate_every": 5, "num_steps": 100}
+    free = fit(params, x, y, **options)
+    run = fit(params, x, y, patience=15, **options)
+    best = int(run.best_step)
+    assert best == free.best_step
+    assert run.step == best + 15 < 100
+    assert equal(run.best_params, free.best_params)
+    made = (best + 15) // 5
+    np.testing.assert_array_equal(
+        run.validation_loss[:made], free.validation_loss[:made]
+    )
+    assert np.isnan(run.validation_loss[made:]).all()
+    assert np.isnan(run.train_loss[made:]).all()
+    last = jaxbce.loss(run.params, *options["validation"])
+    assert np.isclose(last, run.validation_loss[made - 1], rtol=1e-6)
+    more = fit(run, x, y, patience=15, **options)
+    assert equal(more.params, run.params)
+    assert more.step == run.step
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_run_that_diverges_is_frozen_and_says_when(batch_size):
+    params, x, y = arguments(dtype="float32", sizes=(5, 4, 4, 1))
+    options = {"optimizer": optax.sgd(1e15), "batch_size": batch_size}
+    run = fit(params, x, y, num_steps=40, evaluate_every=20, **options)
+    at = int(run.diverged_at)
+    assert 0 < at < 20
+    assert run.step == at
+    step = fit(params, x, y, num_steps=1, **options)
+    for t in range(1, at):
+        assert step.diverged_at == -1, t
+        step = fit(step, x, y, num_steps=1, **options)
+    assert equal(run.params, step.params)
+    assert not np.isfinite(run.train_loss).any()
+    assert equal(run.best_params, params)
+    assert fit(step, x, y, num_steps=1, **options).diverged_at == at
+    if batch_size is None:  # the evaluation after the last step sees it too
+        assert fit(params, x, y, num_steps=at, **options).diverged_at == at
+
+
+def test_a_loss_that_is_not_finite_at_the_start_is_step_0():
+    params, x, y = arguments(dtype="float32")
+    run = fit(params, x.at[0, 0].set(jnp.nan), y, evaluate_every=5)
+    assert run.diverged_at == 0
+    assert equal(run.params, params)
+
+
+# ------------------------------------------------------------ what JAX makes of it
+
+
+def test_members_of_a_vmap_are_their_solo_runs_and_do_not_disturb_each_other():
+    with jax.enable_x64(True):
+        params, x, y = arguments(sizes=(5, 4, 4, 1))
+        options = {"batch_size": 8, "num_steps": 30, "evaluate_every": 10}
+
+        def member(rate):
+            return fit(params, x, y, optimizer=optax.sgd(rate), **options)
+
+        rates = jnp.array([0.01, 0.1, 1e200, 1.0])
+        members, solo = jax.jit(jax.vmap(member)), jax.jit(member)
+        run = members(rates)
+        assert run.diverged_at[2] >= 0
+        assert set(np.asarray(run.diverged_at)[[0, 1, 3]].tolist()) == {-1}
+        for i in (0, 1, 3):
+            mine = jax.tree.map(lambda leaf, i=i: leaf[i], run)
+            assert relative_error(mine.params, solo(rates[i]).params) <= 1e-10
+        others = jnp.array([0, 1, 3])
+        calm = members(rates.at[2].set(0.5))
+        for a, b in zip(
+            jax.tree.leaves(run.params), jax.tree.leaves(calm.params), strict=True
+        ):
+            np.testing.assert_array_equal(a[others], b[others])
+
+
+def test_members_may_differ_in_key_and_params_and_stop_by_themselves():
+    with jax.enable_x64(True):
+        _, x, y = arguments()
+        valid = (x[:9] + 0.1, 1 - y[:9])
+        keys = jax.random.split(KEY, 4)
+
+        def member(key):
+            return jaxbce.fit(
+                key,
+                jaxbce.init(key, (5, 4, 1)),
+                x,
+                y,
+                optimizer=ADAM,
+                num_steps=60,
+                batch_size=8,
+                validation=valid,
+                evaluate_every=5,
+                patience=10,
+            )
+
+        run = jax.vmap(member)(keys)
+        for i, key in enumerate(keys):
+            solo = member(key)
+            assert solo.step == run.step[i]
+            mine = jax.tree.map(lambda leaf, i=i: leaf[i], run.params)
+            assert relative_error(mine, solo.params) <= 1e-10
+        assert len(set(run.step.tolist())) > 1
+
+
+def test_under_vmap_members_of_one_key_share_the_order_of_rows():
+    params, x, y = arguments(dtype="float32")
+
+    def member(rate):
+        options = {"batch_size": 8, "patience": 5, "evaluate_every": 5}
+        return fit(params, x, y, optimizer=optax.sgd(rate), **options).params
+
+    text = str(jax.make_jaxpr(jax.vmap(member))(jnp.ones(3)))
+    # A batch each would be gathered, and an order each drawn, with a leading 3.
+    assert ":f32[8,8] = gather" in text
+    assert ":f32[3,8,8] = gather" not in text
+    assert "u32[3,37]" not in text
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_members_sharded_over_devices_are_those_of_one(batch_size):
+    params, x, y = arguments(dtype="float32")
+
+    def member(rate):
+        optimizer = optax.adam(rate)
+        options = {"batch_size": batch_size, "patience": 10, "evaluate_every": 5}
+        return fit(params, x, y, optimizer=optimizer, **options)
+
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"mesh": mesh, "in_specs": P("i"), "out_specs": P("i")}
+    rates = jnp.array([0.01, 0.1, 1.0, 0.003])
+    sharded = jax.jit(jax.shard_map(jax.vmap(member), **specs))(rates)
+    truth = jax.vmap(member)(rates)
+    assert relative_error(sharded.params, truth.params) <= TOLERANCE["float32"]
+    np.testing.assert_array_equal(sharded.step, truth.step)
+
+
+@pytest.mark.parametrize("num_steps", [1, 1000])
+def test_the_loss_is_traced_once_whatever_the_steps(num_steps):
+    params, x, y = arguments(dtype="float32")
+    traces = []
+
+    def counted(params, x, y, **options):
+        traces.append(1)
+        return jaxbce.loss(params, x, y, **options)
+
+    options = {"optimizer": ADAM, "num_steps": num_steps}
+    options |= {"loss": counted, "batch_size": 8, "evaluate_every": 10}
+    run = fit(params, x, y, **options)
+    assert len(traces) == 1
+    for key in range(3):
+        jaxbce.fit(jax.random.key(key), params, x + 1, y, **options)
+    assert len(traces) == 1
+    for _ in range(2):  # going on is one trace more, not one a call
+        run = fit(run, x, y, **options)
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_it_lowers_for_accelerators(platform, batch_size):
+    params, x, y = arguments(dtype="float32")
+
+    def run(key, params, x, y):
+        options = {"optimizer": optax.adam(0.01), "num_steps": 10}
+        options |= {"batch_size": batch_size, "validation": (x, y)}
+        return jaxbce.fit(key, params, x, y, **options)
+
+    traced = jax.jit(run).trace(KEY, params, x, y)
+    assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_the_derivative_in_a_hyperparameter_is_the_difference_quotient(batch_size):
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+
+        def final(rate):
+            return fit(
+                params,
+                x,
+                y,
+                optimizer=optax.sgd(rate),
+                batch_size=batch_size,
+                num_steps=10,
+            ).train_loss[-1]
+
+        rate, step = jnp.asarray(0.1), 1e-6
+        quotient = (final(rate + step) - final(rate - step)) / (2 * step)
+        assert np.isclose(jax.jacfwd(final)(rate), quotient, rtol=1e-6)
+
+
+# ------------------------------------------------------------------- what it refuses
+
+REFUSED = {
+    "optimizer": ({"optimizer": "adam"}, TypeError, "optimizer is a str; an optax"),
+    "steps": ({"num_steps": -1}, ValueError, "num_steps is -1; an integer >= 0"),
+    "many steps": ({"num_steps": 2**31}, ValueError, r"less than 2\^31 is accepted"),
+    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps is 1.5; an integer >= 0"),
+    "no rows": ({"batch_size": 0}, ValueError, "batch_size is 0; 1 to the 37 rows"),
+    "too many": ({"batch_size": 38}, ValueError, "batch_size is 38; 1 to the 37 rows"),
+    "every": ({"evaluate_every": -1}, ValueError, "evaluate_every is -1; an integer"),
+    "patience": ({"patience": 0}, ValueError, "patience is 0; an integer >= 1"),
+    "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation is not a pair"),
+    "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight has shape"),
+    "p": ({"pos_weight": jnp.ones(3)}, ValueError, "pos_weight has shape"),
+    "labels": (
+        {"validation": (jnp.ones((5, 5)), jnp.ones(5))},
+        ValueError,
+        r"y has shape \(5,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_argument_is_refused_by_name(options, error, message):
+    with pytest.raises(error, match=message):
+        fit(*arguments(dtype="float32"), **options)
+
+
+def test_a_key_that_is_none_is_refused():
+    params, x, y = arguments(dtype="float32")
+    bad: Any = 3
+    with pytest.raises(TypeError, match=r"key is a int; a key, such as jax\.random"):
+        jaxbce.fit(bad, params, x, y, optimizer=ADAM, num_steps=1)
+
+
+def test_a_result_of_another_optimizer_is_refused():
+    params, x, y = arguments(dtype="float32")
+    run = fit(params, x, y, optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="opt_state is not of the optimizer's"):
+        fit(run, x, y, optimizer=optax.adam(0.1))
+
+
+def test_labels_of_another_shape_are_refused():
+    params, x, y = arguments(dtype="float32")
+    with pytest.raises(ValueError, match=r"y has shape \(37,\)"):
+        fit(params, x, y.ravel())
+
+
+def test_what_follows_a_line_search_does_not_leave_it_a_stale_gradient():
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+        search = optax.scale_by_zoom_linesearch(10)
+        optimizer = optax.chain(optax.sgd(1.0), search, optax.scale(0.5))
+
+        def loss(params):
+            return loss_reference(params, x, y)
+
+        @jax.jit
+        def step(params, state):
+            value, grads = jax.value_and_grad(loss)(params)
+            given = {"value": value, "grad": grads, "value_fn": loss}
+            updates, state = optimizer.update(grads, state, params, **given)
+            return optax.apply_updates(params, updates), state
+
+        run = fit(params, x, y, optimizer=optimizer, num_steps=3)
+        state = optimizer.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
+        assert relative_error(run.params, params) <= 1e-10
+
+
+def test_one_bad_row_freezes_a_run_where_it_is_met():
+    params, x, y = arguments(dtype="float32")
+    options = {"batch_size": 8, "validation": (x, y)}
+    order = jax.random.permutation(jax.random.fold_in(KEY, 0), 37)
+    x = x.at[order[20], 0].set(jnp.nan)  # of the third batch of five
+    run = fit(params, x, y, num_steps=20, evaluate_every=5, **options)
+    at = int(run.diverged_at)
+    assert at == 2
+    before = fit(params, x, y, num_steps=at, **options)
+    assert equal(run.params, before.params)  # later batches are finite
+    assert run.best_step == 0  # though the validation loss is finite
+    assert np.isfinite(run.validation_loss[0])
+    assert np.isnan(run.validation_loss[1:]).all()  # nothing is evaluated any more
+
+
+def test_weights_of_any_size_are_relative():
+    params, x, y = arguments(dtype="float32")
+    s = jnp.asarray(problem((5, 4, 1)).sample_weight, "float32")
+    runs = [fit(params, x, y, sample_weight=c * s).params for c in (1.0, 2.0**125)]
+    assert equal(*runs)
+
+
+@pytest.mark.parametrize("every", [2**31 - 1, 7])
+def test_an_evaluation_may_be_asked_for_later_than_the_end(every):
+    params, x, y = arguments(dtype="float32")
+    first = fit(params, x, y, num_steps=5, patience=2**31 - 1)
+    run = fit(first, x, y, num_steps=5, evaluate_every=every)
+    assert run.step == 10
+    assert run.train_loss.shape == (1,)

@@ -1,0 +1,105 @@
+"""What tests share: small problems, references, tolerances and processes."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxbce
+from jaxbce.network import Params
+
+# Relative error of a leaf, ‖a − b‖ / ‖b‖, by the dtype that computed a.
+TOLERANCE = {
+    "float64": 1e-12,  # 10⁴ eps: sums of up to 10³ rows in another order
+    "float32": 1e-5,  # 10² eps: as above, through four layers
+    "bfloat16": 2.0**-5,  # 8 eps: every layer rounds its inputs and deltas
+}
+
+
+def start(experiment: str, *arguments: str) -> subprocess.Popen[str]:
+    """Starts an experiment as a user would, its output to be read from pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{experiment}", *arguments],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+class Problem(NamedTuple):
+    """A network and a batch, in float64 NumPy."""
+
+    params: Any
+    x: np.ndarray
+    y: np.ndarray
+    sample_weight: np.ndarray
+
+    def rounded(self, dtype: Any) -> "Problem":
+        """The same with every number one of a dtype's."""
+        return jax.tree.map(lambda t: t.astype(jnp.dtype(dtype)).astype(float), self)
+
+    def arguments(self, dtype: Any = np.float64) -> tuple[Params, Any, Any]:
+        """`params, x, y` as JAX arrays of a dtype."""
+        return jax.tree.map(lambda t: jnp.asarray(t, dtype), self[:3])
+
+
+NETWORKS = {
+    "one hidden layer": (7, 5, 1),
+    "three hidden layers": (6, 8, 7, 5, 1),
+    "five outputs": (6, 9, 5),
+    "no hidden layer": (4, 2),
+}
+
+
+def problem(sizes: tuple[int, ...], rows: int = 37, seed: int = 0) -> Problem:
+    """A random problem with soft labels, biases that are not 0, and weights."""
+    rng = np.random.default_rng(seed)
+    layer: Any = jaxbce.Layer
+    params = tuple(
+        layer(rng.normal(size=(a, b)) * np.sqrt(2 / a), rng.normal(size=b) / 2)
+        for a, b in itertools.pairwise(sizes)
+    )
+    x = rng.normal(size=(rows, sizes[0]))
+    y = np.where(
+        rng.random((rows, sizes[-1])) < 0.7,
+        rng.integers(0, 2, (rows, sizes[-1])),
+        rng.random((rows, sizes[-1])),
+    )
+    return Problem(params, x, y, rng.random(rows) + 0.1)
+
+
+def loss_reference(
+    params: Any,
+    x: Any,
+    y: Any,
+    *,
+    sample_weight: Any = None,
+    pos_weight: Any = 1.0,
+    reduction: str = "mean",
+) -> jax.Array:
+    """The loss as anyone would write it, for JAX to differentiate."""
+    h = x
+    for w, b in params[:-1]:
+        h = jax.nn.relu(h @ w + b)
+    a = h @ params[-1].w + params[-1].b
+    ell = pos_weight * y * jax.nn.softplus(-a) + (1 - y) * jax.nn.softplus(a)
+    s = jnp.ones(len(x), a.dtype) if sample_weight is None else sample_weight
+    return jnp.sum(s * ell.sum(1)) / (jnp.sum(s) if reduction == "mean" else 1)
+
+
+def relative_error(mine: Any, theirs: Any) -> float:
+    """The largest relative error of a leaf, in the norm, over two pytrees."""
+    errors = [0.0]
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        norm = np.linalg.norm(b)
+        errors.append(float(np.linalg.norm(a - b) / (norm or 1)))
+    assert np.all(np.isfinite(errors))
+    return max(errors)
