@@ -216,7 +216,7 @@ def _write_readme(source: Path) -> int:
         raise cli.InputError(
             f"--readme={source}: not a benchmark.json ({error!r})"
         ) from None
-    with output.replacing(readme) as path:
+    with output.atomic_write(readme) as path:
         path.write_text(text, encoding="utf-8")
     print(f"The tables of {source} are in {readme}")
     return 0
@@ -271,7 +271,7 @@ def main() -> int:
 
     def save() -> None:
         if folder is not None:
-            output.write(folder, "benchmark", document, document["rows"])
+            output.write_results(folder, "benchmark", document, document["rows"])
 
     for suite in configuration["suites"]:
         cases = SUITES[suite].cases(suite, _QUICK.value, jax.random.key(cli.SEED.value))

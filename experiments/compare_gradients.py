@@ -23,11 +23,11 @@ from absl import flags
 
 import jaxbce
 from experiments.gradient_checks import comparisons, figure, walkthrough
-from experiments.support import cli, datasets, output, timing
+from experiments.support import cli, config, datasets, output, timing
 from jaxbce.checking import TOLERANCES
 
 flags.adopt_module_key_flags(datasets)
-for _name in (*cli.COMMON, "dtype"):
+for _name in (*cli.COMMON, "hidden", "dtype"):
     flags.declare_key_flag(_name)
 _BATCH = flags.DEFINE_integer(
     "batch", None, "Rows of the data to use; all of them if not set.", lower_bound=1
@@ -125,9 +125,9 @@ def main() -> int:
         return 0 if holds else 1
     if _TOLERANCE.value is not None and not 0 < _TOLERANCE.value < float("inf"):
         raise cli.InputError(f"--tolerance={_TOLERANCE.value}: not a number > 0")
-    hidden = datasets.hidden_sizes()
+    hidden = config.hidden_sizes()
     table = datasets.from_flags(cli.SEED.value)
-    x, y = datasets.whole(table)
+    x, y = datasets.preprocess_all(table)
     batch = _BATCH.value or len(x)
     if batch > len(x):
         raise cli.InputError(f"--batch={batch}: {table.name} has {len(x)} rows")
@@ -172,7 +172,7 @@ def main() -> int:
     )
     if folder is not None:
         results = {"configuration": configuration, "holds": holds, "parts": parts}
-        output.write(folder, "compare_gradients", results, rows)
+        output.write_results(folder, "compare_gradients", results, rows)
         figure.draw(folder / "compare_gradients.png", parts["cost"])
         print(f"Written to {folder}: compare_gradients.json, .csv, .png")
     return 0 if holds else 1

@@ -4,18 +4,18 @@ r"""Which training labels are wrong?
     python -m experiments.find_mislabeled --data mine.csv --target label \
         --output_dir results
 
-Every row is scored by --seeds networks, trained by jaxbce.sweep on the other folds:
-by EL2N and GraNd (jaxbce.per_example.scores), self-influence (GraNd squared, what
-TracIn says of a row and itself) and the loss, means over the networks. With
---flip_fraction that share of labels, drawn at random, is flipped beforehand, and the
-table says how well each score finds them, beside chance, the norm of the input, and
-cleanlab's confident learning on the same folds and networks where it is installed.
-Expect a ROC AUC on digits of about 0.99 for EL2N and the loss.
+Every row is scored by --seeds networks, which jaxbce.sweep trains on the other folds.
+The scores are means over the networks of EL2N and GraNd (jaxbce.per_example.scores),
+self-influence (the square of GraNd, which is TracIn of a row on itself) and the loss.
+With --flip_fraction, that fraction of the labels, drawn at random, is flipped
+beforehand, and the table shows how well each score finds them, next to chance, the norm
+of the input, and, if it is installed, cleanlab's confident learning on the same folds
+and networks. Expect a ROC AUC on digits of about 0.99 for EL2N and the loss.
 
-Features are standardised over all rows, labels unseen; a row that is repeated may
-have its double in another fold. Without flips (--data's default) the rows are ranked
-as they are. Either way suspicious.csv in --output_dir has all rows, the most
-suspicious first.
+Features are standardized over all rows, without looking at the labels. A duplicated row
+may have its copy in another fold. Without flips, which is the default with --data, rows
+are ranked as they are. In both cases suspicious.csv in --output_dir lists all rows, the
+most suspicious first.
 """
 
 from pathlib import Path
@@ -31,36 +31,60 @@ from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 import jaxbce
-from experiments.support import chunked_fit, cli, datasets, optimizers, output, plots
+from experiments.support import cli, config, datasets, output, plots
+from experiments.support.config import OptimizerConfig, TrainingConfig
 from jaxbce import per_example
 
-for _module in (datasets, optimizers):
-    flags.adopt_module_key_flags(_module)
-_NAMES = ("batch_size", "cpu_devices", "dtype", "num_steps", "seeds")
-for _name in cli.COMMON + _NAMES:
+flags.adopt_module_key_flags(datasets)
+for _name in (
+    *cli.COMMON,
+    *config.OPTIMIZER_FLAGS,
+    "hidden",
+    "batch_size",
+    "num_steps",
+    "cpu_devices",
+    "dtype",
+    "seeds",
+):
     flags.declare_key_flag(_name)
 _FLIP_FRACTION = flags.DEFINE_float(
     "flip_fraction",
     None,
-    "Share of labels to flip, 0 for none. If not set, 0.05, or 0 with --data.",
+    "Fraction of labels to flip; 0 for none. If not set, 0.05, or 0 with --data.",
     lower_bound=0.0,
     upper_bound=0.5,
 )
 _FOLDS = flags.DEFINE_integer(
     "folds",
     5,
-    "Parts of the rows; each is scored by networks trained on the others.",
+    "Number of folds; each is scored by networks trained on the others.",
     2,
 )
+SCORES = {  # their keys in files, and their names
+    "el2n": "EL2N",
+    "grand": "GraNd",
+    "self_influence": "self-influence",
+    "loss": "loss",
+}
+CONTROL = {"input_norm": "input norm"}
+CLEANLAB = "cleanlab, confident learning"
 _RANK_BY = flags.DEFINE_enum(
     "rank_by",
     "EL2N",
-    ["EL2N", "GraNd", "self-influence", "loss"],
-    "The score that suspicious.csv and the picture are ordered by.",
+    list(SCORES.values()),
+    "The score by which suspicious.csv and the picture are ordered.",
 )
 
-NUM_STEPS, SEEDS, SHOWN = 400, 10, 10
-IMAGES = {"digits": (8, 8)}  # the shape of a row that is a picture
+DEFAULTS = {"batch_size": 32, "num_steps": 400, "dtype": "float32", "seeds": 10}
+HELP = {"seeds": "Networks per fold, which differ only by their seed."}
+DEFAULT_FLIP_FRACTION = 0.05
+SHOWN = 10  # rows in the terminal
+IMAGES = {"digits": (8, 8)}  # datasets whose rows are images, and their shapes
+HEADINGS = {
+    **SCORES,
+    "roc_auc": "ROC AUC",
+    "probability_of_label": "probability of label",
+}
 
 Row = dict[str, Any]
 
@@ -68,122 +92,50 @@ Row = dict[str, Any]
 def run(
     *,
     table: datasets.Table,
-    flip_fraction: float = 0.0,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    seeds: int = 10,
     folds: int = 5,
-    seeds: int = SEEDS,
-    seed: int = 0,
-    num_steps: int = NUM_STEPS,
-    batch_size: int | None = 32,
-    hidden: tuple[int, ...] = (32,),
-    optimizer: str = "adam",
-    optimizer_args: dict[str, Any] | None = None,
-    learning_rate: float | None = None,
-    schedule: str = "constant",
-    weight_decay: float = 0.001,
+    flip_fraction: float = 0.0,
     rank_by: str = "EL2N",
-    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Scores every row by networks that have not seen it.
 
     Args:
-      table: The data, of one target.
-      flip_fraction: Share of labels to flip beforehand.
-      folds: Parts of the rows.
-      seeds: Networks a fold.
-      seed: Of flips, folds and networks.
-      num_steps: Steps to train for.
-      batch_size: Rows in a batch; None is all of them.
-      hidden: Widths of the hidden layers.
-      optimizer: A name in optax or optax.contrib.
-      optimizer_args: Its arguments.
-      learning_rate: Its learning rate; None is its default, or 0.003.
-      schedule: "constant", "cosine", "warmup-cosine" or "exponential".
-      weight_decay: The optimizer's own, or of the objective.
-      rank_by: The score to order rows by.
-      dtype: "float64", "float32" or "bfloat16".
+      table: The data, with one target.
+      optimizer: The optimizer.
+      training: How to train.
+      seeds: Networks per fold.
+      folds: Number of folds.
+      flip_fraction: Fraction of labels to flip beforehand.
+      rank_by: Name of the score by which to order rows.
 
     Returns:
-      "configuration"; "rows", a table of all rows, the most suspicious first;
-      "found", if labels were flipped, a row for each score; "confident learning", what
-      cleanlab marks, or None where it is not installed.
+      "configuration"; "rows", a table of all rows, the most suspicious first; "found",
+      a row per score if labels were flipped; and "confident_learning", what cleanlab
+      marks, or None if it is not installed.
 
     Raises:
-      InputError: If something asked for cannot be done.
+      InputError: If an argument cannot be used, or a network diverges.
     """
+    # Check everything before anything is trained.
     if table.y.shape[1] != 1:
-        raise cli.InputError("--target: one target can be searched, not several")
-    x, y = datasets.whole(table)
+        raise cli.InputError("--target: expected one target, got several")
+    x, y = datasets.preprocess_all(table)
     n = len(y)
-    rng = np.random.default_rng(seed)
-    flipped = np.zeros(n, bool)
-    flipped[rng.choice(n, round(flip_fraction * n), replace=False)] = True
+    flipped = flip(n, flip_fraction, training.seed)
     given = np.where(flipped, 1 - y[:, 0], y[:, 0])
-    if flip_fraction > 0 and not flipped.any():
-        raise cli.InputError(
-            f"--flip_fraction={flip_fraction}: flips none of {n} labels"
-        )
     if min(given.sum(), n - given.sum()) < folds:
-        raise cli.InputError(f"--folds={folds}: a label has fewer rows than that")
-    least = n - -(-n // folds)  # rows that a fold's networks are trained on
-    if batch_size is not None and batch_size > least:
-        raise cli.InputError(
-            f"--batch_size={batch_size}: {table.name} has {least} rows to train on"
-        )
-    make_optimizer = optimizers.family(
-        optimizer,
-        swept=(),
-        learning_rate=learning_rate,
-        schedule=schedule,
-        num_steps=num_steps,
-        weight_decay=weight_decay,
-        args=tuple((optimizer_args or {}).items()),
+        raise cli.InputError(f"--folds={folds}: one label has fewer rows than that")
+    training = training.check(n - -(-n // folds), table.name)
+
+    # Score each fold by networks trained on the others.
+    scores, probability = score_folds(
+        x, given, optimizer, training, seeds=seeds, folds=folds
     )
-    scores = {
-        name: np.zeros(n)
-        for name in ("EL2N", "GraNd", "self-influence", "loss", "input norm")
-    }
-    probability = np.zeros(n)
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, given)
-    with jax.enable_x64(dtype == "float64"):
-        for fold, (others, held) in enumerate(
-            tqdm(list(split), unit="fold", disable=None)
-        ):
-            networks = jaxbce.sweep(
-                jax.random.fold_in(jax.random.key(seed), fold),
-                jnp.asarray(x[others], dtype),
-                jnp.asarray(given[others, None], dtype),
-                hidden=hidden,
-                make_optimizer=make_optimizer,
-                hparams={},
-                num_seeds=seeds,
-                num_steps=num_steps,
-                batch_size=batch_size,
-                dtype=dtype,
-            )
-            if (networks.diverged_at >= 0).any():
-                raise cli.InputError(
-                    "networks diverged; a smaller --learning_rate may help"
-                )
-            params = jax.tree.map(lambda leaf: leaf[0], networks.params)
-            rows = jnp.asarray(x[held], dtype), jnp.asarray(given[held, None], dtype)
-            of_fold, y_hat = _score(params, *rows)
-            probability[held] = y_hat
-            for name, values in of_fold.items():
-                scores[name][held] = values
-    ranked = _ranking(table, given, flipped, probability, scores, rank_by)
-    quality = _confident_learning(given, probability)
-    found = []
-    if flipped.any():
-        searched = {**scores}
-        if quality is not None:
-            searched["cleanlab, confident learning"] = quality["score"]
-        found = [
-            {"score": name, **_search(flipped, values)}
-            for name, values in searched.items()
-        ]
-        found.append(
-            {"score": "chance", "ROC AUC": 0.5, "precision": float(flipped.mean())}
-        )
+
+    # Compare the scores, and rank the rows.
+    quality = confident_learning(given, probability)
     return {
         "configuration": {
             "data": table.name,
@@ -193,42 +145,109 @@ def run(
             "flipped": int(flipped.sum()),
             "folds": folds,
             "seeds": seeds,
-            "seed": seed,
-            "num_steps": num_steps,
-            "batch_size": batch_size,
-            "hidden": hidden,
-            "optimizer": optimizer,
-            "optimizer_args": optimizer_args or {},
-            "learning_rate": learning_rate,
-            "schedule": schedule,
-            "weight_decay": weight_decay,
+            **optimizer.as_dict(),
+            **training.as_dict(),
             "rank_by": rank_by,
-            "dtype": dtype,
         },
-        "rows": ranked,
-        "found": found,
-        "confident learning": None if quality is None else _marked(quality, flipped),
+        "rows": rank(table, given, flipped, probability, scores, rank_by),
+        "found": compare_scores(flipped, scores, quality) if flipped.any() else [],
+        "confident_learning": None if quality is None else _marked(quality, flipped),
     }
+
+
+def flip(rows: int, fraction: float, seed: int) -> np.ndarray:
+    """Which labels to flip, `[rows]`, drawn at random.
+
+    Raises:
+      InputError: If the fraction is positive and too small to flip any.
+    """
+    flipped = np.zeros(rows, bool)
+    chosen = np.random.default_rng(seed).choice(
+        rows, round(fraction * rows), replace=False
+    )
+    flipped[chosen] = True
+    if fraction > 0 and not flipped.any():
+        raise cli.InputError(f"--flip_fraction={fraction}: flips none of {rows} labels")
+    return flipped
+
+
+def score_folds(
+    x: np.ndarray,
+    given: np.ndarray,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    *,
+    seeds: int,
+    folds: int,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Scores by key, each `[N]`, and mean probabilities of label 1, `[N]`.
+
+    Args:
+      x: Features `[N, n_0]`.
+      given: Labels 0 and 1 as given, `[N]`.
+      optimizer: The optimizer.
+      training: How to train.
+      seeds: Networks per fold.
+      folds: Number of folds.
+
+    Raises:
+      InputError: If a network diverges.
+    """
+    make_optimizer = optimizer.build_family(training.num_steps or 1)
+    split = StratifiedKFold(folds, shuffle=True, random_state=training.seed)
+    scores = {name: np.zeros(len(x)) for name in (*SCORES, *CONTROL)}
+    probability = np.zeros(len(x))
+
+    with jax.enable_x64(training.dtype == "float64"):
+
+        def data(rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+            return (
+                jnp.asarray(x[rows], training.dtype),
+                jnp.asarray(given[rows, None], training.dtype),
+            )
+
+        for fold, (others, held_out) in enumerate(
+            tqdm(list(split.split(x, given)), unit="fold", disable=None)
+        ):
+            networks = jaxbce.sweep(
+                jax.random.fold_in(jax.random.key(training.seed), fold),
+                *data(others),
+                hidden=training.hidden,
+                make_optimizer=make_optimizer,
+                hparams={},
+                num_seeds=seeds,
+                num_steps=training.num_steps or 1,
+                batch_size=training.batch_size,
+                dtype=training.dtype,
+            )
+            if (networks.diverged_at >= 0).any():
+                raise cli.InputError("networks diverged; try a smaller --learning_rate")
+            params = jax.tree.map(lambda leaf: leaf[0], networks.params)
+            fold_scores, y_hat = _score(params, *data(held_out))
+            probability[held_out] = y_hat
+            for name, values in fold_scores.items():
+                scores[name][held_out] = values
+    return scores, probability
 
 
 @jax.jit
 def _score(params: Any, x: jax.Array, y: jax.Array) -> tuple[dict[str, Any], Any]:
-    """Means over networks, each `[N]`, and the mean probability of label 1."""
+    """Scores, each `[N]`, and probabilities of label 1, `[N]`; means over networks."""
     scores = jax.vmap(per_example.scores, (0, None, None))(params, x, y)
     a = jax.vmap(jaxbce.logits, (0, None))(params, x)[:, :, 0]  # [networks, N]
     ell = jaxbce.bce_with_logits(a, jnp.broadcast_to(y[:, 0], a.shape))
-    each = {
-        "EL2N": scores.el2n,
-        "GraNd": scores.grand,
-        "self-influence": jnp.square(scores.grand),
+    by_network = {
+        "el2n": scores.el2n,
+        "grand": scores.grand,
+        "self_influence": jnp.square(scores.grand),
         "loss": ell,
-        "input norm": scores.input_norm,
+        "input_norm": scores.input_norm,
     }
-    means = {name: jnp.mean(values, axis=0) for name, values in each.items()}
+    means = {name: jnp.mean(values, axis=0) for name, values in by_network.items()}
     return means, jnp.mean(jax.nn.sigmoid(a), axis=0)
 
 
-def _ranking(
+def rank(
     table: datasets.Table,
     given: np.ndarray,
     flipped: np.ndarray,
@@ -240,29 +259,26 @@ def _ranking(
     ((target, classes),) = table.classes.items()
     labels = np.array([f"{target}={value}" for value in classes])[given.astype(int)]
     rows = pd.DataFrame({"row": np.arange(len(given)), "label": labels})
-    rows["probability of label"] = np.where(given == 1, probability, 1 - probability)
-    rows = rows.assign(**scores).drop(columns="input norm")
+    rows["probability_of_label"] = np.where(given == 1, probability, 1 - probability)
+    rows = rows.assign(**{name: scores[name] for name in SCORES})
     if flipped.any():
         rows["flipped"] = flipped
-    return rows.sort_values(rank_by, ascending=False, kind="stable", ignore_index=True)
+    return rows.sort_values(
+        _score_key(rank_by), ascending=False, kind="stable", ignore_index=True
+    )
 
 
-def _search(wrong: np.ndarray, score: np.ndarray) -> Row:
-    """How well the highest scores are the wrong rows, of which k are known to be."""
-    first = np.argsort(-score, kind="stable")[: wrong.sum()]
-    return {
-        "ROC AUC": float(roc_auc_score(wrong, score)),
-        "precision": float(wrong[first].mean()),
-    }
+def _score_key(name: str) -> str:
+    return next(key for key, value in SCORES.items() if value == name)
 
 
-def _confident_learning(
+def confident_learning(
     given: np.ndarray, probability: np.ndarray
 ) -> dict[str, np.ndarray] | None:
-    """Cleanlab's marks, and a score that has the rows it marks first."""
+    """Cleanlab's marks, and a score that puts marked rows first, if it is installed."""
     try:
         from cleanlab import filter as cleanlab_filter
-        from cleanlab import rank
+        from cleanlab import rank as cleanlab_rank
     except ImportError:
         return None
     labels = given.astype(int)
@@ -270,73 +286,68 @@ def _confident_learning(
     marks = cleanlab_filter.find_label_issues(
         labels, probabilities, filter_by="confident_learning"
     )
-    quality = rank.get_label_quality_scores(labels, probabilities)
+    quality = cleanlab_rank.get_label_quality_scores(labels, probabilities)
     return {"marks": marks, "score": 1 - quality + marks}
+
+
+def compare_scores(
+    flipped: np.ndarray,
+    scores: dict[str, np.ndarray],
+    quality: dict[str, np.ndarray] | None,
+) -> list[Row]:
+    """How well each score finds the flipped labels, and how well chance does."""
+    named = {name: scores[key] for key, name in (SCORES | CONTROL).items()}
+    if quality is not None:
+        named[CLEANLAB] = quality["score"]
+    return [
+        *({"score": name, **_detection(flipped, s)} for name, s in named.items()),
+        {"score": "chance", "roc_auc": 0.5, "precision": float(flipped.mean())},
+    ]
+
+
+def _detection(wrong: np.ndarray, score: np.ndarray) -> Row:
+    """ROC AUC, and precision among as many rows as are wrong."""
+    first = np.argsort(-score, kind="stable")[: wrong.sum()]
+    return {
+        "roc_auc": float(roc_auc_score(wrong, score)),
+        "precision": float(wrong[first].mean()),
+    }
 
 
 def _marked(quality: dict[str, np.ndarray], flipped: np.ndarray) -> Row:
     marks = quality["marks"]
     result: Row = {"marked": int(marks.sum())}
     if flipped.any():
-        result["of them flipped"] = int((marks & flipped).sum())
+        result["marked_and_flipped"] = int((marks & flipped).sum())
     return result
 
 
-def main() -> int:
-    """Scores, prints and draws what the flags say."""
-    cli.use_devices()
-    jax.config.update("jax_default_matmul_precision", "highest")
-    folder = cli.output_dir()
-    hidden = datasets.hidden_sizes()
-    table = datasets.from_flags(cli.SEED.value)
+def _flip_fraction() -> float:
+    """--flip_fraction, or its default."""
     fraction = _FLIP_FRACTION.value
     if fraction is None:
-        fraction = 0.0 if datasets.DATA.value is not None else 0.05
+        return 0.0 if datasets.DATA.value is not None else DEFAULT_FLIP_FRACTION
     if np.isnan(fraction):
-        raise cli.InputError("--flip_fraction=nan: a number is accepted")
-    print(f"{table.name}: {len(table.y)} rows")
-    print(", ".join(f"{k} {v}" for k, v in output.environment().items()), flush=True)
-    result = run(
-        table=table,
-        flip_fraction=fraction,
-        folds=_FOLDS.value,
-        seeds=cli.SEEDS.value or SEEDS,
-        seed=cli.SEED.value,
-        num_steps=chunked_fit.NUM_STEPS.value or NUM_STEPS,
-        batch_size=chunked_fit.batch_size(),
-        hidden=hidden,
-        optimizer=optimizers.OPTIMIZER.value,
-        optimizer_args=optimizers.arguments(optimizers.OPTIMIZER_ARG.value),
-        learning_rate=optimizers.LEARNING_RATE.value,
-        schedule=optimizers.SCHEDULE.value,
-        weight_decay=optimizers.WEIGHT_DECAY.value,
-        rank_by=_RANK_BY.value,
-        dtype=cli.DTYPE.value or "float32",
-    )
-    _report(result)
-    if folder is not None:
-        _keep(folder, table, result)
-        names = "suspicious.csv, suspicious.png, find_mislabeled.json and .csv"
-        print(f"\nIn {folder}: {names}")
-    return 0
+        raise cli.InputError("--flip_fraction=nan: expected a number")
+    return fraction
 
 
 def _report(result: dict[str, Any]) -> None:
-    configuration, marked = result["configuration"], result["confident learning"]
+    configuration, marked = result["configuration"], result["confident_learning"]
     if result["found"]:
         print(
             f"\n{configuration['flipped']} of {configuration['rows']} labels were "
-            "flipped. How well each score finds them, and how many of that many rows "
-            "with the highest score are among them:\n"
+            "flipped. How well each score finds them, and the precision among as many "
+            "rows with the highest scores:\n"
         )
-        print(output.table(result["found"], ".3f"))
+        print(output.table(result["found"], ".3f", HEADINGS))
     if marked is None:
         print(
-            "\ncleanlab is not installed, and not compared with; pip install "
-            "'jaxbce[mislabeled]' brings it."
+            "\ncleanlab is not installed, so there is no comparison with it; run pip "
+            "install 'jaxbce[mislabeled]'."
         )
     else:
-        known = marked.get("of them flipped")
+        known = marked.get("marked_and_flipped")
         print(
             f"\ncleanlab's confident learning marks {marked['marked']} rows"
             + (f", {known} of them flipped." if known is not None else ".")
@@ -345,24 +356,52 @@ def _report(result: dict[str, Any]) -> None:
     first = result["rows"].head(SHOWN).to_dict("records")
     if "flipped" in result["rows"]:
         first = [{**row, "flipped": "yes" if row["flipped"] else "no"} for row in first]
-    print(output.table(first))
+    print(output.table(first, headings=HEADINGS))
 
 
-def _keep(folder: Path, table: datasets.Table, result: dict[str, Any]) -> None:
-    with output.replacing(folder / "suspicious.csv") as path:
+def save(folder: Path, table: datasets.Table, result: dict[str, Any]) -> None:
+    """Writes the ranking, the comparison of scores and the picture."""
+    with output.atomic_write(folder / "suspicious.csv") as path:
         result["rows"].to_csv(path, index=False)
-    names = ("configuration", "found", "confident learning")
+    names = ("configuration", "found", "confident_learning")
     document = {name: result[name] for name in names}
     summary = result["found"] or [result["configuration"]]
-    output.write(folder, "find_mislabeled", document, summary)
+    output.write_results(folder, "find_mislabeled", document, summary)
     images = None
     if table.name in IMAGES:
         x = table.features.to_numpy(np.float64)
         images = x.reshape(-1, *IMAGES[table.name])
     rank_by = result["configuration"]["rank_by"]
     path = folder / "suspicious.png"
-    plots.suspicious(path, result["rows"], rank_by, images)
+    plots.suspicious(path, result["rows"], _score_key(rank_by), rank_by, images)
+
+
+def main() -> int:
+    """Scores, prints and draws as the flags say."""
+    cli.use_devices()
+    folder = cli.output_dir()
+    optimizer = OptimizerConfig.from_flags()
+    training = TrainingConfig.from_flags(**DEFAULTS)
+    fraction = _flip_fraction()
+    table = datasets.from_flags(training.seed)
+    print(f"{table.name}: {len(table.y)} rows")
+    output.print_environment()
+    result = run(
+        table=table,
+        optimizer=optimizer,
+        training=training,
+        seeds=cli.SEEDS.value or DEFAULTS["seeds"],
+        folds=_FOLDS.value,
+        flip_fraction=fraction,
+        rank_by=_RANK_BY.value,
+    )
+    _report(result)
+    if folder is not None:
+        save(folder, table, result)
+        names = "suspicious.csv, suspicious.png, find_mislabeled.json and .csv"
+        print(f"\nIn {folder}: {names}")
+    return 0
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    cli.launch(main, DEFAULTS, HELP)

@@ -37,7 +37,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 
 import jaxbce
-from experiments.support import chunked_fit, cli, output, resumable
+from experiments.support import cli, config, output, resumable
 
 for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "num_steps"):
     flags.declare_key_flag(_name)
@@ -164,8 +164,7 @@ def run(
                 }
             )
 
-        table = resumable.collect(
-            len(sizes),
+        table = resumable.compute_chunks(
             compute,
             sizes,
             folder=folder,
@@ -325,7 +324,7 @@ def picture(
         "blue: converged, darker the faster;  red: diverged, darker the later",
         fontsize=11,
     )
-    with output.replacing(path) as partial:
+    with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=dpi)
 
 
@@ -377,7 +376,7 @@ def _center(text: str) -> tuple[float, float]:
 def _keep(folder: Path, result: dict[str, Any]) -> None:
     """Writes the picture, the pixels and the numbers."""
     pixels, configuration = result["pixels"], result["configuration"]
-    with output.replacing(folder / "trainability.npy") as path:
+    with output.atomic_write(folder / "trainability.npy") as path:
         np.save(path, pixels)
     picture(
         folder / "trainability.png",
@@ -386,7 +385,7 @@ def _keep(folder: Path, result: dict[str, Any]) -> None:
         configuration["span"],
     )
     numbers = {name: value for name, value in result.items() if name != "pixels"}
-    output.write(folder, "trainability", numbers, result["boxes"])
+    output.write_results(folder, "trainability", numbers, result["boxes"])
 
 
 def main() -> int:
@@ -409,7 +408,7 @@ def main() -> int:
         resolution=resolution,
         center=center,
         span=span,
-        num_steps=chunked_fit.NUM_STEPS.value or DEFAULT_STEPS,
+        num_steps=config.NUM_STEPS.value or DEFAULT_STEPS,
         dtype=cli.DTYPE.value or "float32",
         seed=cli.SEED.value,
         make_folder=cli.output_dir,

@@ -38,6 +38,6 @@ def draw(path: Path, costs: list[Row]) -> None:
         axis.invert_yaxis()
         axis.set(title="One gradient", xlabel=column)
     right.set_yticklabels([])
-    with output.replacing(path) as partial:
+    with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)

@@ -175,7 +175,7 @@ def picture(path: Path, rows: list[Row]) -> None:
         _bars(figure.add_subplot(cells[:, 0]), groups)
     for i, (name, points) in enumerate(curves.items()):
         _curve(figure.add_subplot(cells[i // 2, bars + i % 2]), *name, points)
-    with output.replacing(path) as partial:
+    with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
 

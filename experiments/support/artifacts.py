@@ -1,4 +1,4 @@
-"""What a training run leaves behind: its files, and a model that scores new rows."""
+"""The files that a training run writes, and the model that scores new rows."""
 
 import sys
 from pathlib import Path
@@ -17,97 +17,155 @@ NETWORK = "jaxbce"
 
 
 def predict(params: Any, x: np.ndarray) -> np.ndarray:
-    """Probabilities `[N, n_L]` in float64 for prepared features `[N, n_0]`."""
+    """Probabilities `[N, n_L]` in float64 for preprocessed features `[N, n_0]`."""
     features = jax.numpy.asarray(x, params[0].w.dtype)
     return np.asarray(jaxbce.predict_proba(params, features), np.float64)
 
 
-def keep(
+def save(
     folder: Path,
     result: dict[str, Any],
     table: datasets.Table,
-    parts: dict[str, datasets.Part],
-    preparation: ColumnTransformer,
+    splits: dict[str, datasets.Split],
+    preprocessor: ColumnTransformer,
     probabilities: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Writes what a run has come to, each file whole.
+    """Writes the model, the metrics, the predictions and the pictures.
 
     Args:
-      folder: Where to.
+      folder: The folder to write to.
       result: What `train.run` returns.
       table: The data.
-      parts: Its split.
-      preparation: What is fitted on its training part.
-      probabilities: Of each model and part, `[n, n_L]`.
+      splits: Its splits.
+      preprocessor: The preprocessor, fitted on the training rows.
+      probabilities: By model and split, `[n, n_L]`.
     """
     params = jax.tree.map(np.asarray, result["params"])
-    with output.replacing(folder / "model.joblib") as path:
-        model = {"preparation": preparation, "params": params, "classes": table.classes}
-        joblib.dump(model, path)
+    with output.atomic_write(folder / "model.joblib") as path:
+        joblib.dump(
+            {"preprocessor": preprocessor, "params": params, "classes": table.classes},
+            path,
+        )
     document = {key: value for key, value in result.items() if key != "params"}
-    output.write(folder, "metrics", document, result["metrics"])
-    with output.replacing(folder / "losses.csv") as path:
+    output.write_results(folder, "metrics", document, result["metrics"])
+    with output.atomic_write(folder / "losses.csv") as path:
         pd.DataFrame(result["history"]).to_csv(path, index=False)
-    mine = probabilities[NETWORK]
-    rows = pd.concat(
-        pd.DataFrame({"row": part.rows, "part": name})
-        .join(_columns("", table, part.y.astype(int)))
-        .join(_columns("probability of ", table, mine[name]))
-        for name, part in parts.items()
-    )
-    with output.replacing(folder / "predictions.csv") as path:
-        rows.sort_values("row").to_csv(path, index=False)
+    with output.atomic_write(folder / "predictions.csv") as path:
+        _predictions(table, splits, probabilities[NETWORK]).to_csv(path, index=False)
+    _draw(folder, result, table, splits, probabilities)
+    _draw_boundary(folder, table, splits, preprocessor, params)
 
-    losses = [(row["train loss"], row["validation loss"]) for row in result["history"]]
-    steps = np.array([row["step"] for row in result["history"]])
-    path = folder / "losses.png"
-    plots.losses(path, steps, np.array(losses), result["best_step"])
-    for column in range(table.y.shape[1]):
-        number = f"_{column + 1}" if table.y.shape[1] > 1 else ""
+
+def _predictions(
+    table: datasets.Table,
+    splits: dict[str, datasets.Split],
+    probability: dict[str, np.ndarray],
+) -> pd.DataFrame:
+    """Label and probability of every row of the table, in the table's order."""
+    rows = pd.concat(
+        pd.DataFrame({"row": split.rows, "split": name})
+        .join(_columns("", table.classes, split.y.astype(int)))
+        .join(_columns("probability of ", table.classes, probability[name]))
+        for name, split in splits.items()
+    )
+    return rows.sort_values("row")
+
+
+def _columns(
+    prefix: str, classes: dict[str, tuple[Any, Any]], values: np.ndarray
+) -> pd.DataFrame:
+    names = [prefix + target for target in datasets.label_1(classes)]
+    return pd.DataFrame(values, columns=names)
+
+
+def _draw(
+    folder: Path,
+    result: dict[str, Any],
+    table: datasets.Table,
+    splits: dict[str, datasets.Split],
+    probabilities: dict[str, dict[str, np.ndarray]],
+) -> None:
+    """Draws the losses, and the ROC curve and reliability of each target."""
+    history = pd.DataFrame(result["history"])
+    plots.losses(
+        folder / "losses.png",
+        history["step"].to_numpy(),
+        history[["train_loss", "validation_loss"]].to_numpy(),
+        result["best_step"],
+    )
+    for column, target in enumerate(datasets.label_1(table.classes)):
+        number = f"_{column + 1}" if len(table.classes) > 1 else ""
         plots.roc_and_reliability(
             folder / f"roc_and_reliability{number}.png",
-            datasets.label_1(table.classes)[column],
-            parts["test"].y[:, column],
+            target,
+            splits["test"].y[:, column],
             {
-                name: by_part["test"][:, column]
-                for name, by_part in probabilities.items()
+                name: by_split["test"][:, column]
+                for name, by_split in probabilities.items()
             },
         )
+
+
+def _draw_boundary(
+    folder: Path,
+    table: datasets.Table,
+    splits: dict[str, datasets.Split],
+    preprocessor: ColumnTransformer,
+    params: Any,
+) -> None:
+    """Draws the probability over the plane, if there are two numbers and one target."""
     names = list(table.features.columns)
-    if len(names) == 2 and parts["train"].x.shape[1] == 2 and table.y.shape[1] == 1:
+    is_plane = len(names) == splits["train"].x.shape[1] == 2
+    if not is_plane or table.y.shape[1] != 1:
+        return
 
-        def probability(plane: np.ndarray) -> np.ndarray:
-            x = preparation.transform(pd.DataFrame(plane, columns=names))
-            return predict(params, np.asarray(x))[:, 0]
+    def probability(plane: np.ndarray) -> np.ndarray:
+        x = preprocessor.transform(pd.DataFrame(plane, columns=names))
+        return predict(params, np.asarray(x))[:, 0]
 
-        plots.boundary(
-            folder / "boundary.png",
-            table.features.to_numpy(np.float64),
-            table.y[:, 0],
-            names,
-            probability,
-        )
-
-
-def _columns(what: str, table: Any, values: np.ndarray) -> pd.DataFrame:
-    names = [what + target for target in datasets.label_1(table.classes)]
-    return pd.DataFrame(values, columns=names)
+    plots.boundary(
+        folder / "boundary.png",
+        table.features.to_numpy(np.float64),
+        table.y[:, 0],
+        names,
+        probability,
+    )
 
 
 def score(file: str, folder: Path) -> tuple[int, Path]:
     """Writes the probabilities of new rows, by the model in a folder.
 
+    Categories that did not occur in training are reported on stderr.
+
     Args:
       file: A .csv or .parquet file with the columns that the model was trained on.
-      folder: What `keep` has written to.
+      folder: A folder that `save` has written to.
 
     Returns:
-      The number of rows, and the file written. A category that training did not have
-      is told on stderr.
+      The number of rows, and the path of the file written.
 
     Raises:
-      InputError: If there is no model, or the file is not what it needs.
+      InputError: If there is no model, or the file does not fit it.
     """
+    preprocessor, params, classes = _load(folder)
+    table = table_io.read(Path(file))
+    names = list(preprocessor.feature_names_in_)
+    table_io.need_columns(file, table, names)
+    categories = list(preprocessor.transformers_[1][2])
+    features = table_io.features(file, table.filter(names), categories)
+    if categories:
+        _report_new_categories(file, features, preprocessor, categories)
+    x = datasets.preprocess(file, preprocessor, features)
+    probability = _columns("probability of ", classes, predict(params, x))
+    probability.insert(0, "row", np.arange(len(x)))
+    path = folder / f"{Path(file).stem}.scored.csv"
+    with output.atomic_write(path) as partial:
+        probability.to_csv(partial, index=False)
+    return len(x), path
+
+
+def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+    """The preprocessor, parameters and classes of the model in a folder."""
     path = folder / "model.joblib"
     if not path.exists():
         raise cli.InputError(
@@ -115,34 +173,31 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
         )
     try:
         model = joblib.load(path)
-        preparation, params, classes = (
-            model[name] for name in ("preparation", "params", "classes")
-        )
     except Exception as error:  # a pickle may raise anything
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
-    table = table_io.read(Path(file))
-    names = list(preparation.feature_names_in_)
-    table_io.need_columns(file, table, names)
-    categories = list(preparation.transformers_[1][2])
-    features = table_io.features(file, table.filter(names), categories)
-    if categories:
-        known = preparation.named_transformers_["categories"].categories_
-        for name, values in zip(categories, known, strict=True):
-            new = features[name][~features[name].isin(values)]
-            if len(new):
-                shown = ", ".join(list(dict.fromkeys(new))[:5])
-                print(
-                    f"{Path(file).name}: {name} is {shown} in {len(new)} rows, not "
-                    "seen in training",
-                    file=sys.stderr,
-                )
-    x = datasets.prepared(file, preparation, features)
-    found = predict(params, x)
-    scored = pd.DataFrame({"row": np.arange(len(x))})
-    for column, target in enumerate(datasets.label_1(classes)):
-        scored[f"probability of {target}"] = found[:, column]
-    target = folder / f"{Path(file).stem}.scored.csv"
-    with output.replacing(target) as partial:
-        scored.to_csv(partial, index=False)
-    return len(x), target
+    keys = ("preprocessor", "params", "classes")
+    if not isinstance(model, dict) or not set(keys) <= set(model):
+        raise cli.InputError(
+            f"{path}: is not a model of this version of experiments.train; train again"
+        )
+    preprocessor, params, classes = (model[key] for key in keys)
+    return preprocessor, params, classes
+
+
+def _report_new_categories(
+    file: str,
+    features: pd.DataFrame,
+    preprocessor: ColumnTransformer,
+    categories: list[str],
+) -> None:
+    known = preprocessor.named_transformers_["categories"].categories_
+    for name, values in zip(categories, known, strict=True):
+        new = features[name][~features[name].isin(values)]
+        if len(new):
+            shown = ", ".join(list(dict.fromkeys(new))[:5])
+            print(
+                f"{Path(file).name}: {name} is {shown} in {len(new)} rows, not seen in "
+                "training",
+                file=sys.stderr,
+            )

@@ -1,11 +1,11 @@
-"""What the command lines share: flags, and errors of one line."""
+"""What the commands share: flags, devices, and errors of one line."""
 
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -19,89 +19,91 @@ SEED = flags.DEFINE_integer(
 SEEDS = flags.DEFINE_integer(
     "seeds",
     None,
-    "Networks that differ by their seed. If not set, 4 for each point of sweep, 5 in "
-    "private and 10 in find_mislabeled.",
+    "Networks that differ only by their seed.",
     lower_bound=1,
 )
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir",
     None,
-    "A folder for the results as files, made if needed; if not set, none are written.",
+    "Folder for the result files, created if needed. If not set, none are written.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float64", "float32", "bfloat16"],
-    "What to compute in. If not set, compare_gradients takes float64, the others "
-    "float32.",
+    "Floating-point type to compute in.",
 )
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
-    "CPU devices of this process; one a core if not set.",
+    "CPU devices of this process. If not set, one per core.",
     lower_bound=1,
     upper_bound=4096,
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of the first of several processes, for sweeps."
+    "coordinator", None, "host:port of the first process, where several share the work."
 )
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes in all, with --coordinator.", lower_bound=1
+    "num_processes", None, "Number of processes, with --coordinator.", lower_bound=1
 )
 PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+    "process_id",
+    None,
+    "Index of this process, from 0, with --coordinator.",
+    lower_bound=0,
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Find the other processes by what JAX detects: SLURM, Kubernetes, TPU pods.",
+    "Let JAX find the other processes: SLURM, Kubernetes, TPU pods.",
 )
 
 
-COMMON = ("seed", "output_dir")  # what every script takes of the above
+COMMON = ("seed", "output_dir")  # flags above that every command takes
 PROCESSES = ("cpu_devices", "coordinator", "num_processes", "process_id", "distributed")
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; its text is one line for them."""
+    """Invalid input from the user; its message is the one line that they see."""
 
 
 def output_dir() -> Path | None:
-    """--output_dir, made and known to be writable before any work is done.
+    """The folder --output_dir, created, and checked to be writable; None if not set.
 
     Raises:
-      InputError: If it cannot be made or written to.
+      InputError: If it cannot be created or written to.
     """
     if OUTPUT_DIR.value is None:
         return None
     if not OUTPUT_DIR.value:
-        raise InputError("--output_dir is empty; a folder's name is accepted")
+        raise InputError("--output_dir: expected the name of a folder, got none")
     path = Path(OUTPUT_DIR.value)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"--output_dir={path}: a file, not a folder") from None
+        raise InputError(f"--output_dir={path}: is a file, not a folder") from None
     except OSError as error:
         raise InputError(f"--output_dir={path}: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir={path}: not writable")
+        raise InputError(f"--output_dir={path}: is not writable")
     return path
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def use_devices() -> None:
-    """Gives this process its CPU devices and its part among processes, as flags say.
+    """Sets up CPU devices, and joins the other processes if the flags say so.
 
-    To be called before JAX does anything else.
+    Call it before JAX does anything else.
 
     Raises:
-      InputError: If only some of a process's flags are given, or no others are found.
+      InputError: If some of the flags for processes are missing, or the other processes
+        cannot be reached.
     """
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value or cores())
     given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
@@ -111,31 +113,41 @@ def use_devices() -> None:
         not DISTRIBUTED.value and None in given
     ):
         raise InputError(
-            "--coordinator, --num_processes and --process_id go together; "
-            "--distributed stands alone"
+            "expected --coordinator, --num_processes and --process_id together, or "
+            "--distributed alone"
         )
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no other processes can be joined: {reason}") from error
+        raise InputError(f"cannot join the other processes: {reason}") from error
 
 
-def _check_given() -> None:
-    """No flag of another script is given, which would do nothing here."""
+def _check_flags() -> None:
+    """Refuses flags of other commands, which would have no effect here."""
     known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         for flag in defined:
             ours = module.startswith("experiments.")
             if ours and flag.present and flag.name not in known:
-                raise InputError(f"--{flag.name} is not a flag of this script")
+                raise InputError(f"--{flag.name} is not a flag of this command")
 
 
-def launch(main: Callable[[], int]) -> NoReturn:
-    """Parses flags and runs `main`, whose result is the exit status.
+def launch(
+    main: Callable[[], int],
+    defaults: Mapping[str, Any] | None = None,
+    help_texts: Mapping[str, str] | None = None,
+) -> NoReturn:
+    """Parses the flags and runs `main`, whose result is the exit status.
 
-    A bad flag, an `InputError` and a file that cannot be read or written are one line
-    on stderr and status 2; an interrupt is status 130, asking for help 0.
+    A bad flag, an `InputError`, or a file that cannot be read or written prints one
+    line to stderr and exits with status 2. An interrupt exits with status 130, and
+    --help with status 0.
+
+    Args:
+      main: The command.
+      defaults: The command's own defaults of shared flags, which --help then shows.
+      help_texts: The command's own help for shared flags.
     """
     program = Path(sys.argv[0]).stem
     for stream in (sys.stdout, sys.stderr):
@@ -152,14 +164,16 @@ def launch(main: Callable[[], int]) -> NoReturn:
             return flags.FLAGS(argv)
         except flags.Error as error:
             fail(error)
-        except SystemExit:  # absl's help flags, which exit with 1
+        except SystemExit:  # absl exits with 1 after --help
             sys.exit(0)
 
     def guarded(argv: Sequence[str]) -> int:
         try:
             if argv[1:]:
-                raise InputError(f"{argv[1]!r}: not a flag; flags begin with --")
-            _check_given()
+                raise InputError(f"{argv[1]!r}: expected a flag, which begins with --")
+            _check_flags()
+            # On a GPU float32 products would otherwise be rounded to TF32's 10 bits.
+            jax.config.update("jax_default_matmul_precision", "highest")
             return main()
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -170,8 +184,12 @@ def launch(main: Callable[[], int]) -> NoReturn:
             print(f"{program}: interrupted", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(130)  # an orderly exit can crash in a compilation under way
+            os._exit(130)  # an orderly exit can crash while a compilation is under way
 
+    for name, value in (defaults or {}).items():
+        flags.FLAGS.set_default(name, value)
+    for name, text in (help_texts or {}).items():
+        flags.FLAGS[name].help = text
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
     raise AssertionError("app.run does not return")

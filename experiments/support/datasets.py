@@ -1,4 +1,4 @@
-"""Data: what ships with scikit-learn, or the user's own file; prepared and split."""
+"""Datasets: scikit-learn's, generated or the user's own, preprocessed and split."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,43 +20,37 @@ DATASET = flags.DEFINE_enum(
     "dataset",
     None,
     ["digits", "breast_cancer", "moons", "xor"],
-    "Data that ships with scikit-learn (breast_cancer; digits, odd against even, which "
-    "is the default) or is generated (moons, xor).",
+    "A dataset of scikit-learn (breast_cancer; digits, odd against even) or a "
+    "generated one (moons, xor). If neither this nor --data is set, digits.",
 )
 DATA = flags.DEFINE_string(
-    "data", None, "A .csv or .parquet file to use in place of --dataset."
+    "data", None, "A .csv or .parquet file to use instead of --dataset."
 )
 TARGET = flags.DEFINE_list(
     "target",
     None,
-    "The column of --data with the labels, of any two values; several columns, "
-    "comma-separated, are as many outputs. All other columns are features: numbers are "
-    "standardised, text is taken as categories.",
+    "Column of --data that holds the labels, which may be any two values. Several "
+    "columns, comma-separated, give as many outputs. All other columns are features: "
+    "numbers are standardised, text is one-hot encoded.",
 )
 POSITIVE = flags.DEFINE_string(
     "positive",
     None,
-    "The value that is label 1, of every --target; the larger if not set.",
+    "The value of every --target that is label 1. If not set, the larger one.",
 )
-HIDDEN = flags.DEFINE_multi_string(
-    "hidden",
-    ["32"],
-    "Widths of the hidden layers, comma-separated; '' for none. A sweep takes several.",
-)
-
 GENERATED_ROWS = 1000
-LARGEST = 1e15  # standard deviations from the mean; beyond, no dtype is safe
-LEAST_ROWS = 5  # of either label, so that each part of a split has one
+MAX_STANDARDIZED = 1e15  # beyond, no dtype is safe
+MIN_ROWS_PER_LABEL = 5  # so that each split has one
 
 
 class Table(NamedTuple):
-    """A binary classification problem, as it came.
+    """A binary classification dataset, before preprocessing.
 
     Attributes:
-      name: Where it is from.
-      features: Columns of float64 numbers, or of text where they are categories.
+      name: Name of the dataset or path of the file.
+      features: Columns of float64 numbers, or of text if they hold categories.
       y: Labels 0 and 1, `[N, n_L]`, float64.
-      classes: For each target its name, and what labels 0 and 1 stand for.
+      classes: By target, the values that labels 0 and 1 stand for.
     """
 
     name: str
@@ -65,12 +59,12 @@ class Table(NamedTuple):
     classes: dict[str, tuple[Any, Any]]
 
 
-class Part(NamedTuple):
-    """One part of a split.
+class Split(NamedTuple):
+    """The training, validation or test rows of a table.
 
     Attributes:
-      rows: Which rows of the table they are, `[n]`.
-      x: Features `[n, n_0]`, float64, prepared.
+      rows: Their indices in the table, `[n]`.
+      x: Preprocessed features `[n, n_0]`, float64.
       y: Labels `[n, n_L]`, float64.
     """
 
@@ -80,38 +74,12 @@ class Part(NamedTuple):
 
 
 def label_1(classes: dict[str, tuple[Any, Any]]) -> list[str]:
-    """What label 1 of each target stands for, as "target=value"."""
+    """The value of each target that is label 1, as "target=value"."""
     return [f"{name}={values[1]}" for name, values in classes.items()]
 
 
-def hidden_choices() -> list[tuple[int, ...]]:
-    """Each --hidden as integers.
-
-    Raises:
-      InputError: If one of them is not an integer >= 1.
-    """
-    return [_widths(text) for text in HIDDEN.value]
-
-
-def hidden_sizes() -> tuple[int, ...]:
-    """The one --hidden there is, as integers; errors are as above, or of a second."""
-    if len(HIDDEN.value) > 1:
-        raise InputError("--hidden is given twice; one network is trained")
-    return hidden_choices()[0]
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(n) for n in text.split(",")) if text else ()
-    except ValueError:
-        sizes = (0,)
-    if any(n < 1 for n in sizes):
-        raise InputError(f"--hidden={text}: widths are integers >= 1, comma-separated")
-    return sizes
-
-
 def from_flags(seed: int) -> Table:
-    """What the flags above ask for; see `load`."""
+    """Loads the dataset that the flags name; see `load`."""
     return load(
         dataset=DATASET.value,
         data=DATA.value,
@@ -129,34 +97,36 @@ def load(
     positive: str | None = None,
     seed: int = 0,
 ) -> Table:
-    """The named dataset, or the file `data` with its labels in the columns `target`.
+    """Loads a dataset by name, or the user's own file.
 
     Args:
-      dataset: A name that --dataset accepts.
-      data: A file's path.
-      target: Columns of `data`.
+      dataset: A value of --dataset.
+      data: Path of a file.
+      target: Columns of `data` with the labels.
       positive: The value of label 1, as text.
-      seed: Of what is generated.
+      seed: Seed of generated data.
 
     Raises:
-      InputError: If the file cannot be read, or holds what cannot be learned from.
+      InputError: If the file cannot be read or cannot be learned from.
     """
     if data is None:
         for flag, value in (("target", target), ("positive", positive)):
             if value is not None:
-                raise InputError(f"--{flag} goes with --data")
+                raise InputError(f"--{flag} needs --data")
         return _named(dataset or "digits", seed)
     if dataset is not None:
-        raise InputError("--data and --dataset are two answers to one question")
+        raise InputError("expected --data or --dataset, got both")
     if not target:
         raise InputError("--data needs --target, the column with the labels")
     table = table_io.read(Path(data))
     table_io.need_columns(data, table, target)
     if len(set(target)) < len(target):
-        raise InputError(f"--target={','.join(target)}: a column is named twice")
+        raise InputError(f"--target={','.join(target)}: names a column twice")
     rest = table.drop(columns=target)
     if rest.shape[1] == 0:
-        raise InputError(f"{data}: has no column beside {', '.join(map(repr, target))}")
+        raise InputError(
+            f"{data}: has no column besides {', '.join(map(repr, target))}"
+        )
     found = {
         name: table_io.labels(data, pd.Series(table[name]), positive) for name in target
     }
@@ -194,15 +164,16 @@ def _named(name: str, seed: int) -> Table:
 
 
 def digest(table: Table) -> str:
-    """Sixteen hexadecimal digits that tell this table's content from another's."""
+    """A hash of the table's content, as 16 hexadecimal digits."""
     content = table.features.to_csv(index=False).encode() + table.y.tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def preparation(name: str, features: pd.DataFrame) -> ColumnTransformer:
-    """Standardised numbers and one-hot categories, fitted on these rows.
+def fit_preprocessor(name: str, features: pd.DataFrame) -> ColumnTransformer:
+    """Fits a preprocessor: standardised numbers and one-hot categories.
 
-    A category that these rows do not have becomes all zeros, a constant column zero.
+    Categories that do not occur in these rows become all zeros, and constant columns
+    become zero.
 
     Raises:
       InputError: If numbers are too large to standardise.
@@ -226,10 +197,10 @@ def preparation(name: str, features: pd.DataFrame) -> ColumnTransformer:
     return transformer
 
 
-def prepared(
+def preprocess(
     name: str, transformer: ColumnTransformer, features: pd.DataFrame
 ) -> np.ndarray:
-    """Features `[N, n_0]` as a fitted preparation makes them.
+    """Preprocessed features `[N, n_0]`.
 
     Raises:
       InputError: If numbers are too large to standardise.
@@ -241,41 +212,42 @@ def prepared(
 
 
 def _check_size(name: str, transformer: ColumnTransformer, x: Any) -> None:
-    usable = (np.abs(x) < LARGEST).all(axis=0)  # and not NaN
+    usable = (np.abs(x) < MAX_STANDARDIZED).all(axis=0)  # and not NaN
     if not usable.all():
         column = transformer.get_feature_names_out()[np.argmin(usable)]
         raise InputError(f"{name}: column {column!r} is too large to standardise")
 
 
-def whole(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """All rows as `x [N, n_0]` and `y [N, n_L]`, prepared together."""
-    transformer = preparation(table.name, table.features)
-    return prepared(table.name, transformer, table.features), table.y
+def preprocess_all(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """All rows as `x [N, n_0]` and `y [N, n_L]`, preprocessed together."""
+    transformer = fit_preprocessor(table.name, table.features)
+    return preprocess(table.name, transformer, table.features), table.y
 
 
-def split(table: Table, seed: int) -> tuple[dict[str, Part], ColumnTransformer]:
-    """Three parts, 60% train, 20% validation and 20% test, stratified by the labels.
+def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]:
+    """Splits rows into 60% train, 20% validation and 20% test, stratified by label.
 
     Returns:
-      The parts by name, prepared by what is fitted on the training part alone; and
-      that preparation.
+      The splits by name, and the preprocessor, which is fitted on the training rows.
 
     Raises:
-      InputError: If a label is too rare to be in every part.
+      InputError: If a label is too rare to occur in every split.
     """
     for column, (name, classes) in enumerate(table.classes.items()):
         counts = [int(np.sum(table.y[:, column] == label)) for label in (0, 1)]
-        if min(counts) < LEAST_ROWS:
+        if min(counts) < MIN_ROWS_PER_LABEL:
             rare = classes[int(np.argmin(counts))]
             raise InputError(
                 f"{table.name}: target {name!r} has {min(counts)} rows of {rare}; at "
-                f"least {LEAST_ROWS} are needed for three parts"
+                f"least {MIN_ROWS_PER_LABEL} are needed for three splits"
             )
     _, group, counts = np.unique(
         table.y, axis=0, return_inverse=True, return_counts=True
     )
-    # Of several targets a combination may be rare; it goes with the most common one.
-    group = np.where(counts[group] < LEAST_ROWS, np.argmax(counts), group.ravel())
+    # A rare combination of several targets is grouped with the most common one.
+    group = np.where(
+        counts[group] < MIN_ROWS_PER_LABEL, np.argmax(counts), group.ravel()
+    )
     rows = np.arange(len(table.y))
     rest, test = train_test_split(
         rows, test_size=0.2, stratify=group, random_state=seed
@@ -283,13 +255,13 @@ def split(table: Table, seed: int) -> tuple[dict[str, Part], ColumnTransformer]:
     train, validation = train_test_split(
         rest, test_size=0.25, stratify=group[rest], random_state=seed
     )
-    transformer = preparation(table.name, table.features.iloc[train])
-    parts = {"train": train, "validation": validation, "test": test}
+    transformer = fit_preprocessor(table.name, table.features.iloc[train])
+    chosen_rows = {"train": train, "validation": validation, "test": test}
     return {
-        name: Part(
+        name: Split(
             np.asarray(chosen),
-            prepared(table.name, transformer, table.features.iloc[chosen]),
+            preprocess(table.name, transformer, table.features.iloc[chosen]),
             table.y[chosen],
         )
-        for name, chosen in parts.items()
+        for name, chosen in chosen_rows.items()
     }, transformer

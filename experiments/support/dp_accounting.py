@@ -1,7 +1,7 @@
-"""Sampling, noise and accounting of DP-SGD, by jax_privacy and dp_accounting."""
+"""Sampling, noise and accounting for DP-SGD, by jax_privacy and dp_accounting."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,15 +9,52 @@ import optax
 
 from experiments.support.cli import InputError
 
+MAX_EPSILON = 20.0  # beyond, accounting takes minutes, and little is private
+MIN_DELTA = 1e-15  # below, the accountant's own rounding errors matter
+
+
+class PrivacyConfig(NamedTuple):
+    """Privacy to train with.
+
+    Attributes:
+      epsilons: Privacy budgets ε, each in (0, 20].
+      delta: δ, in [1e-15, 1).
+      max_grad_norm: Norm to which each row's gradient is clipped.
+    """
+
+    epsilons: tuple[float, ...] = (3.0,)
+    delta: float = 1e-5
+    max_grad_norm: float = 1.0
+
+    def check(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          InputError: If a value is out of its range.
+        """
+        if not self.epsilons or not all(0 < e <= MAX_EPSILON for e in self.epsilons):
+            given = ",".join(map(str, self.epsilons))
+            raise InputError(
+                f"--epsilon={given}: expected numbers in (0, {MAX_EPSILON:g}]"
+            )
+        if not MIN_DELTA <= self.delta < 1:
+            raise InputError(
+                f"--delta={self.delta}: expected a number in [{MIN_DELTA:g}, 1)"
+            )
+        if not 0 < self.max_grad_norm < np.inf:
+            raise InputError(
+                f"--max_grad_norm={self.max_grad_norm}: expected a finite number > 0"
+            )
+
 
 def _libraries() -> Any:
-    """jax_privacy, with its parts."""
+    """Imports jax_privacy and its submodules."""
     try:
         import jax_privacy
         from jax_privacy.accounting import accountants, analysis, calibrate
     except ImportError as error:
         raise InputError(
-            f"{error.name} is not installed; pip install 'jaxbce[privacy]' brings it"
+            f"{error.name} is not installed; run pip install 'jaxbce[privacy]'"
         ) from None
     del accountants, analysis, calibrate  # attributes of jax_privacy.accounting now
     return jax_privacy
@@ -40,18 +77,17 @@ def epsilon_spent(
     num_steps: int,
     interval: float = 1e-4,
 ) -> float:
-    """ε of Gaussian sums over Poisson samples, for adding or removing a row.
-
-    Each row is in each sample with chance `batch_size / rows`.
+    """ε spent by noisy sums over Poisson samples, for adding or removing one row.
 
     Args:
-      noise: The noise's standard deviation over the norm clipped to.
+      noise: Standard deviation of the noise divided by the clipping norm.
       delta: δ.
       rows: Rows to train on.
-      batch_size: Expected rows in a batch.
+      batch_size: Expected rows per batch; each row is in each batch with probability
+        `batch_size / rows`.
       num_steps: Steps.
-      interval: Width of the bins of privacy losses; ε is an upper bound for any, closer
-        and slower for smaller ones.
+      interval: Bin width of the privacy loss distribution. ε is an upper bound for any
+        width; smaller bins give a tighter bound and take longer.
     """
     params = _libraries().accounting.analysis.DpParams(
         noise_multipliers=noise,
@@ -65,10 +101,10 @@ def epsilon_spent(
 def noise_multiplier(
     epsilon: float, delta: float, *, rows: int, batch_size: int, num_steps: int
 ) -> float:
-    """The least noise, to a thousandth, that spends no more than (ε, δ).
+    """The smallest noise multiplier, within 0.1%, that spends at most (ε, δ).
 
     Raises:
-      InputError: If there is none that is of any use.
+      InputError: If no useful amount of noise is enough.
     """
     sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
     noise = 64.0
@@ -76,7 +112,8 @@ def noise_multiplier(
         noise *= 2
         if noise > 2**20:
             raise InputError(f"--epsilon={epsilon}: no noise is enough")
-    # Downwards, since less noise takes longer to account for; in wide bins first.
+    # Search downwards, because less noise takes longer to account for, and in wide
+    # bins first.
     for interval, ratio in ((1e-3, 1.5), (1e-4, 1.1)):
         less = noise / ratio
         while epsilon_spent(less, delta, **sampling, interval=interval) <= epsilon:
@@ -98,9 +135,9 @@ def noise_multiplier(
 def poisson_batches(
     *, rows: int, batch_size: int, num_steps: int, seed: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
-    """The rows of each batch, by the sampling that the accountant assumes.
+    """Draws the rows of each batch by Poisson sampling, as the accountant assumes.
 
-    Each row is in each batch with chance `batch_size / rows`, whatever else is.
+    Each row is in each batch independently, with probability `batch_size / rows`.
     """
     sampling = _libraries().batch_selection.CyclicPoissonSampling(
         sampling_prob=batch_size / rows, iterations=num_steps
@@ -111,6 +148,6 @@ def poisson_batches(
 def noisy_mean(
     key: jax.Array, stddev: jax.Array, batch_size: int
 ) -> optax.GradientTransformation:
-    """Adds noise to a sum of clipped gradients, and divides by the expected batch."""
+    """Adds noise to a sum of clipped gradients, and divides by the batch size."""
     noisy = _libraries().noise_addition.gaussian_privatizer(stddev=stddev, prng_key=key)
     return optax.chain(noisy, optax.scale(1 / batch_size))

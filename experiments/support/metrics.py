@@ -1,4 +1,4 @@
-"""How good are predicted probabilities? scikit-learn's metrics, and two baselines."""
+"""Metrics of predicted probabilities, and scikit-learn's models to compare with."""
 
 import warnings
 from typing import Any
@@ -9,29 +9,35 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
-from experiments.support.datasets import Part
+from experiments.support.datasets import Split
 
 CALIBRATION_BINS = 10
+HEADINGS = {  # of the keys of `score` and `table`
+    "log_loss": "log-loss",
+    "roc_auc": "ROC AUC",
+    "brier_score": "Brier score",
+    "calibration_error": "calibration error",
+}
 
 
 def score(y: np.ndarray, probability: np.ndarray) -> dict[str, float]:
-    """Metrics of one output.
+    """Computes the metrics of one output.
 
     Args:
-      y: Labels 0 and 1, `[N]`, of both classes.
+      y: Labels, `[N]`; both 0 and 1 occur.
       probability: Probabilities of label 1, `[N]`.
 
     Returns:
-      Log-loss in nats, accuracy at 0.5, area under the ROC curve, Brier score, and
-      the expected calibration error over ten bins of equal width.
+      "log_loss" in nats, "accuracy" at 0.5, "roc_auc", "brier_score" and the expected
+      "calibration_error" over ten bins of equal width.
     """
     probability = np.asarray(probability, np.float64)
     return {
-        "log-loss": float(metrics.log_loss(y, probability, labels=[0, 1])),
+        "log_loss": float(metrics.log_loss(y, probability, labels=[0, 1])),
         "accuracy": float(metrics.accuracy_score(y, probability > 0.5)),
-        "ROC AUC": float(metrics.roc_auc_score(y, probability)),
-        "Brier score": float(metrics.brier_score_loss(y, probability)),
-        "calibration error": calibration_error(y, probability),
+        "roc_auc": float(metrics.roc_auc_score(y, probability)),
+        "brier_score": float(metrics.brier_score_loss(y, probability)),
+        "calibration_error": calibration_error(y, probability),
     }
 
 
@@ -47,46 +53,45 @@ def calibration_bins(probability: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges[1:-1], probability)
 
 
-def baselines(
-    parts: dict[str, Part], hidden: tuple[int, ...], seed: int
+def fit_baselines(
+    splits: dict[str, Split], hidden: tuple[int, ...], seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What a reader will ask for: two models of scikit-learn on the same split.
+    """Fits two scikit-learn models to the training rows, one per output.
 
     Args:
-      parts: The split; the models are fitted on "train".
-      hidden: Widths of MLPClassifier's hidden layers; all else is its default.
-      seed: Its seed.
+      splits: The data.
+      hidden: Widths of MLPClassifier's hidden layers; its other arguments are defaults.
+      seed: Seed of MLPClassifier.
 
     Returns:
-      By model and part, probabilities `[n, n_L]`: each output has its own model.
+      By model and split, probabilities `[n, n_L]`.
     """
     models = {
         "logistic regression": lambda: LogisticRegression(max_iter=1000),
         "MLPClassifier": lambda: MLPClassifier(hidden, random_state=seed),
     }
     result: dict[str, dict[str, np.ndarray]] = {}
-    with warnings.catch_warnings():  # its default of 200 epochs is what it is
+    with warnings.catch_warnings():  # it may not converge within its default of epochs
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name, make in models.items():
-            fitted = [make().fit(parts["train"].x, y) for y in parts["train"].y.T]
+            fitted = [make().fit(splits["train"].x, y) for y in splits["train"].y.T]
             result[name] = {
-                part: np.stack([m.predict_proba(data.x)[:, 1] for m in fitted], axis=1)
-                for part, data in parts.items()
+                split: np.stack([m.predict_proba(data.x)[:, 1] for m in fitted], axis=1)
+                for split, data in splits.items()
             }
     return result
 
 
 def table(
-    parts: dict[str, Part],
+    splits: dict[str, Split],
     targets: list[str],
-    predictions: dict[str, dict[str, np.ndarray]],
+    probabilities: dict[str, dict[str, np.ndarray]],
 ) -> list[dict[str, Any]]:
-    """A row for each model, part and target."""
+    """Metrics of every model, split and target, as rows."""
     return [
-        {"model": model, "part": part, "target": target}
-        | score(parts[part].y[:, column], probability[:, column])
-        for part in parts
-        for model, by_part in predictions.items()
-        for probability in [by_part[part]]
+        {"model": model, "split": split, "target": target}
+        | score(data.y[:, column], by_split[split][:, column])
+        for split, data in splits.items()
+        for model, by_split in probabilities.items()
         for column, target in enumerate(targets)
     ]

@@ -1,4 +1,4 @@
-"""The optimizers of optax by name, with arguments and schedules from text."""
+"""Optimizers of optax by name, with arguments and schedules given as text."""
 
 import ast
 import functools
@@ -10,50 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from absl import flags
 
 import jaxbce
 from experiments.support.cli import InputError
 from jaxbce.network import Layer, Params
 
-OPTIMIZER = flags.DEFINE_string(
-    "optimizer",
-    "adam",
-    "An optimizer of optax or optax.contrib by its name; a wrong name lists them. "
-    "sweep takes several, comma-separated.",
-)
-OPTIMIZER_ARG = flags.DEFINE_multi_string(
-    "optimizer_arg", [], "An argument of the optimizer, as b1=0.95"
-)
-LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate",
-    None,
-    "The learning rate. If not set, the optimizer's own default, or if it has none "
-    "0.003; in private 0.01 for adam.",
-)
-SCHEDULE = flags.DEFINE_enum(
-    "schedule",
-    "constant",
-    ["constant", "cosine", "warmup-cosine", "exponential"],
-    "How the learning rate changes over all steps. cosine: falls to 0; warmup-cosine: "
-    "rises over the first tenth, then falls to 0; exponential: falls to a hundredth.",
-)
-WEIGHT_DECAY = flags.DEFINE_float(
-    "weight_decay",
-    0.001,
-    "The optimizer's own weight_decay if it has one, as adamw's; else half of this "
-    "times the weights' squares is added to the objective.",
-    lower_bound=0.0,
-)
-
-LEARNING_RATE_WITHOUT_DEFAULT = 0.003
+DEFAULT_LEARNING_RATE = 0.003  # of optimizers that have none
 
 
-def known() -> dict[str, Callable[..., Any]]:
-    """The optimizers of optax by name.
+def available() -> dict[str, Callable[..., Any]]:
+    """The optimizers of optax that can be used here, by name.
 
-    Left out are those that need more than a batch's gradient and value (per-example
-    gradients, curvature), and those whose parameters must be averaged before use.
+    This excludes optimizers that need more than the gradient and value of a batch
+    (per-example gradients, curvature), and those whose parameters must be averaged
+    before use.
     """
     modules = (optax, "optax._src.alias"), (optax.contrib, "optax.contrib._")
     return {
@@ -67,11 +37,11 @@ def known() -> dict[str, Callable[..., Any]]:
     }
 
 
-def arguments(texts: list[str]) -> dict[str, Any]:
-    """`name=value` texts as a dict; values are Python's numbers, booleans and None.
+def parse_args(texts: list[str]) -> dict[str, Any]:
+    """Parses texts `name=value` into a dictionary of numbers, booleans, text or None.
 
     Raises:
-      InputError: If one is not of that form, or a name comes twice.
+      InputError: If a text is malformed or a name is repeated.
     """
     found: dict[str, Any] = {}
     for text in texts:
@@ -84,12 +54,16 @@ def arguments(texts: list[str]) -> dict[str, Any]:
                 raise ValueError
             found[name] = read
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            why = "given twice" if name in found else "not NAME=NUMBER, True or None"
-            raise InputError(f"--optimizer_arg={text}: {why}") from None
+            if name in found:
+                raise InputError(f"--optimizer_arg={text}: is given twice") from None
+            raise InputError(
+                f"--optimizer_arg={text}: expected NAME=VALUE, with a number, True, "
+                "False or None"
+            ) from None
     return found
 
 
-@functools.cache  # one object for equal arguments, so that fit compiles once for them
+@functools.cache  # equal arguments give the same object, so that fit compiles once
 def build(
     name: str,
     *,
@@ -99,22 +73,29 @@ def build(
     weight_decay: float = 0.0,
     args: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[optax.GradientTransformation, float]:
-    """An optimizer, and the penalty its objective needs in place of a weight decay.
+    """Builds an optimizer, and the weight of the penalty that its objective needs.
 
     Args:
-      name: Its name in optax or optax.contrib.
+      name: Name of the optimizer in optax or optax.contrib.
       learning_rate: The (peak) learning rate; None is the optimizer's default.
-      schedule: A name that --schedule accepts.
-      num_steps: Steps of the run, for the schedule.
-      weight_decay: Its weight_decay, or the penalty's factor.
-      args: Its other arguments.
+      schedule: A value of --schedule.
+      num_steps: Length of the schedule in steps.
+      weight_decay: The optimizer's own weight decay if it has one; otherwise it is
+        returned as the penalty.
+      args: The optimizer's other arguments.
+
+    Returns:
+      The optax transformation and the penalty, which is 0 if the optimizer decays
+      weights itself.
 
     Raises:
-      InputError: If there is no such optimizer, or it does not take an argument.
+      InputError: If the optimizer is unknown or does not take an argument.
     """
-    if name not in known():
-        raise InputError(f"--optimizer={name}: not one of {', '.join(known())}")
-    make = known()[name]
+    if name not in available():
+        raise InputError(
+            f"--optimizer={name}: expected one of {', '.join(available())}"
+        )
+    make = available()[name]
     accepted = inspect.signature(make).parameters
     given = dict(args)
     for argument in given:
@@ -123,13 +104,13 @@ def build(
                 f"--optimizer_arg={argument}: {name} takes {', '.join(accepted)}"
             )
         if argument in ("learning_rate", "weight_decay"):
-            raise InputError(f"--optimizer_arg={argument}: has a flag, --{argument}")
+            raise InputError(f"--optimizer_arg={argument}: use --{argument} instead")
     for flag, number in (
         ("learning_rate", learning_rate),
         ("weight_decay", weight_decay),
     ):
         if number is not None and not 0 <= number < float("inf"):
-            raise InputError(f"--{flag}={number}: not a finite number >= 0")
+            raise InputError(f"--{flag}={number}: expected a finite number >= 0")
     rate = learning_rate
     if "learning_rate" not in accepted:
         if rate is not None or schedule != "constant":
@@ -137,7 +118,7 @@ def build(
     else:
         default = accepted["learning_rate"].default
         if rate is None and (default is inspect.Parameter.empty):
-            rate = LEARNING_RATE_WITHOUT_DEFAULT
+            rate = DEFAULT_LEARNING_RATE
         if schedule != "constant":
             rate = default if rate is None else rate
             if not isinstance(rate, float):
@@ -150,15 +131,15 @@ def build(
         given["weight_decay"], penalty = weight_decay, 0.0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # of an argument that it needs
+            warnings.simplefilter("error", UserWarning)  # of a missing argument
             optimizer = make(**given)
     except (TypeError, ValueError, UserWarning) as error:
         raise InputError(f"--optimizer={name}: {error}") from None
     return optimizer, penalty
 
 
-@functools.cache  # one object, as above
-def family(
+@functools.cache  # as above
+def build_family(
     name: str,
     *,
     swept: tuple[str, ...],
@@ -168,12 +149,13 @@ def family(
     weight_decay: float = 0.0,
     args: tuple[tuple[str, Any], ...] = (),
 ) -> Callable[[dict[str, Any]], optax.GradientTransformation]:
-    """The optimizers that differ in the values of `swept`, for `jaxbce.sweep`.
+    """Builds a function from a point of a sweep to its optimizer, for `jaxbce.sweep`.
 
     Args:
-      name: As `build`, and so the others: what is not swept.
-      swept: Names of its arguments, learning_rate and weight_decay among them. Where
-        it has no weight_decay, its objective's penalty is added to the gradient.
+      name: As in `build`, and so are the others; they hold for what is not swept.
+      swept: Names of the arguments that the points give, which may include
+        learning_rate and weight_decay. If the optimizer has no weight_decay, the decay
+        of the weights is added to the gradient.
       learning_rate: See `build`.
       schedule: See `build`.
       num_steps: See `build`.
@@ -181,24 +163,24 @@ def family(
       args: See `build`.
 
     Raises:
-      InputError: As `build`, or if it does not take what is swept.
+      InputError: As in `build`, or if the optimizer does not take what is swept.
     """
     rest = tuple((k, v) for k, v in args if k not in swept)
     options: dict[str, Any] = {"schedule": schedule, "num_steps": num_steps}
     build(name, learning_rate=learning_rate, weight_decay=weight_decay, args=rest)
-    make = known()[name]
+    make = available()[name]
     accepted = inspect.signature(make).parameters
     for argument in swept:
         if argument not in (*accepted, "weight_decay"):
             raise InputError(
-                f"--axis={argument}: {name} takes {', '.join(accepted)}; any sweep "
-                "init_scale, pos_weight and label_smoothing"
+                f"--axis={argument}: {name} takes {', '.join(accepted)}; every sweep "
+                "takes init_scale, pos_weight and label_smoothing"
             )
     if learning_rate is None and "learning_rate" in accepted:
         default = accepted["learning_rate"].default
         learning_rate = default if isinstance(default, float) else None
         if default is inspect.Parameter.empty:
-            learning_rate = LEARNING_RATE_WITHOUT_DEFAULT
+            learning_rate = DEFAULT_LEARNING_RATE
 
     def of_point(values: dict[str, Any]) -> optax.GradientTransformation:
         given = dict(rest) | {k: values[k] for k in swept if k in accepted}
@@ -228,8 +210,8 @@ def family(
             ),
             dict.fromkeys(swept, jnp.zeros(())),
         )
-    except Exception as error:  # whatever optax raises of an argument it must know
-        what = ", ".join(swept) or "with nothing"
+    except Exception as error:  # whatever optax raises if an argument is static
+        what = ", ".join(swept) or "nothing"
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
             f"--optimizer={name}: cannot be swept over {what} ({reason})"
@@ -251,14 +233,14 @@ def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
 
 
 @functools.cache
-def objective(loss: Callable[..., Any], penalty: float) -> Callable[..., Any]:
-    """A loss, and half of `penalty` times the squares of the weights (not biases)."""
+def penalized(loss: Callable[..., Any], penalty: float) -> Callable[..., Any]:
+    """The loss plus half of `penalty` times the squared weights (biases excluded)."""
     if penalty == 0:
         return loss
 
-    def penalised(params: Params, *data: Any, **options: Any) -> Any:
+    def objective(params: Params, *data: Any, **options: Any) -> Any:
         value = loss(params, *data, **options)
         squares = [jnp.sum(jnp.square(layer.w.astype(value.dtype))) for layer in params]
         return value + 0.5 * penalty * jnp.sum(jnp.stack(squares))
 
-    return penalised
+    return objective

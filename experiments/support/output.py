@@ -1,10 +1,10 @@
-"""Results for people and programs: tables, and files that say what made them."""
+"""Output for people and programs: terminal tables and result files."""
 
 import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jaxbce
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, to go with every result."""
+    """Versions and device, which accompany every result."""
     device = jax.devices()[0]
     return {
         "jaxbce": jaxbce.__version__,
@@ -31,12 +31,28 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]], floats: str | None = None) -> str:
-    """Rows as a table for a terminal; floats short, booleans as ok or FAILED.
+def print_environment() -> None:
+    """Prints versions and device on one line."""
+    print(", ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
+
+
+def print_files(folder: Path) -> None:
+    """Prints the names of the files in a folder on one line."""
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    print(f"\nIn {folder}: {', '.join(names)}")
+
+
+def table(
+    rows: list[dict[str, Any]],
+    floats: str | None = None,
+    headings: Mapping[str, str] | None = None,
+) -> str:
+    """Formats rows as a table for a terminal; booleans become ok or FAILED.
 
     Args:
-      rows: The rows, with the same keys.
-      floats: A format for all floats; None is three digits, of any size.
+      rows: Rows with the same keys.
+      floats: Format of all floats; None is three significant digits.
+      headings: Headings by key; a key without an entry is its own heading.
     """
 
     def text(value: Any) -> str:
@@ -52,24 +68,24 @@ def table(rows: list[dict[str, Any]], floats: str | None = None) -> str:
             return "×".join(map(str, value)) if value else "scalar"
         return str(value)
 
-    cells = [{key: text(value) for key, value in row.items()} for row in rows]
-    right = {
-        key
-        for row in rows
-        for key, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    align = ["right" if key in right else "left" for key in rows[0]]
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    names = {key: (headings or {}).get(key, key) for key in rows[0]}
+    cells = [{names[key]: text(value) for key, value in row.items()} for row in rows]
+    align = [
+        "right" if any(is_number(row[key]) for row in rows) else "left" for key in names
+    ]
     return tabulate(
         cells, headers="keys", tablefmt="simple", colalign=align, disable_numparse=True
     )
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` when the block has ended well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that replaces `path` once the block has succeeded.
 
-    A reader, also one after a crash, sees the old file or the new one, whole.
+    Readers see either the old file or the new one, whole, even after a crash.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -81,15 +97,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write(
+def write_results(
     folder: Path, name: str, results: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
-    """Writes `NAME.json`, with the environment, and the rows as `NAME.csv`."""
+    """Writes results and environment to `NAME.json`, and the rows to `NAME.csv`."""
     document = {"environment": environment(), **results}
     text = json.dumps(
         document, indent=2, ensure_ascii=False, default=lambda value: value.item()
     )
-    with replacing(folder / f"{name}.json") as path:
+    with atomic_write(folder / f"{name}.json") as path:
         path.write_text(text + "\n", encoding="utf-8")
-    with replacing(folder / f"{name}.csv") as path:
+    with atomic_write(folder / f"{name}.csv") as path:
         pd.DataFrame(rows).to_csv(path, index=False)

@@ -1,4 +1,4 @@
-"""Pictures of a trained network: its losses, its predictions, its boundary."""
+"""Pictures of networks, sweeps, private training and suspicious labels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +18,18 @@ DPI = 120
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with output.replacing(path) as partial:
+    with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=DPI)
     plt.close(figure)
 
 
 def _plain(name: str) -> str:
-    """A name in which matplotlib finds no formula."""
+    """The name, escaped so that matplotlib finds no formula in it."""
     return name.replace("$", r"\$")
 
 
 def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
-    """Train and validation loss `[evaluations, 2]` over steps, and the best one."""
+    """Draws train and validation loss, `[evaluations, 2]`, and the best step."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(steps, history[:, 0], label="train")
     axis.plot(steps, history[:, 1], label="validation")
@@ -44,7 +44,7 @@ def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -
 def roc_and_reliability(
     path: Path, target: str, y: np.ndarray, probabilities: dict[str, np.ndarray]
 ) -> None:
-    """ROC and reliability of each model's probabilities `[N]` for labels `[N]`."""
+    """Draws ROC curves and reliability of each model's probabilities `[N]`."""
     figure, (roc, reliability) = plt.subplots(
         1, 2, figsize=(10, 4.6), layout="constrained"
     )
@@ -76,7 +76,7 @@ def boundary(
     names: list[str],
     predict: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    """Probability over the plane of two features, and the rows `[N, 2]` in it."""
+    """Draws the probability over the plane of two features, and the data `[N, 2]`."""
     low, high = features.min(axis=0), features.max(axis=0)
     margin = 0.1 * (high - low)
     axes = [np.linspace(low[i] - margin[i], high[i] + margin[i], 200) for i in (0, 1)]
@@ -100,12 +100,12 @@ def boundary(
 
 
 def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
-    """Validation loss over the first axis or two, a panel for each choice.
+    """Draws validation loss over the first one or two axes, a panel per program.
 
     Args:
-      path: Where to.
-      members: A table with a row for each network, as experiments.sweep makes it.
-      axes: By name, how each is spaced: "log", "lin" or "values".
+      path: The file to write.
+      members: Table with a row per network, as `experiments.sweep` makes it.
+      axes: By name, the axis's spacing: "log", "lin" or "values".
     """
     names = list(axes)[:2]
     panels = list(members.groupby(["hidden", "optimizer"], sort=False))
@@ -159,26 +159,26 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
 
 
 def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None:
-    """Test accuracy over ε, and the share of rows clipped over steps `[ε, steps]`.
+    """Draws test accuracy over ε, and the fraction of rows clipped over steps.
 
     Args:
-      path: Where to.
-      rows: As experiments.private makes them; the last one is not private.
-      clipped: A line a row.
+      path: The file to write.
+      rows: As `experiments.private` makes them; the last one is not private.
+      clipped: Fraction of rows clipped, `[ε, steps]`, in the order of `rows`.
     """
     figure, (accuracy, share) = plt.subplots(
         1, 2, figsize=(10, 4), layout="constrained"
     )
     *some, plain = rows
     accuracy.errorbar(
-        [row["ε"] for row in some],
-        [row["test accuracy"] for row in some],
-        [row["test s.e."] for row in some],
+        [row["epsilon"] for row in some],
+        [row["test_accuracy"] for row in some],
+        [row["test_accuracy_se"] for row in some],
         marker="o",
         capsize=3,
         label="private",
     )
-    mean, error = plain["test accuracy"], plain["test s.e."]
+    mean, error = plain["test_accuracy"], plain["test_accuracy_se"]
     accuracy.axhline(mean, color="C1", label="not private")
     accuracy.axhspan(mean - error, mean + error, color="C1", alpha=0.2, lw=0)
     accuracy.set(
@@ -187,7 +187,7 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
         ylabel="test accuracy, mean ± s.e.",
         title="What privacy costs",
     )
-    ticks = [row["ε"] for row in some]
+    ticks = [row["epsilon"] for row in some]
     accuracy.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     accuracy.minorticks_off()
     accuracy.legend(loc="lower right")
@@ -196,7 +196,7 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
     for i, row in enumerate(some):
         line = clipped[i, : len(steps) * window].reshape(-1, window).mean(axis=1)
         color = plt.get_cmap("viridis")(i / max(len(some) - 1, 1) * 0.9)
-        share.plot(steps, line, color=color, label=f"ε = {row['ε']:g}")
+        share.plot(steps, line, color=color, label=f"ε = {row['epsilon']:g}")
     share.set(
         xlabel="step",
         ylabel="share of rows clipped",
@@ -207,14 +207,17 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
     _save(figure, path)
 
 
-def suspicious(path: Path, rows: Any, rank_by: str, images: np.ndarray | None) -> None:
-    """The rows with the highest score, drawn if they are images; else the scores.
+def suspicious(
+    path: Path, rows: Any, rank_by: str, name: str, images: np.ndarray | None
+) -> None:
+    """Draws the rows with the highest scores if they are images, else the scores.
 
     Args:
-      path: Where to.
-      rows: A table of all rows, the highest score first, as find_mislabeled makes it.
-      rank_by: The score's name.
-      images: `[N, height, width]`, by the number in the column "row", or None.
+      path: The file to write.
+      rows: Table of all rows, highest score first, as `find_mislabeled` makes it.
+      rank_by: Key of the score.
+      name: Name of the score.
+      images: `[N, height, width]`, indexed by the column "row", or None.
     """
     if images is None:
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -226,7 +229,7 @@ def suspicious(path: Path, rows: Any, rank_by: str, images: np.ndarray | None) -
                 place[chosen], rows[rank_by][chosen], s=12, color="C3", label="flipped"
             )
             axis.legend()
-        axis.set(xlabel="rank", xscale="log", ylabel=_plain(rank_by))
+        axis.set(xlabel="rank", xscale="log", ylabel=name)
     else:
         figure, axes = plt.subplots(4, 10, figsize=(11, 5.4), layout="constrained")
         for axis, (_, row) in zip(axes.ravel(), rows.iterrows(), strict=False):
@@ -238,5 +241,5 @@ def suspicious(path: Path, rows: Any, rank_by: str, images: np.ndarray | None) -
         for axis in axes.ravel():
             axis.set_axis_off()
     known = ", flipped ones in red" if "flipped" in rows else ""
-    figure.suptitle(f"Labels as given, of the rows with the highest {rank_by}{known}")
+    figure.suptitle(f"Labels as given, of the rows with the highest {name}{known}")
     _save(figure, path)

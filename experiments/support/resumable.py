@@ -1,4 +1,8 @@
-"""A run's folder: one configuration, one process at a time, checkpoints by Orbax."""
+"""Runs that can be interrupted: output folders, checkpoints, and chunks of work.
+
+If a run is interrupted, the same command with the same folder resumes it. With several
+processes, all of them compute each chunk together; only the first one uses the folder.
+"""
 
 import contextlib
 import json
@@ -18,32 +22,36 @@ from tqdm import tqdm
 from experiments.support import output
 from experiments.support.cli import InputError
 
+FORMAT = 2  # of config.json, and of what it describes
+
 
 @contextlib.contextmanager
-def claimed(folder: Path, configuration: dict[str, Any]) -> Iterator[None]:
-    """Holds a folder for one run; what else writes there must wait.
+def lock_output_dir(folder: Path, configuration: dict[str, Any]) -> Iterator[None]:
+    """Locks a folder for one run, so that no other process writes to it.
 
     Args:
       folder: An existing folder.
-      configuration: What the run is; of an earlier run in this folder it must be the
-        same.
+      configuration: The configuration of the run, which is written to `config.json`. If
+        the folder has one already, it must be the same.
 
     Raises:
-      InputError: If another process has the folder open, or it is of another run.
+      InputError: If another process uses the folder, or it holds another run.
     """
     try:
         held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"--output_dir={folder}: another run is using it") from None
     with held:
-        _claim(folder, configuration)
+        _check_configuration(folder, configuration)
         yield
 
 
 @contextlib.contextmanager
-def opened(folder: Path, configuration: dict[str, Any]) -> Iterator["Checkpoints"]:
-    """Holds a folder for one run, as `claimed`, and opens its checkpoints."""
-    with claimed(folder, configuration):
+def open_checkpoints(
+    folder: Path, configuration: dict[str, Any]
+) -> Iterator["Checkpoints"]:
+    """Locks a folder for one run, and opens its checkpoints."""
+    with lock_output_dir(folder, configuration):
         checkpoints = Checkpoints(folder)
         try:
             yield checkpoints
@@ -51,12 +59,39 @@ def opened(folder: Path, configuration: dict[str, Any]) -> Iterator["Checkpoints
             checkpoints.close()
 
 
-def configuration(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the run in a folder; None if there is no run.
+def _check_configuration(folder: Path, configuration: dict[str, Any]) -> None:
+    """Writes the configuration, or checks that it is the one that the folder has."""
+    # As it reads back: tuples are lists.
+    mine = json.loads(json.dumps({"format": FORMAT, **configuration}))
+    theirs = _read_configuration(folder)
+    if theirs is None:
+        if (folder / "checkpoints").exists():
+            raise InputError(
+                f"--output_dir={folder}: has checkpoints but no config.json, so that "
+                "their run is unknown; use another folder"
+            )
+        with output.atomic_write(folder / "config.json") as path:
+            path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    elif theirs.get("format") != FORMAT:
+        raise InputError(
+            f"--output_dir={folder}: holds a run of another version of these "
+            f"experiments (format {theirs.get('format', 1)}, expected {FORMAT}); use "
+            "another folder"
+        )
+    elif theirs != mine:
+        names = sorted(set(mine) | set(theirs))
+        changed = [n for n in names if mine.get(n) != theirs.get(n)]
+        shown = ", ".join(
+            f"{n}={theirs.get(n)} there, {mine.get(n)} here" for n in changed
+        )
+        raise InputError(
+            f"--output_dir={folder}: holds another run, with {shown}; use another "
+            "folder"
+        )
 
-    Raises:
-      InputError: If its file cannot be understood.
-    """
+
+def _read_configuration(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run in a folder; None if it holds no run."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -65,34 +100,12 @@ def configuration(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: not a run's configuration")
+        raise InputError(f"{path}: expected the configuration of a run")
     return found
 
 
-def _claim(folder: Path, mine: dict[str, Any]) -> None:
-    mine = json.loads(json.dumps(mine))  # as it reads back: tuples are lists
-    theirs = configuration(folder)
-    if theirs is None:
-        if (folder / "checkpoints").exists():
-            raise InputError(
-                f"--output_dir={folder}: has checkpoints, but no config.json to say "
-                "of what"
-            )
-        with output.replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-    elif theirs != mine:
-        names = sorted(set(mine) | set(theirs))
-        other = [n for n in names if mine.get(n) != theirs.get(n)]
-        shown = ", ".join(
-            f"{n}={theirs.get(n)} there, not {mine.get(n)}" for n in other
-        )
-        raise InputError(
-            f"--output_dir={folder}: has another run, with {shown}; take another folder"
-        )
-
-
 class Checkpoints:
-    """The last checkpoints of a run, each whole or not there at all."""
+    """The last checkpoints of a run, each of them complete."""
 
     def __init__(self, folder: Path) -> None:
         self._manager = ocp.CheckpointManager(
@@ -105,12 +118,14 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves a pytree of arrays; once it returns, a kill cannot lose it.
+        """Saves a pytree of arrays; once this returns, the checkpoint survives a kill.
 
         Raises:
-          InputError: If it cannot be written, on a full disk say.
+          InputError: If it cannot be written, for example because the disk is full.
         """
-        leaves = {str(i): _data(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        leaves = {
+            str(i): _to_array(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))
+        }
         try:
             self._manager.save(step, args=ocp.args.StandardSave(leaves))
         except Exception as error:  # a full disk is a ValueError to Orbax
@@ -118,25 +133,27 @@ class Checkpoints:
             raise InputError(f"{self._manager.directory}: {reason}") from error
 
     def restore(self, like: Any) -> Any | None:
-        """The last pytree saved, of the structure of `like`; None if there is none.
+        """The last pytree that was saved; None if there is none.
 
         Args:
-          like: A pytree of arrays or of their shapes and dtypes.
+          like: A pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`s.
 
         Raises:
-          InputError: If what was saved is not of that structure, or is damaged.
+          InputError: If the checkpoint has another structure or is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
         leaves, structure = jax.tree.flatten(like)
-        target = {str(i): jax.eval_shape(_data, leaf) for i, leaf in enumerate(leaves)}
+        target = {
+            str(i): jax.eval_shape(_to_array, leaf) for i, leaf in enumerate(leaves)
+        }
         try:
             found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # whatever Orbax, its files and their codecs raise
             raise InputError(
                 f"{self._manager.directory}: checkpoint {step} cannot be read ("
-                f"{type(error).__name__}); without it the run starts anew"
+                f"{type(error).__name__}); delete it to start again"
             ) from error
         return structure.unflatten(
             jax.random.wrap_key_data(found[str(i)], impl=jax.random.key_impl(leaf))
@@ -146,12 +163,12 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
+        """Stops Orbax's threads."""
         self._manager.close()
 
 
-def _data(leaf: Any) -> Any:
-    """An array as it can be saved: of random keys, their data."""
+def _to_array(leaf: Any) -> Any:
+    """The array to save: for random keys, their data."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf
@@ -161,8 +178,7 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def collect(
-    count: int,
+def compute_chunks(
     compute: Callable[[int], pd.DataFrame],
     sizes: list[int],
     *,
@@ -171,40 +187,44 @@ def collect(
     unit: str,
     scale: int = 1,
 ) -> pd.DataFrame:
-    """The tables of all parts, one below the other.
+    """Computes tables in chunks, and concatenates them.
 
     Args:
-      count: How many parts.
-      compute: Makes the table of one part; what it makes must not depend on others.
-      sizes: Members in each part, for the progress bar.
-      folder: Where parts are kept, as `parts/0.parquet`; None is nowhere.
-      configuration: What the run is; a folder of another one is refused.
-      unit: What the bar counts, `scale` for each member.
-      scale: See `unit`.
+      compute: Computes the table of one chunk, independently of the others.
+      sizes: Number of networks in each chunk.
+      folder: Where to store chunks, as `parts/0.parquet`, so that they are computed
+        once; None stores none.
+      configuration: The configuration of the run; see `lock_output_dir`.
+      unit: Unit of the progress bar.
+      scale: Units per network.
+
+    Returns:
+      The table; in processes after the first, an empty one if there is a folder.
 
     Raises:
-      InputError: If the folder is used by another process, or is of another run.
+      InputError: If another process uses the folder, or it holds another run.
     """
+    count = len(sizes)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        problem = None
+        error_here = None
         if folder is not None and first:
             try:
-                stack.enter_context(claimed(folder, configuration))
+                stack.enter_context(lock_output_dir(folder, configuration))
                 (folder / "parts").mkdir(exist_ok=True)
             except InputError as error:
-                problem = error
+                error_here = error
         known = [
-            problem is None and folder is not None and _path(folder, i).exists()
+            error_here is None and folder is not None and _path(folder, i).exists()
             for i in range(count)
         ]
-        if not _agreed(problem is None):
-            raise problem or InputError("the first process cannot use --output_dir")
-        known = _agreed(np.array(known))
+        if not _from_first_process(error_here is None):
+            raise error_here or InputError("the first process cannot use --output_dir")
+        known = _from_first_process(np.array(known))
         tables: dict[int, pd.DataFrame] = {}
         done = sum(size for i, size in enumerate(sizes) if known[i])
         if done and first:
-            print(f"Going on: {done} of {sum(sizes)} are there.", flush=True)
+            print(f"Resuming: {done} of {sum(sizes)} networks are done.", flush=True)
         with tqdm(
             total=sum(sizes) * scale,
             initial=done * scale,
@@ -220,15 +240,15 @@ def collect(
                 if folder is None:
                     tables[i] = table
                 elif first:
-                    with output.replacing(_path(folder, i)) as path:
+                    with output.atomic_write(_path(folder, i)) as path:
                         table.to_parquet(path, index=False)
                 members += sizes[i]
                 bar.update(sizes[i] * scale)
                 bar.set_postfix_str(f"{members}/{sum(sizes)} networks")
         if folder is not None and first:
             tables = {i: _read(_path(folder, i)) for i in range(count)}
-        parts = [tables[i] for i in sorted(tables)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        chunks = [tables[i] for i in sorted(tables)]
+        return pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame()
 
 
 def _path(folder: Path | None, i: int) -> Path:
@@ -240,13 +260,13 @@ def _read(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}); without it that part is "
-            "made anew"
+            f"{path}: cannot be read ({type(error).__name__}); delete it to compute it "
+            "again"
         ) from error
 
 
-def _agreed(value: Any) -> Any:
-    """What the first process has, in all of them."""
+def _from_first_process(value: Any) -> Any:
+    """The first process's value, in all processes."""
     if jax.process_count() == 1:
         return value
     return multihost_utils.broadcast_one_to_all(np.asarray(value))

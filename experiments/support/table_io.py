@@ -1,4 +1,4 @@
-"""Tables from a user's files, checked: what can be learned from, and why not."""
+"""Reading and checking tables from the user's files."""
 
 import functools
 import warnings
@@ -11,27 +11,27 @@ import pandas as pd
 
 from experiments.support.cli import InputError
 
-MOST_CATEGORIES = 100  # of a text column; above, it is text and not a category
+MAX_CATEGORIES = 100  # per text column; with more it is free text
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The table in a .csv or .parquet file, with at least one row.
+    """Reads a table with at least one row from a .csv or .parquet file.
 
     Raises:
-      InputError: If it cannot be read, is empty, or two columns share a name.
+      InputError: If the file cannot be read or is empty, or two columns share a name.
     """
     readers = {
         ".csv": functools.partial(pd.read_csv, index_col=False),
         ".parquet": pd.read_parquet,
     }
     if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: not a .csv or .parquet file")
+        raise InputError(f"{path}: expected a .csv or .parquet file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table = readers[path.suffix.lower()](path)
         header = [str(name) for name in table.columns]
-        if path.suffix.lower() == ".csv":  # where pandas renames a second "a" to "a.1"
+        if path.suffix.lower() == ".csv":  # pandas renames a second "a" to "a.1"
             header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].tolist()
     except pd.errors.ParserWarning:
         raise InputError(f"{path}: has rows with more fields than its header") from None
@@ -47,7 +47,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def need_columns(source: str, table: pd.DataFrame, names: Any) -> None:
-    """Checks that a table has columns of these names.
+    """Checks that a table has these columns.
 
     Raises:
       InputError: If one is missing.
@@ -61,15 +61,16 @@ def need_columns(source: str, table: pd.DataFrame, names: Any) -> None:
 def features(
     source: str, table: pd.DataFrame, categories: list[str] | None = None
 ) -> pd.DataFrame:
-    """Every column as float64 numbers, or as text if it holds categories.
+    """Converts columns to float64 numbers, or to text if they hold categories.
 
     Args:
-      source: Where the table is from.
+      source: Name of the table in messages.
       table: The columns.
-      categories: Names of those that hold categories; None is what each looks like.
+      categories: Names of the columns that hold categories; None infers them.
 
     Raises:
-      InputError: If a value is missing or not finite, or a column is of another kind.
+      InputError: If a value is missing or not finite, or a column holds neither numbers
+        nor categories.
     """
     found = {}
     for name in table.columns:
@@ -87,7 +88,7 @@ def _numbers(where: str, column: pd.Series) -> pd.Series:
     try:
         values = column.to_numpy(np.float64, na_value=np.nan)
     except (ValueError, TypeError):
-        raise InputError(f"{where} is {column.dtype}, not numbers") from None
+        raise InputError(f"{where} is {column.dtype}, expected numbers") from None
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values)))
         raise InputError(f"{where} has {values[row]} in {_row(row)}")
@@ -102,19 +103,19 @@ def _categories(where: str, column: pd.Series) -> pd.Series:
 
 
 def _new_categories(where: str, column: pd.Series) -> pd.Series:
-    """Text that may be categories, and not a number mistyped or free text."""
+    """The categories of a column that holds neither mistyped numbers nor free text."""
     categorical = isinstance(column.dtype, pd.CategoricalDtype)
     if not categorical and not all(isinstance(v, str) for v in column.dropna()):
-        raise InputError(f"{where} is {column.dtype}, neither numbers nor text")
+        raise InputError(f"{where} is {column.dtype}, expected numbers or text")
     values = _categories(where, column)
     numbers = np.isfinite(np.asarray(pd.to_numeric(values, errors="coerce"), float))
     if numbers.mean() > 0.5 and not numbers.all():
         row = int(numbers.argmin())
         raise InputError(f"{where} is not numeric in {_row(row)}: {values.iloc[row]!r}")
-    if values.nunique() > MOST_CATEGORIES:
+    if values.nunique() > MAX_CATEGORIES:
         raise InputError(
-            f"{where} is text of {values.nunique()} different values, as "
-            f"{values.iloc[0]!r}; at most {MOST_CATEGORIES} are taken as categories; "
+            f"{where} is text of {values.nunique()} different values, such as "
+            f"{values.iloc[0]!r}; expected at most {MAX_CATEGORIES} categories; "
             "drop or encode the column"
         )
     return values
@@ -127,15 +128,15 @@ def _row(index: int) -> str:
 def labels(
     source: str, column: pd.Series, positive: str | None = None
 ) -> tuple[np.ndarray, tuple[Hashable, Hashable]]:
-    """A column of two values as labels 0 and 1.
+    """Converts a column of two values to labels 0 and 1.
 
     Args:
-      source: Where the table is from.
-      column: The labels.
-      positive: The value of label 1, as text; None is the larger.
+      source: Name of the table in messages.
+      column: The column.
+      positive: The value that is label 1, as text; None is the larger one.
 
     Returns:
-      Labels `[N]`, float64, and the values of label 0 and label 1.
+      Labels `[N]`, float64, and the values that labels 0 and 1 stand for.
 
     Raises:
       InputError: If there are not two values, or `positive` is neither.
@@ -147,7 +148,7 @@ def labels(
         )
     if not all(isinstance(v, (str, bool, int, float)) for v in column.tolist()):
         kind = type(column.iloc[0]).__name__
-        raise InputError(f"{name} is {kind}; numbers, text and booleans are accepted")
+        raise InputError(f"{name} is {kind}, expected numbers, text or booleans")
     values = column.unique().tolist()  # Python's own, not NumPy's
     try:
         values.sort()
@@ -155,9 +156,7 @@ def labels(
         values.sort(key=str)
     if len(values) != 2:
         shown = ", ".join(map(str, values[:5])) + ", ..." * (len(values) > 5)
-        raise InputError(
-            f"{name} has the values {shown}; two different ones are accepted"
-        )
+        raise InputError(f"{name} has the values {shown}; expected two different ones")
     if positive is not None:
         matching = [value for value in values if _same(value, positive)]
         if not matching:

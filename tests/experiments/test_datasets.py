@@ -45,7 +45,7 @@ def test_a_bad_file_is_refused_with_what_is_wrong(tmp_path, text, target, messag
     path = tmp_path / "data.csv"
     path.write_text(text)
     with pytest.raises(InputError) as error:
-        datasets.whole(datasets.load(data=str(path), target=target.split(",")))
+        datasets.preprocess_all(datasets.load(data=str(path), target=target.split(",")))
     assert message in str(error.value)
     assert str(path) in str(error.value) or "--target" in str(error.value)
 
@@ -85,7 +85,7 @@ def test_labels_of_any_two_values_become_0_and_1(tmp_path, labels):
         table = datasets.load(data=path, target=["y"], positive=positive)
         np.testing.assert_array_equal(table.y.ravel(), truth)
     assert table.classes == {"y": (labels[1], labels[0])}
-    x, _ = datasets.whole(table)
+    x, _ = datasets.preprocess_all(table)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(x.std(0), 1)
     with pytest.raises(InputError, match="--positive=maybe is neither"):
@@ -109,7 +109,7 @@ def test_numbers_are_standardised_and_text_is_one_hot(tmp_path, name):
     data = datasets.load(data=written(tmp_path, table, name), target=["y", "z"])
     assert list(data.features.columns) == ["size", "flag", "color"]
     np.testing.assert_array_equal(data.y, [[0, 0], [1, 0], [0, 1], [1, 1]])
-    x, _ = datasets.whole(data)
+    x, _ = datasets.preprocess_all(data)
     assert x.shape == (4, 5)
     np.testing.assert_allclose(x[:, :2].std(0), 1)
     np.testing.assert_array_equal(
@@ -129,7 +129,7 @@ def test_a_split_is_stratified_and_prepared_by_the_training_part_alone():
     train, test = parts["train"], parts["test"]
     np.testing.assert_allclose(train.x.mean(0), 0, atol=1e-9)
     assert np.abs(test.x.mean(0)).max() > 1e-3
-    prepared = datasets.prepared("", preparation, table.features.iloc[test.rows])
+    prepared = datasets.preprocess("", preparation, table.features.iloc[test.rows])
     np.testing.assert_array_equal(test.x, prepared)
     again, _ = datasets.split(table, seed=3)
     np.testing.assert_array_equal(again["test"].rows, test.rows)
@@ -169,7 +169,7 @@ def test_a_value_far_beyond_the_training_rows_is_refused():
     _, preparation = datasets.split(table, 0)
     row = table.features.iloc[:1].assign(x1=1e60)
     with pytest.raises(InputError, match="new: column 'x1' is too large"):
-        datasets.prepared("new", preparation, row)
+        datasets.preprocess("new", preparation, row)
 
 
 def test_categories_are_what_training_says_they_are():
@@ -183,7 +183,7 @@ def test_categories_are_what_training_says_they_are():
 @pytest.mark.parametrize("dataset", ["digits", "breast_cancer", "moons", "xor"])
 def test_named_data_is_standardised_and_has_both_classes(dataset):
     table = datasets.load(dataset=dataset)
-    x, y = datasets.whole(table)
+    x, y = datasets.preprocess_all(table)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-9)
     assert set(np.round(x.std(0), 9)) <= {0, 1}
     assert set(y.ravel()) == {0, 1}

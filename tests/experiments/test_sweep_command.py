@@ -70,7 +70,7 @@ def test_a_row_is_the_solo_run_of_its_member(table):
             parts["train"].x,
             parts["train"].y,
             optimizer=optimizer,
-            loss=optimizers.objective(jaxbce.loss, penalty),
+            loss=optimizers.penalized(jaxbce.loss, penalty),
             num_steps=60,
             batch_size=32,
             validation=parts["validation"][1:],
@@ -168,7 +168,7 @@ def test_a_damaged_part_is_named(tmp_path):
     (tmp_path / "parts" / "0.parquet").write_bytes(b"not parquet")
     options: Any = {"configuration": {}, "unit": "n"}
     with pytest.raises(InputError, match=r"0\.parquet: cannot be read"):
-        resumable.collect(1, lambda i: pd.DataFrame(), [1], folder=tmp_path, **options)
+        resumable.compute_chunks(1, lambda i: pd.DataFrame(), [1], folder=tmp_path, **options)
 
 
 # ------------------------------------------------------- as processes, and killed

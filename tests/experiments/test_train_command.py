@@ -110,8 +110,8 @@ def test_an_optimizer_is_built_as_asked():
     assert rate(warm) == 0
     assert np.isclose(rate(warm, 10), 1)
     assert build("lbfgs")[1] == 0.0
-    assert {"prodigy", "adamw", "muon"} <= set(optimizers.known())
-    loss = optimizers.objective(jaxbce.loss, 0.2)
+    assert {"prodigy", "adamw", "muon"} <= set(optimizers.available())
+    loss = optimizers.penalized(jaxbce.loss, 0.2)
     data = (params, np.ones((2, 3), np.float32), np.ones((2, 1)))
     extra = loss(*data) - jaxbce.loss(*data)
     assert np.isclose(extra, 0.1 * np.sum(np.square(params[0].w)))
@@ -297,12 +297,12 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     with (
-        resumable.opened(tmp_path, {"a": (1,)}),
+        resumable.open_checkpoints(tmp_path, {"a": (1,)}),
         pytest.raises(InputError, match="another run is using it"),
-        resumable.opened(tmp_path, {"a": (1,)}),
+        resumable.open_checkpoints(tmp_path, {"a": (1,)}),
     ):
         pass
-    with resumable.opened(tmp_path, {"a": (1,)}):
+    with resumable.open_checkpoints(tmp_path, {"a": (1,)}):
         pass
 
 
@@ -363,13 +363,13 @@ def test_what_cannot_be_done_is_refused(options, message):
 
 
 def test_arguments_of_an_optimizer_are_read_from_text():
-    found = optimizers.arguments(["b1=0.5", "nesterov=True", "eps=1e-3", "mask=None"])
+    found = optimizers.parse_args(["b1=0.5", "nesterov=True", "eps=1e-3", "mask=None"])
     assert found == {"b1": 0.5, "nesterov": True, "eps": 1e-3, "mask": None}
     for text in ("b1", "b1=", "b1=os.system", "=3", "b1=[1]", "b1=..."):
         with pytest.raises(InputError, match="not NAME=NUMBER, True or None"):
-            optimizers.arguments([text])
+            optimizers.parse_args([text])
     with pytest.raises(InputError, match="given twice"):
-        optimizers.arguments(["b1=0.5", "b1=0.6"])
+        optimizers.parse_args(["b1=0.5", "b1=0.6"])
 
 
 def test_a_mistake_is_one_line_before_any_work_and_leaves_nothing(tmp_path):

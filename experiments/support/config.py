@@ -1,0 +1,307 @@
+"""Configuration of a training run: two dataclasses and the flags that fill them.
+
+A command names its own defaults once, in a dictionary that it gives to `from_flags` and
+to `cli.launch`, so that its `--help` shows them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from absl import flags
+
+from experiments.support import cli, optimizers
+from experiments.support.cli import InputError
+
+OPTIMIZER = flags.DEFINE_string(
+    "optimizer",
+    "adam",
+    "Name of an optimizer in optax or optax.contrib; a wrong name lists them.",
+)
+OPTIMIZER_ARG = flags.DEFINE_multi_string(
+    "optimizer_arg", [], "An argument of the optimizer, such as b1=0.95."
+)
+LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate",
+    None,
+    "The learning rate. If not set, the optimizer's own default, or "
+    f"{optimizers.DEFAULT_LEARNING_RATE} if it has none.",
+)
+SCHEDULE = flags.DEFINE_enum(
+    "schedule",
+    "constant",
+    ["constant", "cosine", "warmup-cosine", "exponential"],
+    "How the learning rate changes over the run. cosine: falls to 0; warmup-cosine: "
+    "rises over the first tenth, then falls to 0; exponential: falls to a hundredth.",
+)
+WEIGHT_DECAY = flags.DEFINE_float(
+    "weight_decay",
+    0.001,
+    "The optimizer's own weight_decay if it has one, as adamw does. Otherwise half of "
+    "this times the sum of squared weights is added to the objective.",
+    lower_bound=0.0,
+)
+HIDDEN = flags.DEFINE_multi_string(
+    "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Rows per batch; 0 is all of them.", lower_bound=0
+)
+NUM_STEPS = flags.DEFINE_integer(
+    "num_steps",
+    None,
+    "Steps to train for.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
+)
+EPOCHS = flags.DEFINE_integer(
+    "epochs",
+    None,
+    "Epochs to train for; 60 if neither this nor --num_steps is set.",
+    lower_bound=1,
+)
+EVALUATE_EVERY = flags.DEFINE_integer(
+    "evaluate_every",
+    None,
+    "Steps between evaluations. If not set, an epoch or a hundredth of the run, "
+    "whichever is longer.",
+    lower_bound=1,
+)
+PATIENCE = flags.DEFINE_integer(
+    "patience",
+    None,
+    "Stop at the first evaluation that comes this many steps or more after the best "
+    "one. If not set, never stop early.",
+    lower_bound=1,
+)
+POS_WEIGHT = flags.DEFINE_string(
+    "pos_weight",
+    "1",
+    "Weight of label 1 in the loss.",
+)
+
+OPTIMIZER_FLAGS = (
+    "optimizer",
+    "optimizer_arg",
+    "learning_rate",
+    "schedule",
+    "weight_decay",
+)
+TRAINING_FLAGS = (
+    "batch_size",
+    "num_steps",
+    "epochs",
+    "evaluate_every",
+    "patience",
+    "pos_weight",
+)
+DEFAULT_EPOCHS = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optax optimizer and its hyperparameters.
+
+    Attributes:
+      optimizer: Its name in optax or optax.contrib.
+      optimizer_args: Its arguments by name.
+      learning_rate: None is the optimizer's own default, or 0.003 if it has none.
+      schedule: "constant", "cosine", "warmup-cosine" or "exponential".
+      weight_decay: The optimizer's own, or a penalty on the weights.
+    """
+
+    optimizer: str = "adam"
+    optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learning_rate: float | None = None
+    schedule: str = "constant"
+    weight_decay: float = 0.001
+
+    @classmethod
+    def from_flags(cls, **defaults: Any) -> Self:
+        """The flags' values; flags that are not set take `defaults`, if given.
+
+        Raises:
+          InputError: If an --optimizer_arg is malformed.
+        """
+        return cls(
+            optimizer=OPTIMIZER.value,
+            optimizer_args=optimizers.parse_args(OPTIMIZER_ARG.value),
+            learning_rate=_value(LEARNING_RATE, defaults.get("learning_rate")),
+            schedule=SCHEDULE.value,
+            weight_decay=WEIGHT_DECAY.value,
+        )
+
+    def check(self) -> Self:
+        """The same configuration, if there is such an optimizer.
+
+        Raises:
+          InputError: If the optimizer is unknown or does not take an argument.
+        """
+        self.build(num_steps=1)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the configuration file says of the optimizer."""
+        return dataclasses.asdict(self) | {"optimizer_args": dict(self.optimizer_args)}
+
+    def build(self, num_steps: int) -> tuple[Any, float]:
+        """The optax transformation, and the penalty that its objective needs."""
+        return optimizers.build(self.optimizer, **self._options(num_steps))
+
+    def build_family(self, num_steps: int, swept: tuple[str, ...] = ()) -> Any:
+        """A function from one point's hyperparameters to its optax transformation."""
+        return optimizers.build_family(
+            self.optimizer, swept=swept, **self._options(num_steps)
+        )
+
+    def _options(self, num_steps: int) -> dict[str, Any]:
+        return {
+            "learning_rate": self.learning_rate,
+            "schedule": self.schedule,
+            "num_steps": num_steps,
+            "weight_decay": self.weight_decay,
+            "args": tuple(self.optimizer_args.items()),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a network is trained.
+
+    Attributes:
+      seed: Seed of the split, the parameters and the order of rows.
+      hidden: Widths of the hidden layers.
+      batch_size: Rows per batch; 0 is all of them, and so is None unless the command
+        chooses.
+      num_steps: Steps to train for; None is what `epochs` says.
+      epochs: Epochs to train for; None is 60.
+      evaluate_every: Steps between evaluations; None is an epoch or a hundredth of the
+        run, whichever is longer.
+      patience: Steps without a better validation loss after which to stop; None is
+        never.
+      pos_weight: Weight of label 1 in the loss, or "balanced".
+      dtype: "float64", "float32" or "bfloat16".
+    """
+
+    seed: int = 0
+    hidden: tuple[int, ...] = (32,)
+    batch_size: int | None = 32
+    num_steps: int | None = None
+    epochs: int | None = None
+    evaluate_every: int | None = None
+    patience: int | None = None
+    pos_weight: float | str = 1.0
+    dtype: str = "float32"
+
+    @classmethod
+    def from_flags(cls, **defaults: Any) -> Self:
+        """The flags' values; flags that are not set take `defaults`, if given.
+
+        Args:
+          **defaults: The command's own `batch_size`, `num_steps`, `dtype` or `hidden`.
+
+        Raises:
+          InputError: If --hidden cannot be read.
+        """
+        hidden = defaults.get("hidden")
+        return cls(
+            seed=cli.SEED.value,
+            hidden=hidden_sizes() if hidden is None else hidden,
+            batch_size=_value(BATCH_SIZE, defaults.get("batch_size")),
+            num_steps=_value(NUM_STEPS, defaults.get("num_steps")),
+            epochs=EPOCHS.value,
+            evaluate_every=EVALUATE_EVERY.value,
+            patience=PATIENCE.value,
+            pos_weight=_number_or_text(POS_WEIGHT.value),
+            dtype=_value(cli.DTYPE, defaults.get("dtype", "float32")),
+        )
+
+    def check(self, rows: int, name: str = "the data") -> Self:
+        """The same configuration with every duration in steps, and no batch size of 0.
+
+        Args:
+          rows: Rows to train on.
+          name: What the data is called in messages.
+
+        Raises:
+          InputError: If a batch needs more rows than there are, both `num_steps` and
+            `epochs` are given, the run is too long, or `pos_weight` is out of range.
+        """
+        if self.batch_size is not None and self.batch_size > rows:
+            raise InputError(
+                f"--batch_size={self.batch_size}: {name} has {rows} rows to train on"
+            )
+        weight = self.pos_weight
+        if weight != "balanced" and not (
+            isinstance(weight, float | int) and 0 <= weight < math.inf
+        ):
+            raise InputError(
+                f"--pos_weight={weight}: expected a finite number >= 0, or 'balanced'"
+            )
+        if self.num_steps is not None and self.epochs is not None:
+            raise InputError("expected --num_steps or --epochs, got both")
+        epoch = -(-rows // (self.batch_size or rows))
+        num_steps = self.num_steps or (self.epochs or DEFAULT_EPOCHS) * epoch
+        if num_steps >= 2**31:
+            raise InputError(
+                f"--epochs={self.epochs}: expected fewer than 2^31 steps, got "
+                f"{num_steps}"
+            )
+        every = self.evaluate_every or max(epoch, -(-num_steps // 100))
+        return dataclasses.replace(
+            self,
+            batch_size=self.batch_size or None,
+            num_steps=num_steps,
+            epochs=None,
+            evaluate_every=min(every, num_steps),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the configuration file says of training."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name != "epochs"  # which `check` turns into steps
+        }
+
+
+def _value(flag: flags.FlagHolder, default: Any) -> Any:
+    return default if flag.value is None else flag.value
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def hidden_choices() -> list[tuple[int, ...]]:
+    """The widths that each --hidden names.
+
+    Raises:
+      InputError: If one of them is not an integer >= 1.
+    """
+    return [_widths(text) for text in HIDDEN.value]
+
+
+def hidden_sizes() -> tuple[int, ...]:
+    """The widths of the only --hidden.
+
+    Raises:
+      InputError: If there are several, or a width is not an integer >= 1.
+    """
+    if len(HIDDEN.value) > 1:
+        raise InputError("--hidden: expected once, got several; one network is trained")
+    return hidden_choices()[0]
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(n) for n in text.split(",")) if text else ()
+    except ValueError:
+        sizes = (0,)
+    if any(n < 1 for n in sizes):
+        raise InputError(f"--hidden={text}: expected comma-separated integers >= 1")
+    return sizes
