@@ -1,16 +1,25 @@
 """What tests share: small problems, references, tolerances and processes."""
 
+import contextlib
+import importlib
+import io
 import itertools
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags, logging
+from absl.testing import flagsaver
 
 import jaxbce
+from experiments.support import cli
 from jaxbce.network import Params
 
 # Relative error of a leaf, ‖a − b‖ / ‖b‖, by the dtype that computed a.
@@ -30,6 +39,109 @@ def start(experiment: str, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+class Finished(NamedTuple):
+    """How a command ended: its exit status, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_command(name: str, *arguments: str) -> Finished:
+    """Runs `python -m experiments.NAME ARGUMENTS` in this process.
+
+    Flags, logging and JAX's configuration are as before once it returns. JAX's devices
+    are those of this process: `--cpu_devices` with another number is an error, as are
+    all exceptions that a process would end with a traceback. Flags of commands that
+    other tests have imported are refused as flags of another script.
+    """
+    module = importlib.import_module(f"experiments.{name}")
+    program = str(Path(module.__file__ or "").resolve())
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        _flags_of(module.__name__, program),
+        _configuration_restored(),
+        jax.numpy_dtype_promotion("standard"),
+        mock.patch.object(sys, "argv", [program, *arguments]),
+        mock.patch.object(app, "run", _run_app),
+        mock.patch.object(os, "_exit", sys.exit),
+        _main_module(module),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.launch(module.main)
+        except SystemExit as ended:
+            status = ended.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+    if status is None or isinstance(status, int):
+        return Finished(status or 0, out.getvalue(), err.getvalue())
+    return Finished(1, out.getvalue(), err.getvalue())
+
+
+def _run_app(main: Any, *, flags_parser: Any) -> None:
+    """`app.run` without its changes to the process: its name, handlers of logs."""
+    sys.exit(main(flags_parser(sys.argv)))
+
+
+@contextlib.contextmanager
+def _flags_of(module: str, program: str) -> Iterator[None]:
+    """All flags of experiments at their defaults; those of `module` as the program's.
+
+    absl keeps flags by the module that defines them, and those of the main module by
+    `sys.argv[0]`.
+    """
+    key_flags = flags.FLAGS.key_flags_by_module_dict()
+    verbosity = logging.get_verbosity()
+    app.define_help_flags()
+    before = flagsaver.save_flag_values()
+    for defined_in, defined in flags.FLAGS.flags_by_module_dict().items():
+        if defined_in.startswith("experiments."):
+            for flag in defined:
+                flag.unparse()
+    key_flags[program] = flags.FLAGS.get_key_flags_for_module(module)
+    try:
+        yield
+    finally:
+        del key_flags[program]
+        added = flagsaver.save_flag_values()  # by a library imported meanwhile
+        flagsaver.restore_flag_values(added | before)
+        flags.FLAGS.mark_as_parsed()
+        logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _configuration_restored() -> Iterator[None]:
+    """JAX's configuration is restored; the number of CPU devices stays as it is."""
+    update, before = jax.config.update, dict(jax.config.values)
+
+    def guarded(option: str, value: Any) -> None:
+        if option != "jax_num_cpu_devices":
+            update(option, value)
+        elif cli.CPU_DEVICES.value not in (None, jax.local_device_count()):
+            raise ValueError(f"{cli.CPU_DEVICES.value} devices need a process: start()")
+
+    with mock.patch.object(jax.config, "update", guarded):
+        try:
+            yield
+        finally:
+            for option, value in before.items():
+                if jax.config.values[option] != value:
+                    update(option, value)
+
+
+@contextlib.contextmanager
+def _main_module(module: Any) -> Iterator[None]:
+    """The main module of this process, whose docstring `--help` prints."""
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 class Problem(NamedTuple):
