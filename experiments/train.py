@@ -58,8 +58,8 @@ _PREDICT = flags.DEFINE_string(
 
 DEFAULTS = {"batch_size": 32, "dtype": "float32"}
 HELP = {
-    "pos_weight": "Weight of label 1 in the loss, or 'balanced': the number of training "
-    "rows of label 0 over the number of rows of label 1.",
+    "pos_weight": "Weight of label 1 in the loss, or 'balanced': the number of "
+    "training rows of label 0 over the number of those of label 1.",
 }
 LOSSES = {"manual": jaxbce.loss, "autodiff": baselines.plain_objective}
 

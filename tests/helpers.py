@@ -72,7 +72,11 @@ def run_command(name: str, *arguments: str) -> Finished:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.launch(module.main)
+            cli.launch(
+                module.main,
+                getattr(module, "DEFAULTS", None),
+                getattr(module, "HELP", None),
+            )
         except SystemExit as ended:
             status = ended.code
             if isinstance(status, str):
