@@ -132,15 +132,6 @@ class OptimizerConfig:
             weight_decay=WEIGHT_DECAY.value,
         )
 
-    def check(self) -> Self:
-        """The same configuration, if there is such an optimizer.
-
-        Raises:
-          InputError: If the optimizer is unknown or does not take an argument.
-        """
-        self.build(num_steps=1)
-        return self
-
     def as_dict(self) -> dict[str, Any]:
         """What the configuration file says of the optimizer."""
         return dataclasses.asdict(self) | {"optimizer_args": dict(self.optimizer_args)}
