@@ -101,7 +101,7 @@ class Report(NamedTuple):
         return all(t.passed for t in self.tail)
 
     def __str__(self) -> str:
-        lines = ["leaf    oracle        worst at     error   allowed  verdict"]
+        lines = ["leaf    reference     worst at     error   allowed  verdict"]
         for c in self.comparisons:
             lines.append(
                 f"{c.leaf:<7} {c.oracle:<13} {c.point:<9} {c.error:>8.1e}  "

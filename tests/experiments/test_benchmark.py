@@ -213,7 +213,7 @@ def test_numbers_have_three_digits(value, text):
 def test_the_readme_has_the_tables_of_one_run():
     """Those that the benchmark writes from the file beside the README's pictures."""
     document = json.loads((ROOT / ".github" / "benchmark.json").read_text())
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "experiments" / "BENCHMARKS.md").read_text()
     assert set(report._BLOCK.findall(text)) != set()
     assert report.with_tables(text, document) == text
     broken = text.replace("<!-- benchmark: fit -->\n", "<!-- benchmark: fit -->\nx")
