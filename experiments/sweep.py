@@ -366,7 +366,7 @@ def _cost(
     x, y = data["train"]
     layers = (x.shape[1], *choice.hidden, y.shape[1])
     devices = np.array(jax.devices())
-    group = sweeps.members_that_fit(
+    group = sweeps.max_members_per_device(
         layers, jnp.dtype(dtype), x.shape[0], batch_size, devices
     )
     each_device = -(-sizes[mine[0]] // len(devices))
