@@ -319,8 +319,8 @@ def ggn_eigenvalues(
     count = most if k is None else _validate.count("k", k)
     if count > most:
         raise ValueError(
-            f"expected k to be an integer from 1 to {most}, the number of nonzero "
-            f"eigenvalues, got {k}"
+            f"expected k to be an integer from 1 to {most}, the most eigenvalues that "
+            f"can be nonzero, got {k}"
         )
     size = examples_per_block(block_size, params, len(batch.c))
     if k is None or num_logits < num_params or 5 * count >= num_params:
@@ -397,11 +397,11 @@ def log_evidence(
       -\sum_i s_i \ell_i - \frac\tau2 \|\theta\|^2
       - \frac12 \log\det\!\left(I + \tfrac1\tau \sqrt S \Theta \sqrt S\right)
 
-    for the prior :math:`\theta \sim N(0, I/\tau)` of all weights and biases, with the
-    Gauss-Newton matrix in place of the Hessian. It can be computed for any params, but
-    is meant for those at the maximum of the posterior, which minimize the summed loss
-    plus :math:`\tau/2\,\|\theta\|^2`. With soft labels, weights or pos_weight the
-    likelihood is a weighted one.
+    The prior of all weights and biases is :math:`\theta \sim N(0, I/\tau)`, and the
+    Gauss-Newton matrix replaces the Hessian. The approximation is meant for params at
+    the maximum of the posterior, which minimize the summed loss plus
+    :math:`\tau/2\,\|\theta\|^2`, but can be computed for any. With soft labels, weights
+    or pos_weight the likelihood is a weighted one.
 
     The result can be differentiated with respect to the prior precision, for example to
     choose τ by gradient ascent. The eigenvalues have absolute errors of the order of

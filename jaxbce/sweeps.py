@@ -82,7 +82,9 @@ def grid(**axes: Any) -> dict[str, np.ndarray]:
       [0.1, 0.1, 0.1, 0.2, 0.2, 0.2]
     """
     if not axes:
-        raise ValueError("expected at least one axis, such as learning_rate=[0.1]")
+        raise ValueError(
+            "expected at least one axis, such as learning_rate=[0.1], got none"
+        )
     values = {name: np.asarray(value) for name, value in axes.items()}
     for name, value in values.items():
         if value.ndim != 1 or len(value) == 0:
