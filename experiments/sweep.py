@@ -348,7 +348,7 @@ def _cost(plan: Plan, program: Program) -> Row:
     sizes = (x.shape[1], *program.hidden, y.shape[1])
     dtype = jnp.dtype(plan.training.dtype)
     devices = np.array(jax.devices())
-    group = sweeps.members_that_fit(
+    group = sweeps.max_members_per_device(
         sizes, dtype, x.shape[0], plan.training.batch_size, devices
     )
     per_device = -(-first // len(devices))

@@ -11,8 +11,33 @@ from jaxbce.gradients import (
     value_and_grad,
 )
 from jaxbce.losses import bce, bce_with_logits
-from jaxbce.network import Layer, Trace, forward, init, logits, predict_proba
+from jaxbce.network import Activations, Layer, forward, init, logits, predict_proba
 from jaxbce.sweeps import SweepResult, grid, sweep
 from jaxbce.training import FitResult, fit
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "ChainRule",
+    "FitResult",
+    "Layer",
+    "SweepResult",
+    "bce",
+    "bce_with_logits",
+    "chain_rule",
+    "check_gradients",
+    "curvature",
+    "deltas",
+    "fit",
+    "forward",
+    "grad",
+    "grid",
+    "init",
+    "logits",
+    "loss",
+    "per_example",
+    "predict_proba",
+    "sweep",
+    "value_and_grad",
+]

@@ -1,14 +1,15 @@
-"""The derivation of `gradients.py` with an example a column, for loops over steps.
+"""The derivation of `gradients.py` with one column per example, for training loops.
 
-Parameters are carried transposed, `w [n_k, n_{k-1}]`, and activations are `[n_k, N]`:
+Parameters are carried transposed, as `w [n_k, n_{k-1}]`, and activations are
+`[n_k, N]`:
 
     a_k = W_k h_{k-1} + b_k
     δ_k = (W_{k+1}ᵀ δ_{k+1}) ⊙ [a_k > 0]      ∂/∂W_k = δ_k h_{k-1}ᵀ
 
-Written so, `jax.vmap` over networks that share their examples transposes nothing. The
-first layers of all of them are one matrix product, `[G n_1, n_0] [n_0, N]`, and so are
-their gradients, with the biases' as one column more; the later layers are batched
-products with the members in front. One network alone is not slower for it.
+In this layout `jax.vmap` over networks that share their examples needs no transposes.
+The first layers of all G networks are one matrix product, `[G n_1, n_0] [n_0, N]`, and
+so are their gradients, with one more column for those of the biases. The later layers
+are batched products over the networks. A single network is no slower in this layout.
 """
 
 from typing import Any, NamedTuple
@@ -20,33 +21,33 @@ from jaxbce._blocks import sum_over_blocks
 from jaxbce.losses import output_delta, softplus, weighted
 from jaxbce.network import Layer, Params, matmul
 
-_COLUMNS = 8  # a width that vector units divide
+_WIDTH_MULTIPLE = 8  # the feature width is padded to a multiple, for vector units
 
 
-def transposed(tree: Any) -> Any:
-    """Every leaf transposed: of params their columns form, and the way back."""
+def transpose_leaves(tree: Any) -> Any:
+    """Every leaf transposed: from parameters to their column layout, and back."""
     return jax.tree.map(jnp.transpose, tree)
 
 
 def with_ones(x: jax.Array) -> jax.Array:
-    """Features `[N, n_0]`, a column of ones for the bias, zeros up to a whole width."""
-    rows, n_in = x.shape
-    after = -(-(n_in + 1) // _COLUMNS) * _COLUMNS - n_in
-    return jnp.concatenate([x, jnp.eye(1, after, dtype=x.dtype).repeat(rows, 0)], 1)
+    """Features `[N, n_0]`, then a column of ones for the bias, then zero padding."""
+    n, n_in = x.shape
+    extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
+    return jnp.concatenate([x, jnp.eye(1, extra, dtype=x.dtype).repeat(n, 0)], 1)
 
 
 class Objective(NamedTuple):
-    """Σ c ℓ over a batch, and what a step needs of it.
+    """The loss of a batch, Σ c ℓ, and what a training step needs of it.
 
     Attributes:
       value: The loss, a scalar in the accumulation dtype.
-      hinge: Its part that is linear in the logits. The rest is at most log 2 a row, so
-        that the loss is finite just when this is; it costs no exponential.
-      grads: The gradient, as params in their columns form.
+      linear_part: The piecewise-linear part of the loss, without exponentials. The
+        remainder is bounded, so the loss is finite exactly if this part is.
+      grads: The gradient, as params in the column layout.
     """
 
     value: jax.Array
-    hinge: jax.Array
+    linear_part: jax.Array
     grads: Params
 
 
@@ -57,23 +58,25 @@ def objective(
     c: jax.Array,
     pos_weight: jax.Array,
     *,
-    block_rows: int,
+    block_size: int,
 ) -> Objective:
     """The weighted loss of a batch and its hand-derived gradient.
 
     Args:
-      params: In their columns form, `w [n_k, n_{k-1}]`.
-      x: What `with_ones` made of the features, rows of it.
+      params: Parameters in the column layout, `w [n_k, n_{k-1}]`.
+      x: Rows of the features returned by `with_ones`.
       y: Labels `[N, n_L]` in the accumulation dtype.
-      c: Weights of the rows, `[N]`, in that dtype.
+      c: Weights of the examples, `[N]`, in that dtype.
       pos_weight: Scalar or `[n_L]`.
-      block_rows: The most rows taken at a time.
+      block_size: The largest number of examples per block.
     """
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Objective, None]:
         h, a = _forward(params, x)
         positive, negative = _label_weights(y, pos_weight)  # [n_L, N]
-        hinge = weighted(positive, jax.nn.relu(-a)) + weighted(negative, jax.nn.relu(a))
+        linear = weighted(positive, jax.nn.relu(-a)) + weighted(
+            negative, jax.nn.relu(a)
+        )
         weight = c[None, :]
         delta = output_delta(a, weight * positive, weight * negative)  # [n_L, N]
         grads = []
@@ -81,16 +84,16 @@ def objective(
             w = params[k].w  # W_{k+1}, [n_{k+1}, n_k]
             d = delta.astype(w.dtype)
             grads.append(Layer(matmul(d, h[k].T), jnp.sum(delta, axis=1)))
-            outer = len(w) == 1  # as a product it would be one with an inner size of 1
+            outer = len(w) == 1  # cheaper than a product with an inner size of 1
             back = w.T.astype(a.dtype) * delta if outer else matmul(w.T, d)
             delta = jnp.where(h[k] > 0, back, 0)  # [n_k, N]
         first = matmul(delta.astype(x.dtype), x)  # [n_1, n_0 + 1 ...]
         n_in = params[0].w.shape[1]
         grads.append(Layer(first[:, :n_in], first[:, n_in]))
         value = _sum(c, _elementwise_loss(a, positive, negative))
-        return Objective(value, _sum(c, hinge), tuple(reversed(grads))), None
+        return Objective(value, _sum(c, linear), tuple(reversed(grads))), None
 
-    total, _ = sum_over_blocks(block, c, (x, y), block_rows)
+    total, _ = sum_over_blocks(block, c, (x, y), block_size)
     grads = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), total.grads, params)
     return total._replace(grads=grads)
 
@@ -102,7 +105,7 @@ def loss(
     c: jax.Array,
     pos_weight: jax.Array,
     *,
-    block_rows: int,
+    block_size: int,
 ) -> jax.Array:
     """The value of `objective` alone."""
 
@@ -110,7 +113,7 @@ def loss(
         a = _forward(params, x)[1]
         return _sum(c, _elementwise_loss(a, *_label_weights(y, pos_weight))), None
 
-    return sum_over_blocks(block, c, (x, y), block_rows)[0]
+    return sum_over_blocks(block, c, (x, y), block_size)[0]
 
 
 def _forward(params: Params, x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
@@ -126,7 +129,7 @@ def _forward(params: Params, x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
 
 
 def _label_weights(y: jax.Array, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`p y` and `1 − y`, what the two terms of ℓ count, each `[n_L, N]`."""
+    """`p y` and `1 − y`, the weights of the two terms of ℓ, each `[n_L, N]`."""
     return (jnp.broadcast_to(pos_weight, y.shape) * y).T, 1 - y.T
 
 

@@ -1,9 +1,8 @@
-"""What the public functions ask of their arguments, said once.
+"""Checks of the arguments of public functions.
 
-Every check reads only static facts (structure, shape, dtype), so it works on
-tracers and costs nothing once compiled. Each message names the argument, what
-it was, and what is accepted; nothing is broadcast or cast across kinds in
-silence.
+Every check reads only static facts (structure, shape, dtype), so it works on tracers
+and costs nothing after compilation. Each message names the argument, what was expected
+and what was passed. Nothing is broadcast silently, or cast to another kind of dtype.
 """
 
 import operator
@@ -17,33 +16,40 @@ DTYPES = ("bfloat16", "float32", "float64")
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype sums are taken in: float32 for bfloat16, otherwise its own."""
+    """The dtype in which sums are accumulated: float32 for bfloat16, else the same."""
     return jnp.dtype(jnp.float32 if dtype == jnp.bfloat16 else dtype)
 
 
-def _array(name: str, value: Any, accepted: str) -> None:
+def _array(name: str, value: Any, expected: str) -> None:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(f"{name} is a {type(value).__name__}; {accepted} is accepted")
+        got = type(value).__name__
+        raise TypeError(f"expected {name} to be {expected}, got {got}")
 
 
 def _kind(name: str, value: Any, *, floating: bool) -> None:
     if floating:
-        ok, accepted = value.dtype.name in DTYPES, ", ".join(DTYPES)
+        ok, expected = value.dtype.name in DTYPES, _one_of(DTYPES)
     else:
         ok = jnp.issubdtype(value.dtype, jnp.bool_) or (
             jnp.issubdtype(value.dtype, jnp.number)
             and not jnp.issubdtype(value.dtype, jnp.complexfloating)
         )
-        accepted = "a real or boolean dtype"
+        expected = "real or boolean"
     if not ok:
-        raise TypeError(f"{name} has dtype {value.dtype.name}; {accepted} is accepted")
+        raise TypeError(
+            f"expected the dtype of {name} to be {expected}, got {value.dtype.name}"
+        )
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def float_dtype(dtype: Any) -> Any:
     """Checks a dtype; None is JAX's default float dtype."""
     dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     if dtype.name not in DTYPES:
-        raise TypeError(f"dtype is {dtype.name}; {', '.join(DTYPES)} is accepted")
+        raise TypeError(f"expected dtype to be {_one_of(DTYPES)}, got {dtype.name}")
     return dtype
 
 
@@ -53,88 +59,95 @@ def sizes(value: Any) -> tuple[int, ...]:
         result = tuple(operator.index(n) for n in value)
     except TypeError:
         raise TypeError(
-            f"sizes is {value!r}; a sequence of integers (n_0, ..., n_L) is accepted"
+            "expected sizes to be a sequence of integers (n_0, ..., n_L), got "
+            f"{value!r}"
         ) from None
     if len(result) < 2 or min(result) < 1:
         raise ValueError(
-            f"sizes is {value!r}; at least an input and an output size, each >= 1, "
-            "is accepted"
+            "expected sizes to be at least two integers >= 1 (n_0, ..., n_L), got "
+            f"{value!r}"
         )
     return result
 
 
 def params(value: Any) -> Any:
-    """Checks a tuple of Layer(w, b); returns the dtype all its leaves share."""
+    """Checks a tuple of Layer(w, b); returns the dtype that all its leaves share."""
     if not isinstance(value, tuple) or not all(
         getattr(layer, "_fields", None) == ("w", "b") for layer in value
     ):
-        what = type(value).__name__
-        if isinstance(value, (tuple, list)):
-            what += f" of {sorted({type(v).__name__ for v in value})}"
-        raise TypeError(f"params is a {what}; a tuple of Layer(w, b) is accepted")
+        got = type(value).__name__
+        if isinstance(value, (tuple, list)) and value:
+            got += f" of {', '.join(sorted({type(v).__name__ for v in value}))}"
+        raise TypeError(f"expected params to be a tuple of Layer(w, b), got {got}")
     if not value:
-        raise ValueError("params is empty; at least one Layer(w, b) is accepted")
+        raise ValueError("expected params to have at least one Layer(w, b), got ()")
     width = None
     for k, layer in enumerate(value):
         w, b = f"params[{k}].w", f"params[{k}].b"
-        for name, leaf, ndim in ((w, layer.w, 2), (b, layer.b, 1)):
-            _array(name, leaf, "an array")
+        for name, leaf, ndim, shape in (
+            (w, layer.w, 2, "[n_in, n_out]"),
+            (b, layer.b, 1, "[n_out]"),
+        ):
+            _array(name, leaf, f"an array {shape}")
             _kind(name, leaf, floating=True)
             if leaf.ndim != ndim:
-                raise ValueError(
-                    f"{name} has shape {leaf.shape}; w is [n_in, n_out], b is [n_out]"
-                )
+                raise ValueError(f"expected {name} of shape {shape}, got {leaf.shape}")
         if 0 in layer.w.shape:
-            raise ValueError(f"{w} has shape {layer.w.shape}; every size must be >= 1")
+            raise ValueError(
+                f"expected {w} of shape [n_in, n_out], both >= 1, got {layer.w.shape}"
+            )
         if width is not None and layer.w.shape[0] != width:
             raise ValueError(
-                f"{w} has shape {layer.w.shape}; ({width}, n_out) is accepted after a "
-                f"layer of {width} outputs"
+                f"expected {w} of shape [{width}, n_out] (params[{k - 1}].w has shape "
+                f"{value[k - 1].w.shape}), got {layer.w.shape}"
             )
         width = layer.w.shape[1]
         if layer.b.shape != (width,):
             raise ValueError(
-                f"{b} has shape {layer.b.shape}; ({width},) is accepted with w of "
-                f"shape {layer.w.shape}"
+                f"expected {b} of shape ({width},) ({w} has shape {layer.w.shape}), "
+                f"got {layer.b.shape}"
             )
     dtypes = sorted({leaf.dtype.name for layer in value for leaf in layer})
     if len(dtypes) > 1:
-        raise TypeError(f"params mixes dtypes {dtypes}; one dtype is accepted")
+        raise TypeError(
+            f"expected all of params to have one dtype, got {' and '.join(dtypes)}"
+        )
     return value[0].w.dtype
 
 
 def features(x: Any, params_: Any, name: str = "x") -> jax.Array:
     """Checks x [N, n_0] against params; returns it in the parameters' dtype."""
     dtype = params(params_)
-    n_in = params_[0].w.shape[0]
-    _array(name, x, f"an array [rows, {n_in}]")
+    w_shape = params_[0].w.shape
+    shape = f"[N, {w_shape[0]}]"
+    _array(name, x, f"an array {shape}")
     _kind(name, x, floating=True)
-    if x.ndim != 2 or x.shape[1] != n_in:
+    if x.ndim != 2 or x.shape[1] != w_shape[0]:
         raise ValueError(
-            f"{name} has shape {x.shape}; [rows, {n_in}] is accepted by params[0].w of "
-            f"shape {params_[0].w.shape}"
+            f"expected {name} of shape {shape} (params[0].w has shape {w_shape}), got "
+            f"{x.shape}"
         )
     if x.shape[0] == 0:
-        raise ValueError(f"{name} has shape {x.shape}; at least one row is accepted")
+        raise ValueError(f"expected {name} of shape {shape}, N >= 1, got {x.shape}")
     return jnp.asarray(x, dtype)
 
 
-def trace(value: Any, params_: Any) -> None:
-    """Checks that `value` is a Trace that `forward(params, x)` can have returned."""
+def activations(value: Any, params_: Any) -> None:
+    """Checks that `value` is like the Activations that `forward(params, x)` returns."""
     if getattr(value, "_fields", None) != ("a", "h"):
         raise TypeError(
-            f"trace is a {type(value).__name__}; what forward(params, x) returned is "
-            "accepted"
+            "expected activations to be the Activations that forward(params, x) "
+            f"returns, got {type(value).__name__}"
         )
     params(params_)
     widths = [params_[0].w.shape[0], *(layer.w.shape[1] for layer in params_)]
-    shapes = [jnp.shape(h) for h in value.h], [jnp.shape(a) for a in value.a]
-    rows = shapes[0][0][:1] if shapes[0] else ()
-    accepted = [(*rows, n) for n in widths], [(*rows, n) for n in widths[1:]]
-    if shapes != accepted:
+    a, h = [jnp.shape(a) for a in value.a], [jnp.shape(h) for h in value.h]
+    n = h[0][:1] if h else ()
+    expected_a, expected_h = [(*n, m) for m in widths[1:]], [(*n, m) for m in widths]
+    if (a, h) != (expected_a, expected_h):
         raise ValueError(
-            f"trace has h and a of shapes {shapes}; {accepted} is accepted, what "
-            "forward returns for these params"
+            f"expected activations with a of shapes {expected_a} and h of shapes "
+            f"{expected_h}, as forward returns for params, got {a} and {h}"
         )
 
 
@@ -142,7 +155,7 @@ def labels(
     y: Any,
     shape: tuple[int, ...],
     dtype: Any,
-    against: str = "logits have",
+    output: str = "the logits",
     name: str = "y",
 ) -> jax.Array:
     """Checks y against the shape of the outputs; returns it in `dtype`."""
@@ -150,8 +163,7 @@ def labels(
     _kind(name, y, floating=False)
     if y.shape != shape:
         raise ValueError(
-            f"{name} has shape {y.shape}, {against} {shape}; labels of just that shape "
-            "are accepted"
+            f"expected {name} of shape {shape}, the shape of {output}, got {y.shape}"
         )
     return jnp.asarray(y, dtype)
 
@@ -162,14 +174,14 @@ def real(name: str, value: Any) -> None:
     _kind(name, value, floating=True)
 
 
-def sample_weight(value: Any, rows: int, dtype: Any) -> jax.Array:
+def sample_weight(value: Any, n: int, dtype: Any) -> jax.Array:
     """Checks example weights [N]; returns them in `dtype`."""
-    _array("sample_weight", value, f"None or an array of shape ({rows},)")
+    _array("sample_weight", value, f"None or an array of shape ({n},)")
     _kind("sample_weight", value, floating=False)
-    if value.shape != (rows,):
+    if value.shape != (n,):
         raise ValueError(
-            f"sample_weight has shape {value.shape}; ({rows},), one weight a row of x, "
-            "is accepted"
+            f"expected sample_weight of shape ({n},), one weight per example, got "
+            f"{value.shape}"
         )
     return jnp.asarray(value, dtype)
 
@@ -178,86 +190,88 @@ def pos_weight(value: Any, outputs: int | None, dtype: Any) -> jax.Array:
     """Checks a scalar or [n_L] positive-class weight; returns it in `dtype`."""
     if isinstance(value, (bool, int, float)):
         return jnp.asarray(value, dtype)
-    accepted = "a scalar" if outputs is None else f"a scalar or shape ({outputs},)"
-    _array("pos_weight", value, accepted)
+    shapes = "()" if outputs is None else f"() or ({outputs},)"
+    _array("pos_weight", value, f"a number or an array of shape {shapes}")
     _kind("pos_weight", value, floating=False)
     if value.shape not in ((), (outputs,)):
-        raise ValueError(f"pos_weight has shape {value.shape}; {accepted} is accepted")
+        raise ValueError(f"expected pos_weight of shape {shapes}, got {value.shape}")
     return jnp.asarray(value, dtype)
 
 
 def vector(v: Any, params_: Any) -> Any:
-    """Checks a pytree like params, a direction in them; returns it in their dtype."""
+    """Checks a pytree with the structure of params; returns it in their dtype."""
     dtype = params(params_)
-    shapes = jax.tree.map(jnp.shape, params_)
+    expected = jax.tree.map(jnp.shape, params_)
     if jax.tree.structure(v) != jax.tree.structure(params_):
         raise TypeError(
-            f"v is {jax.tree.structure(v)}; a tuple of Layer(w, b) like params is "
-            "accepted"
+            "expected v to be a tuple of Layer(w, b) like params, got "
+            f"{jax.tree.structure(v)}"
         )
-    if (given := jax.tree.map(jnp.shape, v)) != shapes:
+    if (shapes := jax.tree.map(jnp.shape, v)) != expected:
         raise ValueError(
-            f"v has shapes {given}; those of params, {shapes}, are accepted"
+            f"expected v with the shapes of params, {expected}, got {shapes}"
         )
-    for leaf in jax.tree.leaves(v):
-        real("a leaf of v", leaf)
+    for path, leaf in jax.tree.leaves_with_path(v):
+        real(f"v{jax.tree_util.keystr(path)}", leaf)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), v)
 
 
-def scalar(name: str, value: Any, *, zero: bool = False) -> None:
-    """Checks a positive scalar, or one >= 0; its value where NumPy or Python has it."""
-    accepted = "a number >= 0" if zero else "a number > 0"
+def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
+    """Checks a scalar > 0, or >= 0; its value too if it is a Python or NumPy number."""
+    expected = "a number >= 0" if allow_zero else "a number > 0"
     if type(value) not in (int, float):
-        _array(name, value, accepted)
+        _array(name, value, expected)
         _kind(name, value, floating=False)
         if value.shape != () or value.dtype == bool:
             raise ValueError(
-                f"{name} has shape {value.shape}, dtype {value.dtype.name}; {accepted} "
-                "is accepted"
+                f"expected {name} to be {expected}, got an array of shape "
+                f"{value.shape} and dtype {value.dtype.name}"
             )
     if isinstance(value, (int, float, np.generic, np.ndarray)):
         number = float(value)
-        if not (number >= 0 if zero else number > 0):
-            raise ValueError(f"{name} is {value!r}; {accepted} is accepted")
+        if not (number >= 0 if allow_zero else number > 0):
+            raise ValueError(f"expected {name} to be {expected}, got {value!r}")
 
 
 def reduction(value: Any) -> None:
     """Checks the name of a reduction."""
     if not isinstance(value, str) or value not in ("mean", "sum"):
-        raise ValueError(f'reduction is {value!r}; "mean" or "sum" is accepted')
+        raise ValueError(f'expected reduction to be "mean" or "sum", got {value!r}')
 
 
 def block_size(value: Any) -> None:
-    """Checks rows in a block: None, "auto" or a positive int."""
-    accepted = 'None, "auto" or an integer >= 1 is accepted'
+    """Checks a block size: None, "auto" or a positive int."""
+    message = (
+        f'expected block_size to be None, "auto" or an integer >= 1, got {value!r}'
+    )
     if value is None or value == "auto":
         return
     if isinstance(value, str):
-        raise ValueError(f"block_size is {value!r}; {accepted}")
+        raise ValueError(message)
     try:
-        rows = operator.index(value)
+        size = operator.index(value)
     except TypeError:
-        raise TypeError(f"block_size is {value!r}; {accepted}") from None
-    if isinstance(value, bool) or rows < 1:
-        raise ValueError(f"block_size is {value!r}; {accepted}")
+        raise TypeError(message) from None
+    if isinstance(value, bool) or size < 1:
+        raise ValueError(message)
 
 
 def key(value: Any) -> None:
-    """Checks that `value` may be a JAX random key, typed or of the older kind."""
-    _array("key", value, "a key, such as jax.random.key(0),")
+    """Checks that `value` may be a JAX random key, typed or legacy."""
+    _array("key", value, "a random key, such as jax.random.key(0)")
 
 
-def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
-    """Checks an integer from `least` to `most`, the number of rows of x if given."""
-    accepted = (
-        f"an integer >= {least}" if most is None else f"1 to the {most} rows of x"
-    )
+def count(name: str, value: Any, *, least: int = 1, examples: int | None = None) -> int:
+    """Checks an integer >= `least`, and at most the number of examples if given."""
+    expected = f"an integer >= {least}"
+    if examples is not None:
+        expected = f"an integer from {least} to {examples}, the number of examples in x"
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} is {value!r}; {accepted} is accepted") from None
-    if most is None and number >= 2**31:
-        accepted = "less than 2^31"
-    elif not isinstance(value, bool) and least <= number <= (most or number):
+        raise TypeError(f"expected {name} to be {expected}, got {value!r}") from None
+    if examples is None and number >= 2**31:
+        expected = "less than 2**31"
+    elif not isinstance(value, bool) and least <= number <= (examples or number):
         return number
-    raise ValueError(f"{name} is {value!r}; {accepted} is accepted")
+    raise ValueError(f"expected {name} to be {expected}, got {value!r}")

@@ -1,24 +1,25 @@
-r"""Curvature from the two lists: tangent kernel, Gauss-Newton and Hessian, evidence.
+r"""Curvature: tangent kernel, Gauss-Newton and Hessian products, evidence.
 
-Let `J_i` be the derivative of row i's logits in the parameters. Its rows are outer
-products of layer inputs with `E_k`, what `pull_back` makes of a 1 at one logit:
+Let `J_i` be the derivative of example i's logits with respect to the parameters. Its
+rows consist of outer products of layer inputs and `E_k = ∂a_L/∂a_k`, which `pull_back`
+computes from `E_L = 1`. The tangent kernel is therefore
 
     Θ_ij = J_i J_jᵀ = Σ_k (1 + h_{k−1,i}·h_{k−1,j}) E_{k,i} E_{k,j}ᵀ
 
-is the tangent kernel. The loss is convex in the logits, with second derivatives
+The loss is convex in the logits, with one second derivative per logit:
 
-    S = c ((1−y) + p y) σ(a) σ(−a),
+    S = c ((1−y) + p y) σ(a) σ(−a)
 
-one for each. The (generalised) Gauss-Newton matrix, with p = 1 the Fisher information,
-is `Jᵀ S J`, and its eigenvalues but for zeros are those of `√S Θ √S`.
+The generalised Gauss-Newton matrix (GGN) is `Jᵀ S J`; for p = 1 it is the Fisher
+information. Its nonzero eigenvalues are those of `√S Θ √S`.
 
-A dot is the derivative along v = {Ẇ_k, ḃ_k} (Pearlmutter's R-operator):
+A dot denotes the derivative along v = {Ẇ_k, ḃ_k} (Pearlmutter's R-operator):
 
     ȧ_k = h_{k−1} Ẇ_k + ḃ_k + ḣ_{k−1} W_k        ḣ_k = ȧ_k ⊙ [a_k > 0]
     δ̇_L = S ȧ_L      δ̇_k = (δ̇_{k+1} W_{k+1}ᵀ + δ_{k+1} Ẇ_{k+1}ᵀ) ⊙ [a_k > 0]
     (H v)_k = h_{k−1}ᵀ δ̇_k + ḣ_{k−1}ᵀ δ_k
 
-and GGN·v is the same without the two terms that hold δ itself.
+The product GGN·v omits the two terms that contain δ itself.
 """
 
 import functools
@@ -29,16 +30,16 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxbce import _validate, gradients
-from jaxbce._blocks import rows_per_block, sum_over_blocks
+from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce.gradients import (
-    Problem,
+    Batch,
+    check_batch,
     contract,
     deltas,
-    problem,
     pull_back,
     weight_gradient,
 )
-from jaxbce.network import Layer, Params, Trace, forward, matmul, sigmoid
+from jaxbce.network import Activations, Layer, Params, forward, matmul, sigmoid
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
@@ -54,22 +55,23 @@ def ntk(
     .. math::
       \Theta_{ij} = \sum_k (1 + h_{k-1,i} \cdot h_{k-1,j})\, E_{k,i} E_{k,j}^\top
 
-    It is the finite network's own kernel, at these parameters. Beside the result and
-    one array of its size memory grows with the rows times the outputs times the widths.
+    This is the kernel of the finite network at these parameters. Besides the result and
+    one more array of its size, memory grows with the number of examples times outputs
+    times widths.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       x2: Features `[M, n_0]`; None is x.
-      block_size: The most rows of x taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples of x per block; see `jaxbce.value_and_grad`.
 
     Returns:
       `[N, M]` for one output, `[N, M, n_L, n_L]` for several, in the accumulation
       dtype.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or block_size is not one.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or block_size is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -82,36 +84,36 @@ def ntk(
     """
     x = _validate.features(x, params)
     x2 = x if x2 is None else _validate.features(x2, params, "x2")
-    trace2, e2 = _logit_gradients(params, x2)
+    activations2, e2 = _logit_gradients(params, x2)
     outputs = params[-1].w.shape[1]
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
-        trace, e = _logit_gradients(params, x)
+        activations, e = _logit_gradients(params, x)
         total: Any = 0  # [B, n_L, M, n_L]
         for k in range(len(params)):
-            inputs = 1 + matmul(trace.h[k], trace2.h[k].T)  # [B, M]
-            pairs = jnp.eye(outputs, dtype=inputs.dtype)[:, None, :]  # E_L is 1
+            inputs = 1 + matmul(activations.h[k], activations2.h[k].T)  # [B, M]
+            pairs = jnp.eye(outputs, dtype=inputs.dtype)[:, None, :]  # E_L = 1
             if k + 1 < len(params):
                 left, right = (t.reshape(-1, t.shape[-1]) for t in (e[k], e2[k]))
                 pairs = (left @ right.T).reshape(len(x), outputs, len(x2), outputs)
             total += inputs[:, None, :, None] * pairs
         return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
-    rows = rows_per_block(block_size, params, len(x))
-    theta = sum_over_blocks(block, jnp.ones(len(x), x.dtype), (x,), rows)[1]
+    size = examples_per_block(block_size, params, len(x))
+    theta = sum_over_blocks(block, jnp.ones(len(x), x.dtype), (x,), size)[1]
     return theta[:, :, 0, 0] if outputs == 1 else theta
 
 
 def _logit_gradients(
     params: Params, x: jax.Array
-) -> tuple[Trace, tuple[jax.Array, ...]]:
-    """The trace, and `E_k = ∂a_L/∂a_k`, each `[N, n_L, n_k]`."""
-    trace = forward(params, x)
-    a = trace.a[-1]
+) -> tuple[Activations, tuple[jax.Array, ...]]:
+    """The activations, and `E_k = ∂a_L/∂a_k`, each `[N, n_L, n_k]`."""
+    activations = forward(params, x)
+    a = activations.a[-1]
     ones = jnp.eye(a.shape[1], dtype=a.dtype)[:, None, :]  # [n_L, 1, n_L]
-    seeds = jnp.broadcast_to(ones, (a.shape[1], *a.shape))
-    back = jax.vmap(functools.partial(pull_back, params, trace), out_axes=1)
-    return trace, back(seeds)
+    cotangents = jnp.broadcast_to(ones, (a.shape[1], *a.shape))
+    back = jax.vmap(functools.partial(pull_back, params, activations), out_axes=1)
+    return activations, back(cotangents)
 
 
 def _second_derivative(
@@ -136,24 +138,24 @@ def hvp(
 ) -> Params:
     """The Hessian of the loss times a vector, `H v`.
 
-    The second derivative of relu counts as 0 everywhere, as it does for JAX.
+    The second derivative of relu is taken to be 0 everywhere, as in JAX.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
       v: A pytree like params.
-      sample_weight: Weights s >= 0 of the rows, `[N]`; None is all ones.
+      sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      reduction: "mean" or "sum" over rows.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      reduction: "mean" or "sum" over examples.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
-      A pytree like params in structure, shapes and dtype.
+      A pytree with the structure, shapes and dtype of params.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or an option is unknown; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or an option is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -166,10 +168,10 @@ def hvp(
       Pearlmutter, Fast Exact Multiplication by the Hessian, Neural Computation 6(1),
       1994.
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
+    batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     v = _validate.vector(v, params)
-    rows = rows_per_block(block_size, params, len(batch.c))
-    return _curvature_vp(params, batch, v, rows, residual=True)
+    size = examples_per_block(block_size, params, len(batch.c))
+    return _curvature_vp(params, batch, v, size, residual=True)
 
 
 @functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
@@ -186,10 +188,10 @@ def ggn_vp(
 ) -> Params:
     """The Gauss-Newton matrix of the loss times a vector, `Jᵀ S J v`.
 
-    It is positive semidefinite, and what is left of the Hessian where every logit is
-    linear in the parameters. With p = 1 it is the Fisher information.
+    The matrix is positive semidefinite. It equals the Hessian if every logit is linear
+    in the parameters. For p = 1 it is the Fisher information.
 
-    Arguments, errors and the result are those of `hvp`.
+    The arguments, errors and result are those of `hvp`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -203,59 +205,62 @@ def ggn_vp(
       Schraudolph, Fast Curvature Matrix-Vector Products for Second-Order Gradient
       Descent, Neural Computation 14(7), 2002.
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
+    batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     v = _validate.vector(v, params)
-    rows = rows_per_block(block_size, params, len(batch.c))
-    return _curvature_vp(params, batch, v, rows, residual=False)
+    size = examples_per_block(block_size, params, len(batch.c))
+    return _curvature_vp(params, batch, v, size, residual=False)
 
 
 def _curvature_vp(
-    params: Params, batch: Problem, v: Params, block_rows: int, *, residual: bool
+    params: Params, batch: Batch, v: Params, block_size: int, *, residual: bool
 ) -> Params:
-    """`GGN v`; with the terms that hold δ, the residual of the fit, `H v`."""
+    """`GGN v`, or `H v` with the residual terms, which contain δ."""
     p = batch.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Params, tuple]:
-        trace = forward(params, x)
-        a_dot, h_dot = _push_forward(params, trace, v)
-        dot = _second_derivative(trace.a[-1], y, c, p) * a_dot  # δ̇_L, [N, n_L]
+        activations = forward(params, x)
+        a_dot, h_dot = _push_forward(params, activations, v)
+        s = _second_derivative(activations.a[-1], y, c, p)
+        dot = s * a_dot  # δ̇_L, [N, n_L]
         if not residual:
-            return contract(trace.h[:-1], pull_back(params, trace, dot)), ()
-        delta = deltas(params, trace, y, sample_weight=c, pos_weight=p)
+            deltas_dot = pull_back(params, activations, dot)
+            return contract(activations.h[:-1], deltas_dot), ()
+        delta = deltas(params, activations, y, sample_weight=c, pos_weight=p)
         dots = [dot]
         for k in range(len(params) - 1, 0, -1):
             w, w_dot = params[k].w, v[k].w  # [n_k, n_{k+1}]
             back = matmul(dot.astype(w.dtype), w.T)
             back += matmul(delta[k].astype(w.dtype), w_dot.T)
-            dot = jnp.where(trace.h[k] > 0, back, 0)  # δ̇_k, [N, n_k]
+            dot = jnp.where(activations.h[k] > 0, back, 0)  # δ̇_k, [N, n_k]
             dots.append(dot)
         grads = []
         for k, dot in enumerate(reversed(dots)):
             if k == 0:
-                w = weight_gradient(trace.h[0], dot)  # [n_1, n_0]
-            else:  # already a sum of two
-                h, h_k_dot = trace.h[k], h_dot[k - 1]
+                w = weight_gradient(activations.h[0], dot)  # [n_1, n_0]
+            else:  # a sum of two products, which XLA does not rewrite
+                h, h_k_dot = activations.h[k], h_dot[k - 1]
                 w = matmul(dot.astype(h.dtype).T, h)  # [n_{k+1}, n_k]
                 w += matmul(delta[k].astype(h.dtype).T, h_k_dot)
             grads.append(Layer(w=w.T, b=jnp.sum(dot, axis=0)))
         return tuple(grads), ()
 
-    total, _ = sum_over_blocks(block, batch.c, (batch.x, batch.y), block_rows)
+    total, _ = sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)
     return jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), total, params)
 
 
 def _push_forward(
-    params: Params, trace: Trace, v: Params
+    params: Params, activations: Activations, v: Params
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """`ȧ_L`, `[N, n_L]`, and `(ḣ_1, ..., ḣ_{L−1})`, each `[N, n_k]`."""
     a_dot, h_dot = [], []
     for k, (layer, (w_dot, b_dot)) in enumerate(zip(params, v, strict=True)):
-        dot = matmul(trace.h[k], w_dot)  # [N, n_{k+1}]
+        dot = matmul(activations.h[k], w_dot)  # [N, n_{k+1}]
         dot += b_dot.astype(dot.dtype)[None, :]
         if k > 0:
             dot += matmul(h_dot[-1], layer.w)
         a_dot.append(dot)
-        h_dot.append(jnp.where(trace.h[k + 1] > 0, dot, 0).astype(layer.w.dtype))
+        active = activations.h[k + 1] > 0
+        h_dot.append(jnp.where(active, dot, 0).astype(layer.w.dtype))
     return a_dot[-1], tuple(h_dot[:-1])
 
 
@@ -273,28 +278,29 @@ def ggn_eigenvalues(
 ) -> jax.Array:
     r"""The largest eigenvalues of the Gauss-Newton matrix, in descending order.
 
-    Of its P, as many as there are parameters, at most `N n_L` are not 0. They come from
-    the smaller of two matrices with the same ones: :math:`\sqrt S \Theta \sqrt S`,
-    `[N n_L, N n_L]`, or the matrix itself, `[P, P]`. With `k` and `5 k < P <= N n_L`
-    they come without either, by LOBPCG on products with `ggn_vp`.
+    At most `min(P, N n_L)` of the P eigenvalues are nonzero, where P is the number of
+    parameters. They are computed from the smaller of two matrices with the same nonzero
+    eigenvalues: :math:`\sqrt S \Theta \sqrt S`, `[N n_L, N n_L]`, and the Gauss-Newton
+    matrix itself, `[P, P]`. If `k` is given and `5 k < P <= N n_L`, neither matrix is
+    formed: LOBPCG finds the eigenvalues from the products of `ggn_vp`.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      k: How many, 1 to `min(N n_L, P)`; None is all of these.
-      sample_weight: Weights s >= 0 of the rows, `[N]`; None is all ones.
+      k: Number of eigenvalues, 1 to `min(P, N n_L)`; None is the maximum.
+      sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      reduction: "mean" or "sum" over rows.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      reduction: "mean" or "sum" over examples.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
-      `[k]`, in the accumulation dtype, none below 0. Each is accurate to a rounding of
-      the largest one.
+      Eigenvalues `[k]` >= 0, in the accumulation dtype. Their absolute error is of the
+      order of the largest eigenvalue times machine epsilon.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, k is out of range, or an option is unknown.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, k is out of range, or an option is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -307,23 +313,29 @@ def ggn_eigenvalues(
       Knyazev, Toward the Optimal Preconditioned Eigensolver, SIAM J. Sci. Comput.
       23(2), 2001.
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
-    size, terms = _num_params(params), batch.y.size
-    most = min(size, terms)
+    batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
+    num_params, num_logits = _num_params(params), batch.y.size
+    most = min(num_params, num_logits)
     count = most if k is None else _validate.count("k", k)
     if count > most:
-        raise ValueError(f"k is {k}; 1 to {most}, as many as are not 0, is accepted")
-    rows = rows_per_block(block_size, params, len(batch.c))
-    if k is None or terms < size or 5 * count >= size:
-        return jnp.flip(jnp.linalg.eigvalsh(_gram(params, batch, rows))).clip(0)[:count]
-    return _largest(_flat_ggn_vp(params, batch, rows), size, count, batch.c.dtype)
+        raise ValueError(
+            f"expected k to be an integer from 1 to {most}, the most eigenvalues that "
+            f"can be nonzero, got {k}"
+        )
+    size = examples_per_block(block_size, params, len(batch.c))
+    if k is None or num_logits < num_params or 5 * count >= num_params:
+        gram = _smaller_gram(params, batch, size)
+        return jnp.flip(jnp.linalg.eigvalsh(gram)).clip(0)[:count]
+    product = _flat_ggn_vp(params, batch, size)
+    return _largest_eigenvalues(product, num_params, count, batch.c.dtype)
 
 
-def _largest(product: Any, size: int, count: int, dtype: Any) -> jax.Array:
+def _largest_eigenvalues(product: Any, size: int, count: int, dtype: Any) -> jax.Array:
     """The largest eigenvalues of a positive semidefinite matrix, by LOBPCG.
 
-    It divides by zero where a residual is 0, as with a matrix of low rank. A random
-    diagonal, of a rounding of the largest eigenvalue, keeps residuals from being that.
+    LOBPCG divides by zero where a residual is 0, which happens for a matrix of low
+    rank. A random diagonal, of the size of a rounding error of the largest eigenvalue,
+    keeps residuals away from 0.
     """
     key_start, key_diagonal = jax.random.split(jax.random.key(0))
     start = jax.random.normal(key_start, (size, count), dtype)
@@ -335,37 +347,38 @@ def _largest(product: Any, size: int, count: int, dtype: Any) -> jax.Array:
     diagonal = least * jax.random.uniform(key_diagonal, (size, 1), dtype)
     from jax.experimental.sparse.linalg import lobpcg_standard  # slow to import
 
-    found = lobpcg_standard(lambda v: columns(v) + diagonal * v, start)[0]
-    return jnp.where(positive, found.clip(0), 0)
+    result = lobpcg_standard(lambda v: columns(v) + diagonal * v, start)[0]
+    return jnp.where(positive, result.clip(0), 0)
 
 
 def _num_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _flat_ggn_vp(params: Params, batch: Problem, block_rows: int) -> Any:
+def _flat_ggn_vp(params: Params, batch: Batch, block_size: int) -> Any:
+    """`ggn_vp` as a function of a flat vector `[P]`."""
     unravel = ravel_pytree(params)[1]
 
     def product(v: jax.Array) -> jax.Array:
         v = v.astype(params[0].w.dtype)
-        result = _curvature_vp(params, batch, unravel(v), block_rows, residual=False)
+        result = _curvature_vp(params, batch, unravel(v), block_size, residual=False)
         return ravel_pytree(result)[0].astype(batch.c.dtype)
 
     return product
 
 
-def _gram(params: Params, batch: Problem, block_rows: int) -> jax.Array:
-    """The smaller of `√S Θ √S` and the Gauss-Newton matrix; their spectra agree."""
+def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
+    """The smaller of `√S Θ √S` and the GGN; their nonzero eigenvalues agree."""
     size, (n, outputs) = _num_params(params), batch.y.shape
     if n * outputs < size:
         a = forward(params, batch.x).a[-1]
         s = _second_derivative(a, batch.y, batch.c, batch.pos_weight)  # [N, n_L]
-        theta = ntk(params, batch.x, block_size=block_rows)
+        theta = ntk(params, batch.x, block_size=block_size)
         theta = theta.reshape(n, n, outputs, outputs).transpose(0, 2, 1, 3)
         root = jnp.sqrt(s).ravel()  # [N n_L]
         return root[:, None] * theta.reshape(n * outputs, n * outputs) * root
-    ones = jnp.eye(size, dtype=batch.c.dtype)
-    return jax.lax.map(_flat_ggn_vp(params, batch, block_rows), ones)
+    basis = jnp.eye(size, dtype=batch.c.dtype)
+    return jax.lax.map(_flat_ggn_vp(params, batch, block_size), basis)
 
 
 def log_evidence(
@@ -378,37 +391,38 @@ def log_evidence(
     pos_weight: jax.Array | float = 1.0,
     block_size: int | str | None = "auto",
 ) -> jax.Array:
-    r"""Laplace's approximation of the log marginal likelihood.
+    r"""The Laplace approximation of the log marginal likelihood.
 
     .. math::
       -\sum_i s_i \ell_i - \frac\tau2 \|\theta\|^2
       - \frac12 \log\det\!\left(I + \tfrac1\tau \sqrt S \Theta \sqrt S\right)
 
-    for the prior :math:`\theta \sim N(0, I/\tau)` of all weights and biases, with the
-    Gauss-Newton matrix for the Hessian. The approximation is meant for params at the
-    maximum of the posterior, which is the minimum of the summed loss plus
-    :math:`\tau/2\,\|\theta\|^2`; it is computed for any. Soft labels, weights and
-    pos_weight make it that of a weighted likelihood.
+    The prior of all weights and biases is :math:`\theta \sim N(0, I/\tau)`, and the
+    Gauss-Newton matrix replaces the Hessian. The approximation is meant for params at
+    the maximum of the posterior, which minimize the summed loss plus
+    :math:`\tau/2\,\|\theta\|^2`, but can be computed for any. With soft labels, weights
+    or pos_weight the likelihood is a weighted one.
 
-    It can be differentiated in the prior precision, so that one can be found by
-    ascending the evidence. Eigenvalues are known to a rounding of the largest one, and
-    τ should be well above that (in float32, 1e-5 of it): below, use float64.
+    The result can be differentiated with respect to the prior precision, for example to
+    choose τ by gradient ascent. The eigenvalues have absolute errors of the order of
+    machine epsilon times the largest one, and τ should be well above that: in float32,
+    above 1e-5 times the largest eigenvalue. For a smaller τ use float64.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
       prior_precision: Precision τ > 0, a scalar.
-      sample_weight: Weights s >= 0 of the rows, `[N]`; None is all ones.
+      sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
       The log evidence in nats, a scalar in the accumulation dtype.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or block_size is not one; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or an option is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -426,23 +440,23 @@ def log_evidence(
     _validate.scalar("prior_precision", prior_precision)
     options: dict[str, Any] = {"sample_weight": sample_weight, "pos_weight": pos_weight}
     options |= {"reduction": "sum", "block_size": block_size}
-    misfit = gradients.loss(params, x, y, **options)
+    loss = gradients.loss(params, x, y, **options)
     eigenvalues = ggn_eigenvalues(params, x, y, **options)
-    tau = jnp.asarray(prior_precision, misfit.dtype)
+    tau = jnp.asarray(prior_precision, loss.dtype)
     squared_norm = sum(
         jnp.sum(jnp.square(leaf.astype(tau.dtype))) for leaf in jax.tree.leaves(params)
     )
     log_det = jnp.sum(jnp.log1p(eigenvalues / tau))
-    return -misfit - tau / 2 * squared_norm - log_det / 2
+    return -loss - tau / 2 * squared_norm - log_det / 2
 
 
 class KroneckerFactors(NamedTuple):
-    """A layer's two factors; `A ⊗ G` stands for its block of the Gauss-Newton matrix.
+    """Factors of a layer: `A ⊗ G` approximates its block of the Gauss-Newton matrix.
 
     Attributes:
-      a: `A = E[h hᵀ]` of the layer's inputs with a 1 for the bias behind them,
+      a: `A = E[h hᵀ]` of the layer's inputs, followed by a 1 for the bias,
         `[n_in + 1, n_in + 1]`.
-      g: `G = E[δ δᵀ]` of its deltas, `[n_out, n_out]`.
+      g: `G = E[δ δᵀ]` of the layer's error signals, `[n_out, n_out]`.
     """
 
     a: jax.Array
@@ -459,23 +473,24 @@ def kfac_factors(
       A_k = \frac1N \sum_i \tilde h_{k-1,i} \tilde h_{k-1,i}^\top, \qquad
       G_k = \frac1N \sum_i E_{k,i}^\top\, \mathrm{diag}(\hat y (1 - \hat y))\, E_{k,i}
 
-    An approximation: the mean over rows of a Kronecker product is replaced by the
-    product of the means, which is exact for one row only, and blocks between layers
-    are left out. :math:`G_k` is the expectation of :math:`\delta\delta^\top` under the
-    model's own labels, taken exactly and not by drawing some; x alone is needed.
+    This is an approximation. The mean over examples of a Kronecker product is replaced
+    by the product of the means, which is exact only for a single example, and blocks
+    between different layers are ignored. :math:`G_k` is the exact expectation of
+    :math:`\delta\delta^\top` under the labels that the model predicts, without
+    sampling, so no labels are needed.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
-      `KroneckerFactors` for each layer, in the accumulation dtype.
-      `jnp.kron(a, g)` is the block in the order of `jnp.vstack([w, b]).ravel()`.
+      One `KroneckerFactors` per layer, in the accumulation dtype. `jnp.kron(a, g)` is
+      the block of a layer, in the order of `jnp.vstack([w, b]).ravel()`.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or block_size is not one.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or block_size is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -492,11 +507,11 @@ def kfac_factors(
     dtype = _validate.accumulation_dtype(x.dtype)
 
     def block(c: jax.Array, x: jax.Array) -> tuple[Any, tuple]:
-        trace, e = _logit_gradients(params, x)
-        a = trace.a[-1]
+        activations, e = _logit_gradients(params, x)
+        a = activations.a[-1]
         s = c[:, None] * sigmoid(a) * sigmoid(-a)  # [N, n_L]
         factors = []
-        for h, e_k in zip(trace.h[:-1], e, strict=True):
+        for h, e_k in zip(activations.h[:-1], e, strict=True):
             h = jnp.pad(h.astype(dtype), ((0, 0), (0, 1)), constant_values=1)
             rows = e_k.reshape(-1, e_k.shape[-1])  # [N n_L, n_k]
             weighted = (s[:, :, None] * e_k).reshape(rows.shape)
@@ -505,5 +520,6 @@ def kfac_factors(
             )
         return tuple(factors), ()
 
-    rows = rows_per_block(block_size, params, len(x))
-    return sum_over_blocks(block, jnp.full(len(x), 1 / len(x), dtype), (x,), rows)[0]
+    size = examples_per_block(block_size, params, len(x))
+    c = jnp.full(len(x), 1 / len(x), dtype)
+    return sum_over_blocks(block, c, (x,), size)[0]

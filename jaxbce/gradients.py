@@ -1,25 +1,28 @@
 r"""The gradient of binary cross-entropy, derived by hand.
 
-For one row, with positive-class weight p and logits a_L, the loss is
+The loss of one example, with logits a_L and positive-class weight p, is
 
     ℓ = Σ_o [ p y softplus(−a_L) + (1−y) softplus(a_L) ]
 
-and the batch's is Σ_i c_i ℓ_i. Write δ_k = ∂ℓ/∂a_k, `[N, n_k]`, a row an example.
+and the loss of a batch is Σ_i c_i ℓ_i. The error signals are δ_k = ∂ℓ/∂a_k, `[N, n_k]`,
+with one row per example.
 
-1.  softplus′ = σ, so at the output
+1.  At the output, softplus′ = σ, so
         δ_L = (1−y) σ(a_L) − p y σ(−a_L).
-    With p = 1 this is ŷ − y in exact arithmetic, and only there: in float32
-    ŷ − y is 0 for y = 1 from a = 16.64 on, where the true derivative is not.
-2.  a_{k+1} = relu(a_k) W_{k+1} + b_{k+1}, and relu′(a) = [a > 0] (0 at 0), so
+    For p = 1 this equals ŷ − y in exact arithmetic, but not in floating point. In
+    float32, ŷ − y is 0 for y = 1 and a >= 16.64, where the true derivative is not.
+2.  In the hidden layers, a_{k+1} = relu(a_k) W_{k+1} + b_{k+1} and relu′(a) = [a > 0]
+    (0 at 0), so
         δ_k = (δ_{k+1} W_{k+1}ᵀ) ⊙ [a_k > 0].
-3.  a_k = h_{k−1} W_k + b_k, so the gradient is the two lists, contracted:
+3.  Since a_k = h_{k−1} W_k + b_k, the gradient is a contraction of the activations and
+    the error signals:
         ∂/∂W_k = h_{k−1}ᵀ diag(c) δ_k      ∂/∂b_k = Σ_i c_i δ_{k,i}
         ∂/∂X = diag(c) δ_1 W_1ᵀ            ∂/∂y = c (p softplus(−a_L) − softplus(a_L)).
 
-`deltas` is 1 and 2, and takes weights in at δ_L, in which all the rest is linear;
-`pull_back` is 2 alone; `contract` is 3. `value_and_grad`, `grad` and, through its
-derivative rule, `loss` all go through them. `chain_rule` is the same for one hidden
-layer as a textbook has it, each factor by itself.
+`deltas` computes steps 1 and 2. It applies example weights to δ_L, since everything
+below is linear in δ_L. `pull_back` is step 2 alone and `contract` is step 3.
+`value_and_grad`, `grad` and the derivative rule of `loss` all use these functions.
+`chain_rule` returns the factors that a textbook derives for one hidden layer.
 """
 
 import functools
@@ -30,89 +33,91 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbce import _validate
-from jaxbce._blocks import rows_per_block, sum_over_blocks
+from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce.losses import bce_with_logits, output_delta, softplus, weighted
-from jaxbce.network import Layer, Params, Trace, forward, matmul
+from jaxbce.network import Activations, Layer, Params, forward, matmul
 
-# Multiplications from which the form of a product costs more than its being in parts.
+# The number of multiplications above which `weight_gradient` splits a product.
 _LARGE_PRODUCT = 1 << 20
 
 
 @jax.jit
 def deltas(
     params: Params,
-    trace: Trace,
+    activations: Activations,
     y: jax.Array,
     *,
     sample_weight: jax.Array | None = None,
     pos_weight: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, ...]:
-    r"""Derivatives of each row's loss in its pre-activations, `δ_k = ∂ℓ/∂a_k`.
+    r"""Error signals: derivatives of the loss of each example, `δ_k = ∂ℓ/∂a_k`.
 
     .. math::
       \delta_L = (1-y)\,\sigma(a_L) - p\,y\,\sigma(-a_L), \qquad
       \delta_k = (\delta_{k+1} W_{k+1}^\top) \odot [a_k > 0]
 
-    Nothing is averaged. For every finite logit δ_L is accurate relative to its own
-    size; for an infinite one and a label of 0 or 1 it is 0 or ±1 (times p).
+    Nothing is averaged. The relative error of δ_L is small for every finite logit. For
+    an infinite logit and a label of 0 or 1, δ_L is 0 or ±1 (times p).
 
     Args:
       params: A tuple of `Layer`.
-      trace: What `forward(params, x)` returned.
+      activations: The result of `forward(params, x)`.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      sample_weight: Factors of the rows, `[N]`, as in `s_i ℓ_i`; None is all ones.
+      sample_weight: Factors s of the examples' losses, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
 
     Returns:
       `(δ_1, ..., δ_L)`, each `[N, n_k]`, in the accumulation dtype.
 
     Raises:
-      TypeError: If an argument is of a dtype that is not accepted.
-      ValueError: If shapes do not fit; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match; nothing is broadcast.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
       >>> params = (jaxbce.Layer(w=jnp.ones((2, 1)), b=jnp.zeros(1)),)
-      >>> trace = jaxbce.forward(params, jnp.array([[1.0, -1.0], [20.0, 20.0]]))
-      >>> (delta,) = jaxbce.deltas(params, trace, jnp.ones((2, 1)))
+      >>> activations = jaxbce.forward(params, jnp.array([[1.0, -1.0], [20.0, 20.0]]))
+      >>> (delta,) = jaxbce.deltas(params, activations, jnp.ones((2, 1)))
       >>> [f"{d:.4g}" for d in delta.ravel().tolist()]
       ['-0.5', '-4.248e-18']
     """
-    _validate.trace(trace, params)
-    a_last = trace.a[-1]
+    _validate.activations(activations, params)
+    a_last = activations.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
     p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
     delta = output_delta(a_last, p * y, 1 - y)  # [N, n_L]
-    if sample_weight is not None:  # every δ_k below is linear in this one
+    if sample_weight is not None:  # every δ_k below is linear in δ_L
         c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
         delta = c[:, None] * delta  # after the division: XLA keeps fewer arrays
-    return pull_back(params, trace, delta)
+    return pull_back(params, activations, delta)
 
 
-def pull_back(params: Params, trace: Trace, delta: jax.Array) -> tuple[jax.Array, ...]:
-    """The second step alone: from any δ_L `[N, n_L]` to `(δ_1, ..., δ_L)`.
+def pull_back(
+    params: Params, activations: Activations, delta: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Step 2 of the derivation: from any δ_L `[N, n_L]` to `(δ_1, ..., δ_L)`.
 
-    It is linear in δ_L. With δ_L = 1 it gives the derivatives of the logits.
+    The result is linear in δ_L. For δ_L = 1 it contains the derivatives of the logits.
     """
     result = [delta]
     for k in range(len(params) - 1, 0, -1):
         w = params[k].w  # W_{k+1}, [n_k, n_{k+1}]
         back = matmul(delta.astype(w.dtype), w.T)  # [N, n_k]
-        delta = jnp.where(trace.h[k] > 0, back, 0)  # [N, n_k]; h_k > 0 iff a_k > 0
+        delta = jnp.where(activations.h[k] > 0, back, 0)  # [N, n_k]; same as a_k > 0
         result.append(delta)
     return tuple(reversed(result))
 
 
 def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
-    """The sum of per-example gradients: `h_{k−1}ᵀ δ_k` and `Σ_i δ_{k,i}`.
+    """Step 3, the sum of per-example gradients: `h_{k−1}ᵀ δ_k` and `Σ_i δ_{k,i}`.
 
     Args:
       h: Layer inputs `(h_0, ..., h_{L-1})`, each `[N, n_k]`.
-      delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`, already weighted by row.
+      delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`, with the examples' weights applied.
 
     Returns:
-      A `Layer` for each k, in the accumulation dtype.
+      One `Layer` per k, in the accumulation dtype.
     """
     return tuple(
         Layer(w=weight_gradient(h_k, delta_k).T, b=jnp.sum(delta_k, axis=0))
@@ -121,25 +126,25 @@ def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
 
 
 def weight_gradient(h: jax.Array, delta: jax.Array) -> jax.Array:
-    """One layer's `δ_kᵀ h_{k−1}`, `[n_k, n_{k−1}]`, the transposed of ∂/∂W_k.
+    """One layer's `δ_kᵀ h_{k−1}`, `[n_k, n_{k−1}]`, the transpose of ∂/∂W_k.
 
-    h.T @ δ costs up to twice as much on a CPU, and XLA makes just that of a product
-    that is only transposed. So where a layer narrows, and a transposition costs least,
-    the product is a sum of a few, over as many rows each, unless it is a small one.
-    Parts that begin at equal distances are a view of the rows, and no copy.
+    On CPU `h.T @ δ` can be twice as slow as `δ.T @ h`, and XLA rewrites `(δ.T @ h).T`
+    into it. This is avoided where a layer narrows, so that the result is cheap to
+    transpose, and the product is large: there the examples are split into a few chunks
+    of equal size, and the products of the chunks are added. Equal chunks need no copy.
     """
     d = delta.astype(h.dtype)
-    rows, n_out, n_in = len(h), d.shape[1], h.shape[1]
-    parts = next((parts for parts in (2, 3, 5, 7) if rows % parts == 0), 1)
+    n, n_out, n_in = len(h), d.shape[1], h.shape[1]
+    chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)
     narrows = 1 < n_out < n_in
-    if narrows and parts > 1 and rows * n_out * n_in >= _LARGE_PRODUCT:
-        d, h = d.reshape(parts, -1, n_out), h.reshape(parts, -1, n_in)
+    if narrows and chunks > 1 and n * n_out * n_in >= _LARGE_PRODUCT:
+        d, h = d.reshape(chunks, -1, n_out), h.reshape(chunks, -1, n_in)
         return jnp.sum(matmul(d.swapaxes(1, 2), h), axis=0)
     return matmul(d.T, h)
 
 
-class Problem(NamedTuple):
-    """The arguments of a loss, checked: Σ_i c_i ℓ_i over rows (x_i, y_i)."""
+class Batch(NamedTuple):
+    """The checked arguments of a loss Σ_i c_i ℓ_i over examples (x_i, y_i)."""
 
     x: jax.Array
     y: jax.Array
@@ -147,22 +152,22 @@ class Problem(NamedTuple):
     pos_weight: jax.Array
 
 
-def problem(
+def check_batch(
     params: Any, x: Any, y: Any, sample_weight: Any, pos_weight: Any, reduction: Any
-) -> Problem:
+) -> Batch:
     """Checks the arguments of a loss, as `value_and_grad` documents them."""
     x = _validate.features(x, params)
-    rows, outputs = x.shape[0], params[-1].w.shape[1]
+    n, outputs = x.shape[0], params[-1].w.shape[1]
     dtype = _validate.accumulation_dtype(x.dtype)
-    y = _validate.labels(y, (rows, outputs), dtype)
+    y = _validate.labels(y, (n, outputs), dtype)
     p = _validate.pos_weight(pos_weight, outputs, dtype)
     _validate.reduction(reduction)
     if sample_weight is None:
-        c = jnp.full(rows, 1 / rows if reduction == "mean" else 1, dtype)
+        c = jnp.full(n, 1 / n if reduction == "mean" else 1, dtype)
     else:
-        s = _validate.sample_weight(sample_weight, rows, dtype)
+        s = _validate.sample_weight(sample_weight, n, dtype)
         c = s / jnp.sum(s) if reduction == "mean" else s
-    return Problem(x, y, c, p)
+    return Batch(x, y, c, p)
 
 
 def _weighted_sum(c: jax.Array, ell: jax.Array) -> jax.Array:
@@ -180,7 +185,7 @@ def value_and_grad(
     reduction: str = "mean",
     block_size: int | str | None = "auto",
 ) -> tuple[jax.Array, Params]:
-    r"""The loss of a batch and its hand-derived gradient in the parameters.
+    r"""The loss of a batch and its hand-derived gradient with respect to params.
 
     .. math::
       \sum_i c_i \ell_i, \qquad
@@ -190,25 +195,25 @@ def value_and_grad(
     with :math:`c_i = s_i / \sum s` for the mean and :math:`s_i` for the sum.
 
     Args:
-      params: A tuple of `Layer`, all of one dtype: bfloat16, float32 or float64.
+      params: A tuple of `Layer`, all of the same dtype: bfloat16, float32 or float64.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      sample_weight: Weights s >= 0 of the rows, `[N]`; None is all ones. A row of
-        weight 0 counts for nothing, also when its loss is infinite. If all are 0, the
-        mean is NaN.
+      sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones. Examples
+        of weight 0 are ignored, even if their loss is infinite. The mean is NaN if all
+        weights are 0.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      reduction: "mean" or "sum" over rows; outputs are always summed.
-      block_size: The most rows taken at a time. Temporary memory grows with it and not
-        with N; the result changes by rounding only. None takes all rows at once;
-        "auto" chooses from the shapes.
+      reduction: "mean" or "sum" over examples; outputs are always summed.
+      block_size: The largest number of examples per block. Temporary memory grows with
+        it and not with N; the result changes by rounding only. None processes all
+        examples at once; "auto" chooses from the shapes.
 
     Returns:
       The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16), and
-      the gradient, a pytree like params in structure, shapes and dtype.
+      the gradient, a pytree with the structure, shapes and dtype of params.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or an option is unknown. Nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or an option is unknown. Nothing is broadcast.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -222,37 +227,37 @@ def value_and_grad(
       Rumelhart, Hinton, Williams, Learning representations by back-propagating
       errors, Nature 323, 1986.
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
-    rows = rows_per_block(block_size, params, x.shape[0])
-    (value, grads), _ = _accumulate(rows, params, batch)
+    batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
+    size = examples_per_block(block_size, params, x.shape[0])
+    (value, grads), _ = _accumulate(size, params, batch)
     return value, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
 
 
 def _accumulate(
-    block_rows: int,
+    block_size: int,
     params: Params,
-    batch: Problem,
+    batch: Batch,
     *,
     with_x: bool = False,
     with_logits: bool = False,
 ) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
-    """Σ c ℓ and its gradient, by blocks; per row, if asked for, ∂/∂X and the logits."""
+    """Σ c ℓ and its gradient, in blocks; optionally ∂/∂X and the logits."""
     p = batch.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
-        trace = forward(params, x)
-        ell = bce_with_logits(trace.a[-1], y, pos_weight=p)
-        delta = deltas(params, trace, y, sample_weight=c, pos_weight=p)
-        grads = contract(trace.h[:-1], delta)
-        per_row = {}
+        activations = forward(params, x)
+        ell = bce_with_logits(activations.a[-1], y, pos_weight=p)
+        delta = deltas(params, activations, y, sample_weight=c, pos_weight=p)
+        grads = contract(activations.h[:-1], delta)
+        per_example = {}
         if with_x:
             w = params[0].w
-            per_row["x"] = matmul(delta[0].astype(w.dtype), w.T)  # [N, n_0]
+            per_example["x"] = matmul(delta[0].astype(w.dtype), w.T)  # [N, n_0]
         if with_logits:
-            per_row["logits"] = trace.a[-1]
-        return (_weighted_sum(c, ell), grads), per_row
+            per_example["logits"] = activations.a[-1]
+        return (_weighted_sum(c, ell), grads), per_example
 
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_rows)
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)
 
 
 def grad(
@@ -265,7 +270,7 @@ def grad(
     reduction: str = "mean",
     block_size: int | str | None = "auto",
 ) -> Params:
-    """The hand-derived gradient in the parameters alone; see `value_and_grad`."""
+    """The hand-derived gradient of `loss` alone; see `value_and_grad`."""
     return value_and_grad(
         params,
         x,
@@ -288,14 +293,14 @@ def loss(
     reduction: str = "mean",
     block_size: int | str | None = "auto",
 ) -> jax.Array:
-    """The loss of a batch, differentiated by JAX through the hand-derived gradient.
+    """The loss of a batch, with the hand-derived gradient as its derivative in JAX.
 
-    `jax.grad`, `jax.jvp`, `jax.hessian` and whatever is built on them (optax's line
-    searches, anyone's own code) call `deltas` and `contract` when they differentiate
-    this function, in any argument: params, x, y and both weights. Derivatives of
-    higher order differentiate those, and stay accurate in the tails.
+    `jax.grad`, `jax.jvp`, `jax.hessian` and code built on them (such as optax's line
+    searches) call `deltas` and `contract` when they differentiate this function with
+    respect to params, x, y or either weight. Higher-order derivatives differentiate
+    those functions, and stay accurate in the tails.
 
-    Arguments, errors and the value are those of `value_and_grad`.
+    The arguments, errors and value are those of `value_and_grad`.
 
     Returns:
       The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16).
@@ -309,43 +314,43 @@ def loss(
       >>> all(jax.tree.leaves(jax.tree.map(jnp.array_equal, grads, by_hand)))
       True
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, reduction)
-    rows = rows_per_block(block_size, params, x.shape[0])
-    return _loss(rows, params, batch)
+    batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
+    size = examples_per_block(block_size, params, x.shape[0])
+    return _loss(size, params, batch)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _loss(block_rows: int, params: Params, batch: Problem) -> jax.Array:
+def _loss(block_size: int, params: Params, batch: Batch) -> jax.Array:
     p = batch.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
         a = forward(params, x).a[-1]
         return _weighted_sum(c, bce_with_logits(a, y, pos_weight=p)), None
 
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_rows)[0]
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
 
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(
-    block_rows: int, primals: tuple[Params, Problem], tangents: tuple[Params, Problem]
+    block_size: int, primals: tuple[Params, Batch], tangents: tuple[Params, Batch]
 ) -> tuple[jax.Array, jax.Array]:
-    """The inner product of the hand-derived gradient with the tangents.
+    """The inner product of the hand-derived gradient and the tangents.
 
-    An argument that is not differentiated has a symbolic zero for a tangent, and its
-    part of the gradient is not computed.
+    The tangent of an argument that is not differentiated is a symbolic zero. Its part
+    of the gradient is not computed.
     """
     params, batch = primals
     params_dot, dot = tangents
     with_x = _nonzero(dot.x)
     with_logits = any(map(_nonzero, (dot.y, dot.c, dot.pos_weight)))
-    (value, grads), per_row = _accumulate(
-        block_rows, params, batch, with_x=with_x, with_logits=with_logits
+    (value, grads), per_example = _accumulate(
+        block_size, params, batch, with_x=with_x, with_logits=with_logits
     )
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True))
     if with_x:
-        pairs.append((per_row["x"], dot.x))
+        pairs.append((per_example["x"], dot.x))
     if with_logits:
-        a, y, p = per_row["logits"], batch.y, batch.pos_weight
+        a, y, p = per_example["logits"], batch.y, batch.pos_weight
         c = batch.c[:, None]
         dy = jnp.broadcast_to(p, a.shape) * softplus(-a) - softplus(a)
         dy = weighted(c, dy)  # [N, n_L]
@@ -367,9 +372,11 @@ def _inner(gradient: jax.Array, tangent: jax.Array) -> jax.Array:
 
 
 class ChainRule(NamedTuple):
-    """The textbook chain rule for one hidden layer, each factor a value of its own.
+    """The factors of the textbook chain rule for one hidden layer.
 
-    BCE is the sum over the batch. Attributes, in the order of the derivation:
+    BCE is the sum over the batch. The attributes are in the order of the derivation.
+
+    Attributes:
       dbce_dyhat: ∂BCE/∂ŷ = (ŷ − y) / (ŷ (1 − ŷ)), `[N, n_2]`.
       dyhat_da2: ∂ŷ/∂a₂ = ŷ (1 − ŷ), `[N, n_2]`.
       da2_dw2: ∂a₂/∂w₂ = h₁ᵀ, `[n_1, N]`.
@@ -396,23 +403,23 @@ class ChainRule(NamedTuple):
 
 @jax.jit
 def chain_rule(params: Params, x: jax.Array, y: jax.Array) -> ChainRule:
-    """The factors of the textbook chain rule, for one hidden layer.
+    """The factors of the textbook chain rule for one hidden layer.
 
-    For showing and checking: ŷ − y loses all its digits where ŷ rounds to y, and
-    ∂BCE/∂ŷ is NaN or infinite where ŷ rounds to 0 or 1. `value_and_grad` computes
-    the same gradient without these.
+    Meant for teaching and for checks: ŷ − y loses all its digits where ŷ rounds to y,
+    and ∂BCE/∂ŷ is NaN or infinite where ŷ rounds to 0 or 1. `value_and_grad` computes
+    the same gradient without these factors.
 
     Args:
-      params: Two `Layer`s: one hidden layer.
+      params: A tuple of two `Layer`, so that there is one hidden layer.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_2]`, real or boolean.
 
     Returns:
-      A `ChainRule`; its gradients are those of the loss summed over the batch.
+      A `ChainRule`, with gradients of the loss summed over the batch.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If there is not one hidden layer, or shapes do not fit.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If there is not exactly one hidden layer, or shapes do not match.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -421,14 +428,13 @@ def chain_rule(params: Params, x: jax.Array, y: jax.Array) -> ChainRule:
       >>> factors.dbce_dw1.shape
       (2, 3)
     """
-    trace = forward(params, x)
+    activations = forward(params, x)
     if len(params) != 2:
         raise ValueError(
-            f"params has {len(params)} layers; the textbook chain rule is written "
-            "for 2 (one hidden layer)"
+            f"expected params to have 2 layers (one hidden layer), got {len(params)}"
         )
-    a_1, _ = trace.a
-    h_0, h_1, y_hat = trace.h
+    a_1, _ = activations.a
+    h_0, h_1, y_hat = activations.h
     y = _validate.labels(y, y_hat.shape, y_hat.dtype)
     error = y_hat - y  # [N, n_2]
     w_2 = params[1].w

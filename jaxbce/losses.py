@@ -12,8 +12,8 @@ from jaxbce.network import sigmoid
 def softplus(a: jax.Array) -> jax.Array:
     """`log(1 + exp(a))`, with derivative `σ(a)`; accurate in both tails.
 
-    The value is accurate as written; differentiated as written it would be wrong
-    at 0 (`max` and `abs` each have a kink there), so the derivative is given.
+    The formula below is accurate, but its automatic derivative would be wrong at 0,
+    where `max` and `abs` each have a kink. So the derivative is defined explicitly.
     """
     return jnp.maximum(a, 0) + jnp.log1p(jnp.exp(-jnp.abs(a)))
 
@@ -22,33 +22,34 @@ softplus.defjvps(lambda t, _, a: t * sigmoid(a))
 
 
 def weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
-    """`weight · value`, where weight 0 times an infinite value is 0.
+    """`weight · value`, with a weight of 0 times an infinite value defined as 0.
 
-    Only the infinite values are replaced, not every value of weight 0, so that the
-    derivative in the weight is right at 0 too.
+    Only infinite values are replaced. If every value of weight 0 were, the derivative
+    with respect to the weight would be wrong at 0.
     """
     return weight * jnp.where((weight == 0) & jnp.isinf(value), 0, value)
 
 
 @jax.jit
 def bce(y_hat: jax.Array, y: jax.Array) -> jax.Array:
-    r"""Binary cross-entropy on probabilities, as in a textbook; elementwise.
+    r"""Elementwise binary cross-entropy on probabilities, as in a textbook.
 
     .. math:: -\left[y \log \hat y + (1 - y) \log(1 - \hat y)\right]
 
-    For showing and checking: once ŷ rounds to 0 or 1 the loss is infinite or 0 and
-    its gradient useless. Train with `bce_with_logits`, or `jaxbce.loss`.
+    Meant for teaching and for checks: where ŷ rounds to 0 or 1, the loss is infinite
+    or 0 and its gradient is useless. For training use `bce_with_logits` or
+    `jaxbce.loss`.
 
     Args:
       y_hat: Probabilities in [0, 1], any shape, floating.
-      y: Labels in [0, 1] of that very shape, real or boolean.
+      y: Labels in [0, 1] of the same shape, real or boolean.
 
     Returns:
-      Losses in nats, of that shape and of y_hat's dtype. A label of 0 or 1 that is
-      predicted with certainty costs 0, or inf where the prediction is wrong.
+      Losses in nats, with the shape and dtype of y_hat. For a label of 0 or 1 and a
+      prediction of exactly 0 or 1 the loss is 0 where they agree and inf elsewhere.
 
     Raises:
-      TypeError: If y_hat is not of a float dtype, or y not real.
+      TypeError: If y_hat does not have a float dtype, or y is not real.
       ValueError: If the shapes differ; nothing is broadcast.
 
     Example:
@@ -58,7 +59,7 @@ def bce(y_hat: jax.Array, y: jax.Array) -> jax.Array:
       ['0.6931', '0.1054']
     """
     _validate.real("y_hat", y_hat)
-    y = _validate.labels(y, y_hat.shape, y_hat.dtype, "y_hat has")
+    y = _validate.labels(y, y_hat.shape, y_hat.dtype, "y_hat")
     return -(xlogy(y, y_hat) + xlog1py(1 - y, -y_hat))
 
 
@@ -66,26 +67,26 @@ def bce(y_hat: jax.Array, y: jax.Array) -> jax.Array:
 def bce_with_logits(
     logits: jax.Array, y: jax.Array, *, pos_weight: jax.Array | float = 1.0
 ) -> jax.Array:
-    r"""Binary cross-entropy on logits; elementwise.
+    r"""Elementwise binary cross-entropy on logits.
 
     .. math::
       \ell = p\, y\, \mathrm{softplus}(-a) + (1 - y)\, \mathrm{softplus}(a)
 
-    Accurate relative to its own size for every finite logit, and so are its
-    derivatives of any order.
+    The loss and its derivatives of any order have a small relative error for every
+    finite logit.
 
     Args:
       logits: Logits a, any shape, floating. bfloat16 is computed in float32.
-      y: Labels in [0, 1] of that very shape, real or boolean; soft labels allowed.
-      pos_weight: Weight p >= 0 of the positive class: a scalar, or one an output,
-        `[n_L]`, along the last axis of logits.
+      y: Labels in [0, 1] of the same shape, real or boolean; soft labels allowed.
+      pos_weight: Weight p >= 0 of the positive class: a scalar, or one weight per
+        output, `[n_L]`, along the last axis of logits.
 
     Returns:
-      Losses in nats, of that shape and of the logits' dtype. An infinite logit costs
-      0 where it agrees with a label of 0 or 1 and inf elsewhere, never NaN.
+      Losses in nats, with the shape and dtype of the logits. For an infinite logit the
+      loss is 0 where it agrees with a label of 0 or 1 and inf elsewhere, never NaN.
 
     Raises:
-      TypeError: If logits are not of a float dtype, or y not real.
+      TypeError: If logits do not have a float dtype, or y is not real.
       ValueError: If the shapes differ; nothing is broadcast.
 
     Example:
@@ -107,22 +108,23 @@ def bce_with_logits(
 
 @jax.custom_jvp
 def output_delta(a: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
-    """`(1−y) σ(a) − p y σ(−a)`, given `p y` and `1 − y`, all of one shape.
+    """`(1−y) σ(a) − p y σ(−a)`, given `p y` and `1 − y`, all of the same shape.
 
-    Both σ are fractions over `1 + exp(−|a|)`, exact in both tails, so that one
-    exponential and one division do. The division comes last: what ends in one XLA
-    computes once, and not anew in all that use it.
+    Both σ are fractions with denominator `1 + exp(−|a|)`, exact in both tails, so one
+    exponential and one division are enough. The division comes last because XLA
+    computes an array that ends in a division once, instead of again for each use.
     """
     e = jnp.exp(-jnp.abs(a))
-    falling, rising = jnp.where(a > 0, e, 1), jnp.where(a > 0, 1, e)
-    return (negative * rising - positive * falling) / (1 + e)
+    numerator_minus = jnp.where(a > 0, e, 1)  # of σ(−a)
+    numerator_plus = jnp.where(a > 0, 1, e)  # of σ(a)
+    return (negative * numerator_plus - positive * numerator_minus) / (1 + e)
 
 
 @output_delta.defjvp
 def _output_delta_jvp(
     primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    def plain(a: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
+    def formula(a: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
         return negative * sigmoid(a) - positive * sigmoid(-a)
 
-    return output_delta(*primals), jax.jvp(plain, primals, tangents)[1]
+    return output_delta(*primals), jax.jvp(formula, primals, tangents)[1]

@@ -1,4 +1,4 @@
-"""The network: parameters, initialisation, forward pass."""
+"""The network: parameters, initialisation and the forward pass."""
 
 import functools
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ class Layer(NamedTuple):
 Params = tuple[Layer, ...]
 
 
-class Trace(NamedTuple):
-    """Everything a forward pass computes, layer by layer.
+class Activations(NamedTuple):
+    """The pre-activations and activations of every layer in a forward pass.
 
     Attributes:
       a: Pre-activations `(a_1, ..., a_L)`, each `[N, n_k]`, in the accumulation
         dtype (float32 for bfloat16 parameters). `a[-1]` are the logits.
-      h: Layer inputs and the output `(h_0, ..., h_L)`, each `[N, n_k]`:
-        `h[0]` is x, `h[k]` is relu of `a_k`, `h[-1]` the probabilities ŷ. Hidden
-        ones are in the parameters' dtype, ŷ in that of the logits.
+      h: Layer inputs and the output `(h_0, ..., h_L)`, each `[N, n_k]`: `h[0]` is x,
+        `h[k]` is `relu(a_k)` for a hidden layer, and `h[-1]` are the probabilities ŷ.
+        ŷ has the dtype of the logits, the others have that of the parameters.
     """
 
     a: tuple[jax.Array, ...]
@@ -44,9 +44,9 @@ class Trace(NamedTuple):
 def sigmoid(a: jax.Array) -> jax.Array:
     """`σ(a) = 1 / (1 + exp(−a))`, with derivative `σ(a) σ(−a)`.
 
-    JAX's own differentiates to `σ(a) (1 − σ(a))`, which is 0 in float32 from
-    a = 16.64 on; this one keeps its relative accuracy in both tails, at every
-    order of differentiation.
+    The derivative of JAX's own sigmoid is `σ(a) (1 − σ(a))`, which is 0 in float32
+    for a >= 16.64. This one keeps its relative accuracy in both tails, at every order
+    of differentiation.
     """
     return jax.lax.logistic(a)
 
@@ -63,22 +63,23 @@ def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
 def init(key: jax.Array, sizes: Sequence[int], *, dtype: Any = None) -> Params:
     r"""Draws parameters for layer sizes `(n_0, n_1, ..., n_L)`.
 
-    Weights are normal with variance :math:`2 / n_{k-1}`, which keeps the scale of
-    activations through ReLU layers; biases are zero.
+    Weights are normal with variance :math:`2 / n_{k-1}`, which preserves the scale of
+    activations through ReLU layers. Biases are zero.
 
     Args:
       key: A JAX random key. Equal keys give equal parameters.
-      sizes: Features, hidden widths (any number, also none) and outputs, each >= 1.
+      sizes: Numbers of features, of units in each hidden layer (if any) and of
+        outputs, each >= 1.
       dtype: bfloat16, float32 or float64; None is JAX's default float dtype.
         bfloat16 weights are drawn in float32 and rounded.
 
     Returns:
-      A tuple of L `Layer(w [n_in, n_out], b [n_out])`: an ordinary pytree, which
-      every optax transformation takes.
+      A tuple of L `Layer(w [n_in, n_out], b [n_out])`: an ordinary pytree, as every
+      optax transformation accepts.
 
     Raises:
-      TypeError: If `sizes` is not a sequence of integers or `dtype` another dtype.
-      ValueError: If there are fewer than two sizes, or one below 1.
+      TypeError: If `sizes` is not a sequence of integers, or `dtype` is unsupported.
+      ValueError: If there are fewer than two sizes, or one is less than 1.
 
     Example:
       >>> import jax, jaxbce
@@ -105,8 +106,8 @@ def _init(key: jax.Array, sizes: tuple[int, ...], dtype: Any) -> Params:
 
 
 @jax.jit
-def forward(params: Params, x: jax.Array) -> Trace:
-    r"""Runs the network and keeps every layer's pre-activation and output.
+def forward(params: Params, x: jax.Array) -> Activations:
+    r"""Runs the network and returns the activations of every layer.
 
     .. math::
       h_0 = X, \quad a_k = h_{k-1} W_k + b_k, \quad h_k = \max(a_k, 0)\ (k < L),
@@ -117,17 +118,17 @@ def forward(params: Params, x: jax.Array) -> Trace:
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
 
     Returns:
-      A `Trace`. What is not used is not computed under `jit`.
+      `Activations`. Under `jit`, unused ones are not computed.
 
     Raises:
-      TypeError: If a leaf of params, or x, is not an array of a float dtype.
-      ValueError: If shapes do not fit, or x has no rows.
+      TypeError: If x or a leaf of params is not an array of a supported float dtype.
+      ValueError: If shapes do not match, or x has no examples.
 
     Example:
       >>> import jax, jaxbce
       >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
-      >>> trace = jaxbce.forward(params, jax.numpy.ones((5, 2)))
-      >>> [a.shape for a in trace.a], [h.shape for h in trace.h]
+      >>> activations = jaxbce.forward(params, jax.numpy.ones((5, 2)))
+      >>> [a.shape for a in activations.a], [h.shape for h in activations.h]
       ([(5, 3), (5, 1)], [(5, 2), (5, 3), (5, 1)])
     """
     a, h = [], [_validate.features(x, params)]
@@ -137,7 +138,7 @@ def forward(params: Params, x: jax.Array) -> Trace:
         if k < len(params):
             h.append(jax.nn.relu(a[-1]).astype(w.dtype))
     h.append(sigmoid(a[-1]))
-    return Trace(tuple(a), tuple(h))
+    return Activations(tuple(a), tuple(h))
 
 
 def logits(params: Params, x: jax.Array) -> jax.Array:

@@ -1,17 +1,17 @@
 r"""Per-example gradients, their norms, products and clipped sums.
 
-The gradient of row i's own loss, `s_i Σ_o ℓ_io`, is what that row adds to the sum:
+The gradient of example i is that of its own loss, `s_i Σ_o ℓ_io`:
 
     G_i = { h_{k−1,i} ⊗ δ_{k,i}, δ_{k,i} }_k
 
-An outer product of two vectors has the product of their norms for its norm, and the
-product of their inner products for its inner product with another one. So
+The norm of an outer product of two vectors is the product of their norms, and the inner
+product of two outer products is the product of the vectors' inner products. Hence
 
     ‖G_i‖² = Σ_k (1 + ‖h_{k−1,i}‖²) ‖δ_{k,i}‖²
     ⟨G_i, G_j⟩ = Σ_k (1 + h_{k−1,i}·h_{k−1,j}) (δ_{k,i}·δ_{k,j})
 
-where the 1 is the bias, and a sum of rescaled `G_i` is the contraction of rescaled
-deltas. Nothing here but `grads` holds a per-example gradient in memory.
+where the 1 comes from the bias. A sum of rescaled `G_i` is a contraction with rescaled
+deltas. Only `grads` stores per-example gradients in memory.
 """
 
 import functools
@@ -21,44 +21,52 @@ import jax
 import jax.numpy as jnp
 
 from jaxbce import _validate
-from jaxbce._blocks import rows_per_block, sum_over_blocks
-from jaxbce.gradients import contract, deltas, problem, pull_back
+from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce.gradients import check_batch, contract, deltas, pull_back
 from jaxbce.losses import bce_with_logits, weighted
-from jaxbce.network import Layer, Params, Trace, forward, matmul
+from jaxbce.network import Activations, Layer, Params, forward, matmul
 
 
 class _Examples(NamedTuple):
-    """The two lists of some rows, `δ_k = size · unit_k`.
+    """Activations and error signals of some examples, `δ_k = scale · scaled_deltas_k`.
 
-    The deltas are linear in δ_L, so that its largest entry can be taken out: squares of
-    what is left do not underflow, however small a saturated row's gradient is.
+    All δ_k are linear in δ_L, so the largest entry of δ_L can be factored out. Then the
+    squares of the scaled deltas do not underflow, however small the gradient of a
+    saturated example is.
     """
 
-    trace: Trace
-    size: jax.Array  # [N], the largest |δ_L| of a row
-    unit: tuple[jax.Array, ...]  # each [N, n_k]
+    activations: Activations
+    scale: jax.Array  # [N], the largest |δ_L| of each example
+    scaled_deltas: tuple[jax.Array, ...]  # each [N, n_k]
 
     def norms(self) -> jax.Array:
         """`‖G_i‖`, `[N]`."""
         squared = sum(
-            (1 + _squared_norm(h)) * _squared_norm(unit)
-            for h, unit in zip(self.trace.h[:-1], self.unit, strict=True)
+            (1 + _squared_norm(h)) * _squared_norm(d)
+            for h, d in zip(self.activations.h[:-1], self.scaled_deltas, strict=True)
         )
-        return self.size * jnp.sqrt(squared)
+        return self.scale * jnp.sqrt(squared)
+
+    def weighted_sum(self, factors: jax.Array) -> Params:
+        """`Σ_i factors_i G_i / scale_i`, for factors `[N]`."""
+        factors = factors[:, None]
+        weighted_deltas = tuple(factors * d for d in self.scaled_deltas)
+        return contract(self.activations.h[:-1], weighted_deltas)
 
 
 def _examples(
     params: Params, x: jax.Array, y: jax.Array, s: jax.Array, pos_weight: jax.Array
 ) -> _Examples:
-    trace = forward(params, x)
-    last = deltas(params, trace, y, sample_weight=s, pos_weight=pos_weight)[-1]
-    size = jnp.max(jnp.abs(last), axis=1)  # [N]
-    unit = last / jnp.where(size > 0, size, 1)[:, None]  # [N, n_L]
-    return _Examples(trace, size, pull_back(params, trace, unit))
+    activations = forward(params, x)
+    delta = deltas(params, activations, y, sample_weight=s, pos_weight=pos_weight)[-1]
+    scale = jnp.max(jnp.abs(delta), axis=1)  # [N]
+    scaled_delta = delta / jnp.where(scale > 0, scale, 1)[:, None]  # [N, n_L]
+    return _Examples(activations, scale, pull_back(params, activations, scaled_delta))
 
 
-def _squared_norm(rows: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(rows.astype(_validate.accumulation_dtype(rows.dtype))), 1)
+def _squared_norm(t: jax.Array) -> jax.Array:
+    """The squared norm of each row, in the accumulation dtype."""
+    return jnp.sum(jnp.square(t.astype(_validate.accumulation_dtype(t.dtype))), 1)
 
 
 @jax.jit
@@ -70,25 +78,25 @@ def grads(
     sample_weight: jax.Array | None = None,
     pos_weight: jax.Array | float = 1.0,
 ) -> Params:
-    """The gradient of every row's own loss, `G_i`.
+    """The gradient of each example's own loss, `G_i`.
 
-    It takes N times the memory of params. What can be had without it is had from the
-    other functions of this module.
+    The result takes N times the memory of params. The other functions of this module
+    compute norms, inner products and clipped sums without it.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      sample_weight: Factors s of the rows' losses, `[N]`; None is all ones.
+      sample_weight: Factors s of the examples' losses, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
 
     Returns:
-      A pytree like params, each leaf `[N, ...]`, in the accumulation dtype. Its sum
-      over rows is the gradient of the sum.
+      A pytree like params with leaves `[N, ...]`, in the accumulation dtype. Its sum
+      over examples is the gradient of the summed loss.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match; nothing is broadcast.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -97,14 +105,14 @@ def grads(
       >>> jax.tree.map(jnp.shape, jaxbce.per_example.grads(params, x, y))
       (Layer(w=(8, 2, 3), b=(8, 3)), Layer(w=(8, 3, 1), b=(8, 1)))
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, "sum")
-    trace = forward(params, batch.x)
+    batch = check_batch(params, x, y, sample_weight, pos_weight, "sum")
+    activations = forward(params, batch.x)
     delta = deltas(
-        params, trace, batch.y, sample_weight=batch.c, pos_weight=batch.pos_weight
+        params, activations, batch.y, sample_weight=batch.c, pos_weight=batch.pos_weight
     )
     return tuple(
         Layer(w=h_k.astype(d.dtype)[:, :, None] * d[:, None, :], b=d)
-        for h_k, d in zip(trace.h[:-1], delta, strict=True)
+        for h_k, d in zip(activations.h[:-1], delta, strict=True)
     )
 
 
@@ -118,31 +126,31 @@ def norms(
     pos_weight: jax.Array | float = 1.0,
     block_size: int | str | None = "auto",
 ) -> jax.Array:
-    r"""The Euclidean norm of every row's gradient.
+    r"""The Euclidean norm of each example's gradient.
 
     .. math::
       \|G_i\|^2 = \sum_k (1 + \|h_{k-1,i}\|^2)\, \|\delta_{k,i}\|^2
 
-    It costs a forward and a backward pass without their last products. A norm is
-    accurate relative to its own size, however small, as long as δ_L is a normal number;
-    it is 0 where δ_L is (a weight of 0, or an infinite logit that agrees with its
-    label), and infinite where the square of a layer input overflows. Features are to
-    be finite: of a row that has others the norm may be NaN.
+    The cost is that of a gradient without the products that give its leaves. The
+    relative error of a norm is small, however small the norm is, as long as δ_L is not
+    subnormal. The norm is 0 where δ_L is 0 (a weight of 0, or an infinite logit that
+    agrees with its label), and infinite where the square of a layer input overflows. It
+    may be NaN for an example with features that are not finite.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      sample_weight: Factors s of the rows' losses, `[N]`; None is all ones.
+      sample_weight: Factors s of the examples' losses, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
       Norms `[N]`, in the accumulation dtype.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or block_size is not one; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or block_size is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -154,13 +162,13 @@ def norms(
     References:
       Goodfellow, Efficient Per-Example Gradient Computations, 2015, arXiv:1510.01799.
     """
-    batch = problem(params, x, y, sample_weight, pos_weight, "sum")
+    batch = check_batch(params, x, y, sample_weight, pos_weight, "sum")
 
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
         return (), _examples(params, x, y, s, batch.pos_weight).norms()
 
-    rows = rows_per_block(block_size, params, len(batch.c))
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), rows)[1]
+    size = examples_per_block(block_size, params, len(batch.c))
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
@@ -174,16 +182,17 @@ def inner_products(
     pos_weight: jax.Array | float = 1.0,
     block_size: int | str | None = "auto",
 ) -> jax.Array:
-    r"""Inner products of the gradients of two sets of rows: their influence.
+    r"""Inner products of the gradients of two sets of examples: their influence.
 
     .. math::
       \langle G_i, G_j \rangle = \sum_k (1 + h_{k-1,i} \cdot h_{k-1,j})\,
       (\delta_{k,i} \cdot \delta_{k,j})
 
-    A gradient step of rate η on row i changes the loss of row j by −η times this, to
-    first order. TracIn sums that over checkpoints: with params stacked along a leading
-    axis and their rates, it is `jnp.tensordot(rates, jax.vmap(inner_products,
-    (0, None, None, None, None))(stacked, x, y, x2, y2), 1)`.
+    To first order, a gradient step with learning rate η on example i changes the loss
+    of example j by −η times this. TracIn is the sum over checkpoints. For params that
+    are stacked along a leading axis, and their learning rates, it is
+    `jnp.tensordot(rates, jax.vmap(inner_products, (0, None, None, None, None))(stacked,
+    x, y, x2, y2), 1)`.
 
     Args:
       params: A tuple of `Layer`.
@@ -192,15 +201,15 @@ def inner_products(
       x2: Features `[M, n_0]`.
       y2: Labels `[M, n_L]`.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      block_size: The most rows of x taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples of x per block; see `jaxbce.value_and_grad`.
 
     Returns:
-      `[N, M]`, in the accumulation dtype; with x2 = x, y2 = y the diagonal is the
-      squared norms.
+      `[N, M]`, in the accumulation dtype. If x2 is x and y2 is y, the diagonal
+      contains the squared norms.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or block_size is not one; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or block_size is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -213,34 +222,35 @@ def inner_products(
       Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent,
       2020, arXiv:2002.08484.
     """
-    batch = problem(params, x, y, None, pos_weight, "sum")
+    batch = check_batch(params, x, y, None, pos_weight, "sum")
     p = batch.pos_weight
     x2 = _validate.features(x2, params, "x2")
     shape = (len(x2), batch.y.shape[1])
     y2 = _validate.labels(y2, shape, batch.y.dtype, name="y2")
-    trace2 = forward(params, x2)
-    delta2 = deltas(params, trace2, y2, pos_weight=p)
+    activations2 = forward(params, x2)
+    delta2 = deltas(params, activations2, y2, pos_weight=p)
 
     def block(_: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
-        trace = forward(params, x)
-        delta = deltas(params, trace, y, pos_weight=p)
-        layers = zip(trace.h[:-1], trace2.h, delta, delta2, strict=False)
+        activations = forward(params, x)
+        delta = deltas(params, activations, y, pos_weight=p)
+        h = activations.h[:-1]
+        layers = zip(h, activations2.h[:-1], delta, delta2, strict=True)
         total = sum((1 + matmul(h, h2.T)) * (d @ d2.T) for h, h2, d, d2 in layers)
         return (), jnp.asarray(total)
 
-    rows = rows_per_block(block_size, params, len(batch.c))
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), rows)[1]
+    size = examples_per_block(block_size, params, len(batch.c))
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
 class Clipped(NamedTuple):
-    """What `clipped_value_and_grad` returns.
+    """A loss and a gradient with clipped contributions of the examples.
 
     Attributes:
-      value: The loss, as of `jaxbce.value_and_grad`: nothing of it is clipped.
-      grads: The sum or mean of clipped per-example gradients, like params.
+      value: The loss, as returned by `jaxbce.value_and_grad`. It is not clipped.
+      grads: The sum or mean of the clipped per-example gradients, like params.
       norms: `‖G_i‖` before clipping, `[N]`, in the accumulation dtype.
-      fraction_clipped: The share of the rows of weight > 0 whose norm is above
-        max_norm, a scalar; NaN if there is no such row.
+      fraction_clipped: The fraction of the examples of weight > 0 whose norm exceeds
+        max_norm, a scalar; NaN if all weights are 0.
     """
 
     value: jax.Array
@@ -260,37 +270,38 @@ def clipped_value_and_grad(
     reduction: str = "mean",
     block_size: int | str | None = "auto",
 ) -> Clipped:
-    r"""The loss, and the gradient with every row's part clipped to a norm.
+    r"""The loss, and the gradient with each example's contribution clipped.
 
     .. math::
       \frac1D \sum_i \min\!\left(1, \frac{C}{\|G_i\|}\right) G_i, \qquad
       D = 1 \text{ (sum)},\ \sum_i s_i \text{ (mean)}
 
-    A row's weights are part of its loss, and so of :math:`G_i`. With "sum", leaving a
-    row out, or giving it weight 0, changes the result by at most max_norm in the norm,
-    up to rounding: the sensitivity that differential privacy asks for. With "mean" it
-    would not, as D changes too: for a private mean divide the sum by a number that does
-    not depend on the data, such as the expected size of the batch.
+    The weights of an example are part of its loss, and so of :math:`G_i`. With "sum",
+    removing an example, or giving it weight 0, changes the gradient by at most max_norm
+    in the Euclidean norm, up to rounding. This is the sensitivity that differential
+    privacy needs. It does not hold for "mean", since D changes too. For a private mean,
+    divide the sum by a number that does not depend on the data, such as the expected
+    batch size.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      max_norm: The norm C >= 0, a scalar. inf clips nothing, and gives the gradient of
-        `jaxbce.value_and_grad` to a rounding; 0 gives a gradient of 0. A row whose norm
-        is 0 is left as it is.
-      sample_weight: Factors s of the rows' losses, `[N]`; None is all ones. A row of
-        weight 0 is as good as not there, which is how a batch is padded.
+      max_norm: The largest norm C >= 0, a scalar. With inf nothing is clipped, and the
+        gradient is that of `jaxbce.value_and_grad` up to rounding. With 0 it is 0.
+        Gradients of norm 0 stay 0.
+      sample_weight: Factors s of the examples' losses, `[N]`; None is all ones.
+        Examples of weight 0 are ignored, so they can pad a batch.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      reduction: "mean" or "sum" over rows.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      reduction: "mean" or "sum" over examples.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
       A `Clipped`.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, an option is unknown, or max_norm is negative.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, an option is unknown, or max_norm is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -304,7 +315,7 @@ def clipped_value_and_grad(
     References:
       Abadi et al., Deep Learning with Differential Privacy, 2016, arXiv:1607.00133.
     """
-    _validate.scalar("max_norm", max_norm, zero=True)
+    _validate.scalar("max_norm", max_norm, allow_zero=True)
     return _clipped(
         params, x, y, max_norm, sample_weight, pos_weight, reduction, block_size
     )
@@ -322,24 +333,25 @@ def _clipped(
     block_size: int | str | None,
 ) -> Clipped:
     _validate.reduction(reduction)
-    batch = problem(params, x, y, sample_weight, pos_weight, "sum")
+    batch = check_batch(params, x, y, sample_weight, pos_weight, "sum")
     p, s = batch.pos_weight, batch.c
-    most = jnp.asarray(max_norm, s.dtype)
+    max_norm = jnp.asarray(max_norm, s.dtype)
     divisor = jnp.sum(s) if reduction == "mean" else jnp.ones((), s.dtype)
 
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
-        rows = _examples(params, x, y, s, p)
-        norms = rows.norms()  # [B]
-        kept = jnp.where(norms <= most, 1, most / norms)  # [B]; NaN is not kept
-        scale = (rows.size * kept / divisor)[:, None]  # [B, 1]
-        grads = contract(rows.trace.h[:-1], tuple(scale * unit for unit in rows.unit))
-        ell = jnp.sum(bce_with_logits(rows.trace.a[-1], y, pos_weight=p), axis=1)
+        examples = _examples(params, x, y, s, p)
+        norms = examples.norms()  # [B]
+        # A NaN norm makes the result NaN.
+        clipping = jnp.where(norms <= max_norm, 1, max_norm / norms)  # [B]
+        grads = examples.weighted_sum(examples.scale * clipping / divisor)
+        a = examples.activations.a[-1]
+        ell = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)
         return (jnp.sum(weighted(s / divisor, ell)), grads), norms
 
-    rows = rows_per_block(block_size, params, len(s))
-    (value, grads), norms = sum_over_blocks(block, s, (batch.x, batch.y), rows)
-    counted = s > 0
-    clipped = jnp.sum(counted & (norms > most), dtype=s.dtype)
+    size = examples_per_block(block_size, params, len(s))
+    (value, grads), norms = sum_over_blocks(block, s, (batch.x, batch.y), size)
+    counted = s > 0  # [N]
+    clipped = jnp.sum(counted & (norms > max_norm), dtype=s.dtype)
     return Clipped(
         value=value,
         grads=jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params),
@@ -349,13 +361,13 @@ def _clipped(
 
 
 class Scores(NamedTuple):
-    """How much each row pulls at a network, each `[N]`, in the accumulation dtype.
+    """Difficulty scores of the examples, each `[N]`, in the accumulation dtype.
 
     Attributes:
-      el2n: `‖δ_{L,i}‖`, the norm of the error ŷ − y (exact in the tails).
-      grand: `‖G_i‖`, the norm of the row's gradient.
-      input_norm: `‖x_i‖`, which knows nothing of the label: a score that finds no more
-        than it does has found large inputs.
+      el2n: `‖δ_{L,i}‖`, the norm of the error ŷ − y, accurate in the tails.
+      grand: `‖G_i‖`, the norm of the example's gradient.
+      input_norm: `‖x_i‖`, a control that ignores the label. A score that is no better
+        at a task than this one only detects large inputs.
     """
 
     el2n: jax.Array
@@ -372,24 +384,24 @@ def scores(
     pos_weight: jax.Array | float = 1.0,
     block_size: int | str | None = "auto",
 ) -> Scores:
-    """EL2N and GraNd of every row, and the norm of its input as a control.
+    """EL2N and GraNd scores of each example, and its input norm as a control.
 
-    Both were proposed as means over several networks, early in training: `jax.vmap`
-    over stacked params gives each network's, as `[networks, N]`.
+    Both scores were proposed as means over several networks early in training.
+    `jax.vmap` over stacked params returns the scores of each network, `[networks, N]`.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
       `Scores`.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, or block_size is not one; nothing is broadcast.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or block_size is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -402,30 +414,31 @@ def scores(
     References:
       Paul, Ganguli, Dziugaite, Deep Learning on a Data Diet, 2021, arXiv:2107.07075.
     """
-    batch = problem(params, x, y, None, pos_weight, "sum")
+    batch = check_batch(params, x, y, None, pos_weight, "sum")
 
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, Scores]:
-        rows = _examples(params, x, y, s, batch.pos_weight)
+        examples = _examples(params, x, y, s, batch.pos_weight)
+        scaled_delta = examples.scaled_deltas[-1]
         return (), Scores(
-            el2n=rows.size * jnp.sqrt(_squared_norm(rows.unit[-1])),
-            grand=rows.norms(),
+            el2n=examples.scale * jnp.sqrt(_squared_norm(scaled_delta)),
+            grand=examples.norms(),
             input_norm=jnp.sqrt(_squared_norm(x)),
         )
 
-    rows = rows_per_block(block_size, params, len(batch.c))
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), rows)[1]
+    size = examples_per_block(block_size, params, len(batch.c))
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
 class NoiseScale(NamedTuple):
-    """The gradient noise scale and the two estimates it is the ratio of; scalars.
+    """The gradient noise scale and the two estimates of which it is the ratio.
 
     Attributes:
-      scale: `variance / squared_norm`, in rows; inf where the latter is not positive,
-        NaN where all gradients are 0, or so small that their squares are.
+      scale: `variance / squared_norm`, a number of examples. It is inf if squared_norm
+        is not positive, and NaN if the squares of all gradients are 0 or underflow.
       variance: Unbiased estimate of the trace of the covariance of G_i, >= 0.
-      squared_norm: Unbiased estimate of the squared norm of the mean of G_i. It may
-        be negative where the gradient is lost in the noise. Over several batches
-        average this and the variance, then divide.
+      squared_norm: Unbiased estimate of the squared norm of the mean of G_i. It may be
+        negative if the noise dominates the gradient. For several batches, average this
+        and the variance before dividing.
     """
 
     scale: jax.Array
@@ -448,21 +461,22 @@ def noise_scale(
       V = \frac{N}{N-1} \left(\overline{\|G_i\|^2} - \|\bar G\|^2\right), \qquad
       S = \|\bar G\|^2 - \frac{V}{N}, \qquad \text{scale} = V / S
 
-    Smaller batches gain from more rows almost as from more steps, larger ones hardly.
+    For smaller batches, doubling the batch size helps almost as much as doubling the
+    number of steps. For larger batches it hardly helps.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 2; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
-      block_size: The most rows taken at a time; see `jaxbce.value_and_grad`.
+      block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
 
     Returns:
       A `NoiseScale`, in the accumulation dtype.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit, there is one row only, or block_size is not one.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, N is 1, or block_size is invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce
@@ -475,22 +489,20 @@ def noise_scale(
       McCandlish et al., An Empirical Model of Large-Batch Training, 2018,
       arXiv:1812.06162, appendix A.
     """
-    batch = problem(params, x, y, None, pos_weight, "sum")
+    batch = check_batch(params, x, y, None, pos_weight, "sum")
     n = len(batch.c)
     if n < 2:
-        raise ValueError(f"x has shape {batch.x.shape}; at least two rows are accepted")
+        raise ValueError(f"expected x of shape [N, n_0], N >= 2, got {batch.x.shape}")
 
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
-        rows = _examples(params, x, y, s, batch.pos_weight)
-        scale = (rows.size / n)[:, None]
-        grads = contract(rows.trace.h[:-1], tuple(scale * unit for unit in rows.unit))
-        return grads, rows.norms()
+        examples = _examples(params, x, y, s, batch.pos_weight)
+        return examples.weighted_sum(examples.scale / n), examples.norms()
 
-    rows = rows_per_block(block_size, params, n)
-    mean, norms = sum_over_blocks(block, batch.c, (batch.x, batch.y), rows)
-    of_mean = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(mean))
-    variance = jnp.maximum(jnp.mean(jnp.square(norms)) - of_mean, 0) * (n / (n - 1))
-    squared_norm = of_mean - variance / n
-    lost = (squared_norm <= 0) & (variance > 0)
-    scale = jnp.where(lost, jnp.inf, variance / squared_norm)
+    size = examples_per_block(block_size, params, n)
+    mean, norms = sum_over_blocks(block, batch.c, (batch.x, batch.y), size)
+    biased = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(mean))
+    variance = jnp.maximum(jnp.mean(jnp.square(norms)) - biased, 0) * (n / (n - 1))
+    squared_norm = biased - variance / n
+    infinite = (squared_norm <= 0) & (variance > 0)
+    scale = jnp.where(infinite, jnp.inf, variance / squared_norm)
     return NoiseScale(scale, variance, squared_norm)

@@ -1,9 +1,9 @@
 """Sweeps: thousands of networks in one program, each with its own hyperparameters.
 
-A member is one run of `jaxbce.fit`; a sweep is `jax.vmap` of it, first over the points
-of one seed, which share their examples and so are one matrix product, then over seeds.
-What is here is which members go together, in groups that fit a cache and a memory, and
-which device takes which group.
+A member of a sweep is one run of `jaxbce.fit`. A sweep applies `jax.vmap` to it twice:
+first over the points of one seed, which share their examples and so are one matrix
+product, then over seeds. This module divides the members into groups that fit the cache
+and the memory, and distributes the groups over devices.
 """
 
 import functools
@@ -21,34 +21,35 @@ import optax
 from jax import P
 
 from jaxbce import _validate
-from jaxbce._blocks import rows_per_block
+from jaxbce._blocks import examples_per_block
 from jaxbce.network import Layer, Params, init
 from jaxbce.training import fit
 
-# A group's bytes in a CPU's caches, and the most members of a group: with fewer bytes
-# a step is mostly the start of its operations, with more its arrays leave the caches.
+# The bytes of a group in the caches of a CPU. In smaller groups most of a step is the
+# overhead of starting operations; in larger ones the arrays no longer fit the caches.
 _CACHE_BYTES = 3 << 19
-_MOST_MEMBERS = {"cpu": 128}
-_ELSEWHERE = 1 << 16
-_MEMORY_SHARE = 0.5  # of a device's memory that a group may take
+_MAX_MEMBERS = {"cpu": 128}  # per group
+_MAX_MEMBERS_ELSEWHERE = 1 << 16
+_MEMORY_FRACTION = 0.5  # of a device's memory that a group may use
 _AXIS = "members"
 
 
 class SweepResult(NamedTuple):
-    """What each member has come to: NumPy arrays, as `FitResult` of points and seeds.
+    """Results of all members as NumPy arrays; the fields are as in `FitResult`.
 
     Attributes:
-      params: Parameters after the last step, leaves `[points, seeds, ...]`; None where
-        they were not to be kept.
-      best_params: Those of the evaluation with the least validation loss, or train
-        loss where there is no validation; None as above.
-      train_loss: In nats, `[points, seeds, evaluations]`; NaN from where a member had
+      params: Parameters after the last step, leaves `[points, seeds, ...]`; None if
+        `keep_params` was False.
+      best_params: Parameters at the evaluation with the lowest validation loss, or the
+        lowest training loss if there is no validation set; None as above.
+      train_loss: In nats, `[points, seeds, evaluations]`; NaN after a member has
         stopped.
-      validation_loss: The same of the validation rows; NaN if there are none.
+      validation_loss: Loss of the validation set, likewise; NaN if there is none.
       diverged_at: The first step whose loss was not finite, or −1, `[points, seeds]`.
       best_loss: The loss of `best_params`, `[points, seeds]`.
-      best_step: Steps that had been taken there, `[points, seeds]`.
-      step: Steps taken, `[points, seeds]`.
+      best_step: Number of steps before the evaluation of `best_params`,
+        `[points, seeds]`.
+      step: Number of steps taken, `[points, seeds]`.
     """
 
     params: Any
@@ -62,14 +63,14 @@ class SweepResult(NamedTuple):
 
 
 def grid(**axes: Any) -> dict[str, np.ndarray]:
-    """Every combination of the axes' values, as the equal-length arrays `sweep` takes.
+    """All combinations of the values of the axes, as the `hparams` of `sweep`.
 
     Args:
-      **axes: By name, the values of a hyperparameter, `[n_i]`, n_i >= 1.
+      **axes: The values of each hyperparameter, `[n_i]`, n_i >= 1.
 
     Returns:
-      By name, an array `[n_1 n_2 ...]`; the last axis varies fastest. Reshaped to
-      `(n_1, n_2, ...)`, a result's first axis is the grid again.
+      A dict of arrays `[n_1 n_2 ...]`, in which the last axis varies fastest. Reshaping
+      the first axis of a result to `(n_1, n_2, ...)` restores the grid.
 
     Raises:
       ValueError: If there is no axis, or one is not a sequence of at least one value.
@@ -81,12 +82,14 @@ def grid(**axes: Any) -> dict[str, np.ndarray]:
       [0.1, 0.1, 0.1, 0.2, 0.2, 0.2]
     """
     if not axes:
-        raise ValueError("grid has no axes; at least one, as learning_rate=[0.1], is")
+        raise ValueError(
+            "expected at least one axis, such as learning_rate=[0.1], got none"
+        )
     values = {name: np.asarray(value) for name, value in axes.items()}
     for name, value in values.items():
         if value.ndim != 1 or len(value) == 0:
             raise ValueError(
-                f"{name} has shape {value.shape}; a sequence of values is accepted"
+                f"expected {name} to be a sequence of values, got shape {value.shape}"
             )
     mesh = np.meshgrid(*values.values(), indexing="ij")
     return {name: m.ravel() for name, m in zip(values, mesh, strict=True)}
@@ -116,57 +119,59 @@ def sweep(
 ) -> SweepResult:
     r"""Trains a network for every point and seed, in one program over all devices.
 
-    Member (i, s) is the run that `fit` makes of::
+    Up to rounding, member (i, s) is the result of::
 
-      key_params, key_rows = jax.random.split(jax.random.fold_in(key, s))
+      key_params, key_fit = jax.random.split(jax.random.fold_in(key, s))
       params = init(key_params, (n_0, *hidden, n_L), dtype=dtype)
-      fit(key_rows, params, x, y, optimizer=make_optimizer(point_i), ...)
+      fit(key_fit, params, x, y, optimizer=make_optimizer(point_i), ...)
 
-    to rounding: points of one seed share their initial weights and the order of rows,
-    so that they differ by their hyperparameters alone. A member that diverges is
-    frozen and changes nothing in the others.
+    Points of one seed share their initial weights and the order of examples, so they
+    differ only in their hyperparameters. A member that diverges is frozen and does not
+    affect the others.
 
-    The program is compiled once for a `make_optimizer` object and a group's shape,
-    which the number of members changes only while they fill no group. On a CPU each
-    device of JAX's computes on a core: `jax.config.update("jax_num_cpu_devices", n)`,
-    before anything else of JAX, is how a sweep uses them all.
+    There is one compilation per `make_optimizer` object and shape of a group. The shape
+    depends on the number of members only if they do not fill a group. On CPU each JAX
+    device uses one core. To use n cores, call
+    `jax.config.update("jax_num_cpu_devices", n)` before any other use of JAX.
 
     Args:
       key: A JAX random key.
       x: Features `[N, n_0]`, floating, N >= 1.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       hidden: Widths of the hidden layers; may be empty.
-      make_optimizer: Builds any optax transformation from one point's values, which
-        are traced scalars. Give the same function object again to compile once.
-      hparams: By name, the points' values, `[points]`: what `grid` returns, or random
-        ones; empty for one point. Three names mean something to the sweep itself:
-        `init_scale` multiplies the initial weights, `pos_weight` is the loss's, and
-        `label_smoothing` ε trains on y (1 − ε) + ε / 2 (the train loss is of those,
-        the validation loss of the labels as they are).
-      num_seeds: Seeds of every point.
-      first_seed: The first of them, so that a sweep can be made in parts.
-      num_steps: As `fit`, and so the others up to `pos_weight`.
-      batch_size: Rows in a batch; None is all of them.
+      make_optimizer: Builds any optax transformation from the hyperparameters of one
+        point, which are traced scalars. Pass the same function object in every call to
+        avoid recompilation.
+      hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
+        result of `grid`, or random values; empty for one point. Three names have a
+        meaning for the sweep itself: `init_scale` multiplies the initial weights,
+        `pos_weight` is passed to the loss, and with `label_smoothing` ε the training
+        labels, also in `train_loss`, are y (1 − ε) + ε / 2.
+      num_seeds: Number of seeds per point.
+      first_seed: The first seed, so that a sweep can be split into several calls.
+      num_steps: As for `fit`, like the following arguments up to `pos_weight`.
+      batch_size: Number of examples per batch; None is N.
       validation: Features `[M, n_0]` and labels `[M, n_L]`.
-      evaluate_every: Steps between evaluations.
-      patience: Steps without a better loss after which a member stops.
-      sample_weight: Weights of the rows, `[N]`.
-      pos_weight: Weight of the positive class, unless it is in `hparams`.
-      dtype: Of the parameters; None is JAX's default float dtype.
-      keep_params: Whether to return parameters. If not, memory does not grow with them.
-      group_size: The most members that a device trains at a time; "auto" chooses from
-        shapes and the device's memory.
-      mesh: The devices, of any axes; None is all there are, of all processes.
+      evaluate_every: Number of steps between evaluations.
+      patience: Number of steps without a better loss after which a member stops.
+      sample_weight: Weights of the examples, `[N]`.
+      pos_weight: Weight of the positive class, unless `hparams` contains it.
+      dtype: Dtype of the parameters; None is JAX's default float dtype.
+      keep_params: Whether to return parameters. If False, the memory of the result does
+        not depend on their size.
+      group_size: The largest number of members that a device trains at a time; "auto"
+        chooses from the shapes and the memory of the device.
+      mesh: The devices to use, with any axes; None is all devices of all processes.
 
     Returns:
-      A `SweepResult`, whole in every process.
+      A `SweepResult`, complete in every process.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit or a number is out of range.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or a number is out of range.
 
     Warns:
-      RuntimeWarning: If a group does not fit the memory; it is halved.
+      RuntimeWarning: If a group does not fit in memory. It is then halved.
 
     Example:
       >>> import jax, jaxbce, optax
@@ -184,14 +189,12 @@ def sweep(
     first_seed = _validate.count("first_seed", first_seed, least=0)
     if not callable(make_optimizer):
         raise TypeError(
-            f"make_optimizer is a {type(make_optimizer).__name__}; a function of a "
-            "point's hyperparameters is accepted"
+            "expected make_optimizer to be a function of a dict of hyperparameters, "
+            f"got {type(make_optimizer).__name__}"
         )
-    for name, value, columns in (("x", x, "n_0"), ("y", y, "n_L")):
+    for name, value, shape in (("x", x, "[N, n_0]"), ("y", y, "[N, n_L]")):
         if getattr(value, "ndim", None) != 2:
-            raise ValueError(
-                f"{name} is of shape {np.shape(value)}; [rows, {columns}] is accepted"
-            )
+            raise ValueError(f"expected {name} of shape {shape}, got {np.shape(value)}")
     dtype = _validate.float_dtype(dtype)
     sizes = _validate.sizes((x.shape[1], *hidden, y.shape[1]))
     points, values = _points(hparams, dtype)
@@ -201,7 +204,7 @@ def sweep(
             pos_weight, sizes[-1], _validate.accumulation_dtype(dtype)
         )
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
-    if jax.process_count() == 1:  # a device without a member would repeat another's
+    if jax.process_count() == 1:  # a device without a member would repeat one
         devices = devices[:total]
     plan = _Plan(
         mesh=jax.sharding.Mesh(devices, (_AXIS,)),
@@ -217,37 +220,40 @@ def sweep(
         ),
     )
     if group_size == "auto":
-        group_size = members_that_fit(sizes, dtype, x.shape[0], batch_size, devices)
+        group_size = max_members_per_device(
+            sizes, dtype, x.shape[0], batch_size, devices
+        )
     group_size = _validate.count("group_size", group_size)
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key_data = jax.random.key_data(key) if typed else key
-    impl = str(jax.random.key_impl(key)) if typed else None
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    key_data = jax.random.key_data(key) if is_typed else key
+    key_impl = str(jax.random.key_impl(key)) if is_typed else None
     data = (key_data, x, y, validation, sample_weight, pos_weight)
-    shared = _placed(plan.mesh, P(), data)
-    todo = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
+    shared = _to_devices(plan.mesh, P(), data)
+    queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
     result: Any = None
-    while todo:
-        now = todo[: len(devices)]
+    while queue:
+        groups = queue[: len(devices)]
         try:
-            members = _members(now, len(devices), values, first_seed)
-            placed = _placed(plan.mesh, P(_AXIS), members)
-            found = _fetched(_train(*placed, shared, plan=plan, impl=impl))
+            members = _members(groups, len(devices), values, first_seed)
+            members = _to_devices(plan.mesh, P(_AXIS), members)
+            trained = _to_host(_train(*members, shared, plan=plan, impl=key_impl))
         except jax.errors.JaxRuntimeError as error:
-            todo = _halved(todo, error)
+            queue = _halve_groups(queue, error)
             continue
         if result is None:
-            whole = (points, num_seeds)
+            shape = (points, num_seeds)
             result = jax.tree.map(
-                lambda t, whole=whole: np.empty((*whole, *t.shape[3:]), t.dtype), found
+                lambda t, shape=shape: np.empty((*shape, *t.shape[3:]), t.dtype),
+                trained,
             )
-        for device, group in enumerate(now):
-            _keep(result, found, device, group)
-        todo = todo[len(now) :]
+        for device, group in enumerate(groups):
+            _store(result, trained, device, group)
+        queue = queue[len(groups) :]
     return result
 
 
 class _Plan(NamedTuple):
-    """What the compiled program depends on, beside shapes."""
+    """The static facts, besides shapes, on which the compiled program depends."""
 
     mesh: jax.sharding.Mesh
     sizes: tuple[int, ...]
@@ -258,11 +264,11 @@ class _Plan(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What a device trains at a time: some points of some seeds.
+    """The members that a device trains at a time: some points, each with some seeds.
 
     Attributes:
-      points: Their indices, `[points]`; the same one again where a group is not full.
-      seeds: The same of seeds.
+      points: Indices of the points; the last one is repeated if a group is not full.
+      seeds: Indices of the seeds, likewise.
     """
 
     points: np.ndarray
@@ -270,58 +276,66 @@ class _Group(NamedTuple):
 
 
 def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]]:
-    """The number of points, and their values as arrays that JAX can take."""
+    """The number of points, and their hyperparameters as arrays that JAX accepts."""
     if not isinstance(hparams, Mapping):
         raise TypeError(
-            f"hparams is a {type(hparams).__name__}; a dict of arrays [points], such "
-            "as grid(learning_rate=[0.1, 0.2]) makes, is accepted"
+            "expected hparams to be a dict of arrays [points], such as "
+            f"grid(learning_rate=[0.1, 0.2]), got {type(hparams).__name__}"
         )
     values = {name: np.asarray(value) for name, value in hparams.items()}
     shapes = {name: value.shape for name, value in values.items()}
     shape = next(iter(shapes.values()), (1,))
     if len(shape) != 1 or shape == (0,) or set(shapes.values()) - {shape}:
         raise ValueError(
-            f"hparams has shapes {shapes}; arrays [points] of one length >= 1 are "
-            "accepted"
+            f"expected hparams to be arrays [points] of one length >= 1, got {shapes}"
         )
     floating = _validate.accumulation_dtype(dtype)
     for name, value in values.items():
         kind = value.dtype.kind
         if kind not in "fiub":
             raise TypeError(
-                f"hparams[{name!r}] has dtype {value.dtype}; numbers and booleans are "
-                "accepted"
+                f"expected the dtype of hparams[{name!r}] to be real or boolean, got "
+                f"{value.dtype}"
             )
-        with np.errstate(over="ignore"):  # a rate beyond float32 is inf, and diverges
+        with np.errstate(over="ignore"):  # a value that overflows to inf just diverges
             values[name] = value.astype({"f": floating, "b": bool}.get(kind, np.int32))
     return shape[0], values
 
 
-def members_that_fit(
+def max_members_per_device(
     sizes: tuple[int, ...],
     dtype: Any,
-    rows: int,
+    n: int,
     batch_size: int | None,
     devices: np.ndarray,
 ) -> int:
-    """How many members each of `devices` should train at a time, from shapes."""
+    """The number of members that each device should train at a time, from shapes.
+
+    Args:
+      sizes: Layer sizes `(n_0, ..., n_L)`.
+      dtype: Dtype of the parameters.
+      n: Number of training examples.
+      batch_size: Number of examples per batch; None is n.
+      devices: The devices, of all processes.
+    """
     shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     params = tuple(Layer(shape((a, b)), shape((b,))) for a, b in pairwise(sizes))
     leaves = jax.tree.leaves(params)
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    row = sum(sizes[1:]) * leaves[0].dtype.itemsize
-    block = rows_per_block("auto", params, rows)  # the whole of an evaluation's memory
-    memory = _MEMORY_SHARE * _memory(devices) / (12 * weights + 4 * block * row)
+    param_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    example_bytes = sum(sizes[1:]) * leaves[0].dtype.itemsize
+    block = examples_per_block("auto", params, n)  # bounds the memory of an evaluation
+    member_bytes = 12 * param_bytes + 4 * block * example_bytes
+    fit_memory = _MEMORY_FRACTION * _device_memory(devices) / member_bytes
     platform = devices[0].platform
-    members = _MOST_MEMBERS.get(platform, _ELSEWHERE)
+    members = _MAX_MEMBERS.get(platform, _MAX_MEMBERS_ELSEWHERE)
     if platform == "cpu":
-        step = min(batch_size or rows, block) * row + 4 * weights
-        members = min(members, 2 ** round(math.log2(max(1, _CACHE_BYTES / step))))
-    return max(1, min(members, int(memory)))
+        step_bytes = min(batch_size or n, block) * example_bytes + 4 * param_bytes
+        members = min(members, 2 ** round(math.log2(max(1, _CACHE_BYTES / step_bytes))))
+    return max(1, min(members, int(fit_memory)))
 
 
-def _memory(devices: np.ndarray) -> float:
-    """Bytes that a device has, or its share of the machine's."""
+def _device_memory(devices: np.ndarray) -> float:
+    """Bytes of memory per device, or the machine's memory divided by local devices."""
     local = [d for d in devices if d.process_index == jax.process_index()]
     stats = (local[0].memory_stats() or {}) if local else {}
     if "bytes_limit" in stats:
@@ -331,33 +345,34 @@ def _memory(devices: np.ndarray) -> float:
 
 
 def _groups(points: int, seeds: int, size: int) -> list[_Group]:
-    """All members in groups of one shape, of at most `size` members."""
+    """Divides all members into groups of one shape, of at most `size` members."""
 
-    def parts(count: int, most: int) -> list[np.ndarray]:
-        number = -(-count // most)
-        each = -(-count // number)  # as equal as can be
-        starts = range(0, count, each)
-        return [np.minimum(np.arange(i, i + each), count - 1) for i in starts]
+    def split(count: int, most: int) -> list[np.ndarray]:
+        chunks = -(-count // most)
+        length = -(-count // chunks)  # the most equal lengths
+        starts = range(0, count, length)
+        return [np.minimum(np.arange(i, i + length), count - 1) for i in starts]
 
-    by_point = parts(points, min(points, size))
-    by_seed = parts(seeds, max(1, size // len(by_point[0])))
+    by_point = split(points, min(points, size))
+    by_seed = split(seeds, max(1, size // len(by_point[0])))
     return [_Group(p, s) for s in by_seed for p in by_point]
 
 
-def _halved(todo: list[_Group], error: Exception) -> list[_Group]:
-    """The same members in smaller groups, where memory was what failed."""
-    points, seeds = (len(indices) for indices in todo[0])
-    several = jax.process_count() > 1  # of which the others have not failed
-    if "RESOURCE_EXHAUSTED" not in str(error) or points * seeds == 1 or several:
+def _halve_groups(queue: list[_Group], error: Exception) -> list[_Group]:
+    """The same members in groups of half the size, if memory was the error."""
+    points, seeds = (len(indices) for indices in queue[0])
+    is_distributed = jax.process_count() > 1  # the other processes may not have failed
+    is_memory = "RESOURCE_EXHAUSTED" in str(error)
+    if not is_memory or points * seeds == 1 or is_distributed:
         raise error
     warnings.warn(
-        f"a group of {points * seeds} members does not fit the memory; going on with "
-        "half of it",
+        f"a group of {points * seeds} members does not fit in memory; continuing with "
+        "groups of half the size",
         RuntimeWarning,
         stacklevel=3,
     )
     halves = []
-    for group in todo:
+    for group in queue:
         if seeds > 1:
             first, second = group.seeds[: -(-seeds // 2)], group.seeds[seeds // 2 :]
             halves += [group._replace(seeds=first), group._replace(seeds=second)]
@@ -368,23 +383,25 @@ def _halved(todo: list[_Group], error: Exception) -> list[_Group]:
 
 
 def _members(
-    now: list[_Group], devices: int, values: dict[str, np.ndarray], first_seed: int
+    groups: list[_Group], devices: int, values: dict[str, np.ndarray], first_seed: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Seeds `[devices, seeds]` and values `[devices, points]` of a group a device."""
-    now = now + now[-1:] * (devices - len(now))
-    seeds = np.stack([first_seed + group.seeds for group in now]).astype(np.uint32)
-    points = np.stack([group.points for group in now])
+    """Seeds `[devices, seeds]` and values `[devices, points]`, one group per device."""
+    groups = groups + groups[-1:] * (devices - len(groups))
+    seeds = np.stack([first_seed + group.seeds for group in groups]).astype(np.uint32)
+    points = np.stack([group.points for group in groups])
     return seeds, {name: value[points] for name, value in values.items()}
 
 
-def _keep(result: SweepResult, found: SweepResult, device: int, group: _Group) -> None:
-    """Puts what a device found, `[devices, seeds, points, ...]`, where it belongs."""
+def _store(
+    result: SweepResult, trained: SweepResult, device: int, group: _Group
+) -> None:
+    """Stores one device's part of `trained`, `[devices, seeds, points, ...]`."""
     where = np.ix_(group.points, group.seeds)
 
-    def put(whole: np.ndarray, part: np.ndarray) -> None:
-        whole[where] = part[device].swapaxes(0, 1)
+    def store(target: np.ndarray, source: np.ndarray) -> None:
+        target[where] = source[device].swapaxes(0, 1)
 
-    jax.tree.map(put, result, found)
+    jax.tree.map(store, result, trained)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "impl"))
@@ -396,7 +413,18 @@ def _train(
     plan: _Plan,
     impl: str | None,
 ) -> SweepResult:
-    """A group a device: seeds `[devices, seeds]`, values `[devices, points]`."""
+    """Trains one group per device.
+
+    Args:
+      seeds: `[devices, seeds]`.
+      values: Hyperparameters `[devices, points]`.
+      shared: The key data, and the other arguments that all members share.
+      plan: The static facts.
+      impl: The implementation of a typed key; None for a legacy one.
+
+    Returns:
+      The results, with leaves `[devices, seeds, points, ...]`.
+    """
 
     def group(seeds: jax.Array, values: dict[str, Any], shared: Any) -> SweepResult:
         key, *data = shared
@@ -406,18 +434,18 @@ def _train(
         def seed(seed: jax.Array) -> SweepResult:
             keys = jax.random.split(jax.random.fold_in(key, seed))
             params = init(keys[0], plan.sizes, dtype=plan.dtype)
-            each = functools.partial(_member, plan, keys[1], params, data)
+            member = functools.partial(_member, plan, keys[1], params, data)
             points = {name: value[0] for name, value in values.items()}
             if any(len(value) > 1 for value in points.values()):
-                return jax.vmap(each)(points)
-            one = each({name: value[0] for name, value in points.items()})
-            return jax.tree.map(lambda t: t[None], one)
+                return jax.vmap(member)(points)
+            single = member({name: value[0] for name, value in points.items()})
+            return jax.tree.map(lambda t: t[None], single)
 
         if seeds.shape[1] == 1:
-            found = jax.tree.map(lambda t: t[None], seed(seeds[0, 0]))
+            trained = jax.tree.map(lambda t: t[None], seed(seeds[0, 0]))
         else:
-            found = jax.vmap(seed)(seeds[0])
-        return jax.tree.map(lambda t: t[None], found)
+            trained = jax.vmap(seed)(seeds[0])
+        return jax.tree.map(lambda t: t[None], trained)
 
     specs = {"in_specs": (P(_AXIS), P(_AXIS), P()), "out_specs": P(_AXIS)}
     return jax.shard_map(group, mesh=plan.mesh, **specs)(seeds, values, shared)
@@ -426,6 +454,7 @@ def _train(
 def _member(
     plan: _Plan, key: jax.Array, params: Params, shared: Any, values: dict[str, Any]
 ) -> SweepResult:
+    """Trains one member; `values` are the hyperparameters of its point, scalars."""
     x, y, validation, sample_weight, pos_weight = shared
     if "init_scale" in values:
         scale = values["init_scale"]
@@ -455,10 +484,10 @@ def _member(
     )
 
 
-def _placed(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
-    """Arrays that every process has whole, put on the devices of all of them."""
+def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
+    """Shards arrays, complete in every process, over the devices of all processes."""
     sharding = jax.sharding.NamedSharding(mesh, spec)
-    if jax.process_count() == 1:  # without a way over the host
+    if jax.process_count() == 1:  # avoids a copy through the host
         return jax.device_put(tree, sharding)
 
     def place(leaf: Any) -> jax.Array:
@@ -468,8 +497,8 @@ def _placed(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def _fetched(tree: Any) -> Any:
-    """Arrays that are spread over devices, whole in every process, as NumPy's."""
+def _to_host(tree: Any) -> Any:
+    """Gathers sharded arrays as NumPy arrays, complete in every process."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils  # slow to import
 

@@ -1,4 +1,4 @@
-"""Training: one network's whole run as one pure function."""
+"""Training of one network: a whole run as one pure function."""
 
 import functools
 import inspect
@@ -11,27 +11,27 @@ import optax
 from jax import lax
 
 from jaxbce import _columns, _validate, gradients
-from jaxbce._blocks import rows_per_block
-from jaxbce._columns import transposed
+from jaxbce._blocks import examples_per_block
+from jaxbce._columns import transpose_leaves
 from jaxbce.network import Params
 
 
 class FitResult(NamedTuple):
-    """What a run has come to; passed to `fit` in place of params, it goes on.
+    """Result of a training run. Pass it to `fit` in place of params to resume the run.
 
     Attributes:
       params: Parameters after the last step.
-      best_params: Parameters of the evaluation with the least validation loss, or
-        the least train loss where there is no validation.
-      train_loss: The loss of all training rows at each evaluation, in nats,
-        `[evaluations]`; NaN from where the run had stopped.
-      validation_loss: The same of the validation rows; NaN if there are none.
-      diverged_at: The first step whose loss was not finite, or −1. The parameters
-        are left as they were at that step.
-      opt_state: The optimizer's state after the last step.
+      best_params: Parameters at the evaluation with the lowest validation loss, or the
+        lowest training loss if there is no validation set.
+      train_loss: Loss of the whole training set at each evaluation, in nats,
+        `[evaluations]`; NaN after the run has stopped.
+      validation_loss: Loss of the validation set, likewise; NaN if there is none.
+      diverged_at: The first step whose loss was not finite, or −1. The parameters are
+        those before that step.
+      opt_state: State of the optimizer after the last step.
       best_loss: The loss of `best_params`; inf before the first evaluation.
-      best_step: Steps that had been taken at `best_params`.
-      step: Steps taken, less than asked for if the run stopped.
+      best_step: Number of steps before the evaluation of `best_params`.
+      step: Number of steps taken, fewer than requested if the run stopped.
     """
 
     params: Params
@@ -61,49 +61,53 @@ def fit(
     pos_weight: jax.Array | float = 1.0,
     loss: Callable[..., jax.Array] = gradients.loss,
 ) -> FitResult:
-    r"""Trains one network, as one pure function of its arguments.
+    r"""Trains one network. The whole run is one pure function of the arguments.
 
-    It works under `jit`, `vmap` (over keys, params, data, and hyperparameters from
-    which the optimizer is built inside the mapped function) and `shard_map`, where its
-    results vary over every axis. Its loops can be differentiated forwards only. It is
-    compiled once for each optimizer object and each set of shapes and static options.
+    `fit` works under `jit`, `vmap` and `shard_map`. `vmap` may map keys, params, data,
+    and hyperparameters if the optimizer is built inside the mapped function. Under
+    `shard_map` the results vary over all axes. Only forward-mode differentiation is
+    supported, because of the loops. There is one compilation per optimizer object and
+    set of shapes and static options.
 
-    An epoch is every row once, in an order drawn from the key and the epoch's number;
-    its last batch may be short, and is averaged over the rows it has. With weights
-    :math:`s` the loss of a batch of B rows is
-    :math:`\frac1B \sum_i \frac{s_i}{\bar s}\, \ell_i`, :math:`\bar s` their mean over
-    all rows: its mean over an epoch of full batches is the loss of all rows.
+    An epoch visits every example once, in an order drawn from the key and the number of
+    the epoch. Its last batch may be shorter than the others, and its loss is the mean
+    over its own examples. With weights :math:`s` the loss of a batch of B examples is
+    :math:`\frac1B \sum_i \frac{s_i}{\bar s}\, \ell_i`, where :math:`\bar s` is the mean
+    weight of all examples. Its mean over an epoch of full batches is the loss of the
+    training set.
 
     Args:
-      key: A JAX random key, for the order of rows; not used by a full batch.
-      params: A tuple of `Layer` to start from; or the `FitResult` of a call with the
-        same key and data, to go on. Two runs of n steps are one of 2n to the bit if
-        `evaluate_every` divides n; else, without patience, in params and opt_state.
+      key: A JAX random key for the order of examples; unused for full batches.
+      params: A tuple of `Layer` to start from, or the `FitResult` of a call with the
+        same key and data to resume it. If `evaluate_every` divides n, two runs of n
+        steps are bitwise equal to one run of 2n steps. Otherwise, without patience,
+        params and opt_state are.
       x: Features `[N, n_0]`, floating, N >= 1.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
-      optimizer: Any optax transformation. One that asks for them is given `value`,
-        `grad` and `value_fn` of the batch; `grad_fn`, if its `update` names it.
-      num_steps: Steps to take; 0 gives the run that has not begun.
-      batch_size: Rows in a batch, 1 to N; None is all of them.
+      optimizer: Any optax transformation. `value`, `grad` and `value_fn` of the batch
+        are passed to its `update` if it accepts them, and `grad_fn` if it names it.
+      num_steps: Number of steps; 0 returns the initial state of a run.
+      batch_size: Number of examples per batch, 1 to N; None is N.
       validation: Features `[M, n_0]` and labels `[M, n_L]`.
-      evaluate_every: Steps between evaluations, the last of which follows the last
-        step; None is that one alone. Each costs a forward pass over all rows.
-      patience: Stop at the first evaluation that comes this many steps, or more,
-        after the best one; None is never. Nothing is computed after a stop, unless
-        under `vmap` others go on.
-      sample_weight: Weights s >= 0 of the training rows, `[N]`; None is all ones.
-      pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`; in the
-        validation loss too.
-      loss: The objective whose gradient is followed, of `jaxbce.loss`'s signature;
-        for a penalty, say. It is called with `sample_weight`, `pos_weight` and
-        `reduction="sum"`. What is reported is `jaxbce.loss` all the same.
+      evaluate_every: Number of steps between evaluations. There is always an evaluation
+        after the last step; None is that one alone. Each evaluation costs a forward
+        pass over all examples.
+      patience: Stop at the first evaluation that is at least this many steps after the
+        best one; None never stops. Nothing is computed after a stop, except under
+        `vmap` while other networks continue.
+      sample_weight: Weights s >= 0 of the training examples, `[N]`; None is all ones.
+      pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`. It also
+        applies to the validation loss.
+      loss: The training objective, with the signature of `jaxbce.loss`; for example,
+        one with a penalty. It is called with `sample_weight`, `pos_weight` and
+        `reduction="sum"`. The reported losses are those of `jaxbce.loss`.
 
     Returns:
       A `FitResult`.
 
     Raises:
-      TypeError: If an argument is of a type or dtype that is not accepted.
-      ValueError: If shapes do not fit or a number is out of range.
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match, or a number is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce, optax
@@ -119,8 +123,8 @@ def fit(
     _validate.key(key)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}; an optax transformation, such "
-            "as optax.sgd(0.1), is accepted"
+            "expected optimizer to be an optax transformation, such as optax.sgd(0.1), "
+            f"got {type(optimizer).__name__}"
         )
     num_steps = _validate.count("num_steps", num_steps, least=0)
     if evaluate_every is None:
@@ -132,11 +136,13 @@ def fit(
         x, params.params if isinstance(params, FitResult) else params
     )
     if batch_size is not None:
-        batch_size = _validate.count("batch_size", batch_size, most=x.shape[0])
+        batch_size = _validate.count("batch_size", batch_size, examples=x.shape[0])
     if validation is not None and (
         not isinstance(validation, (tuple, list)) or len(validation) != 2
     ):
-        raise TypeError("validation is not a pair; (x, y) is accepted")
+        is_sequence = isinstance(validation, (tuple, list))
+        got = f"{len(validation)} items" if is_sequence else type(validation).__name__
+        raise TypeError(f"expected validation to be a tuple (x, y), got {got}")
     return _fit(
         key,
         params,
@@ -178,136 +184,147 @@ def _fit(
     loss: Callable[..., jax.Array],
 ) -> FitResult:
     x, y, sample_weight = data
-    rows, n_in = x.shape
-    run = _start(start, optimizer)
+    n, n_in = x.shape
+    run = _initial_run(start, optimizer)
     dtype = run.best_loss.dtype
     outputs = run.params[-1].w.shape[1]
-    y = _validate.labels(y, (rows, outputs), dtype)
+    y = _validate.labels(y, (n, outputs), dtype)
     p = _validate.pos_weight(pos_weight, outputs, dtype)
-    relative = None
+    relative_weight = None
     if sample_weight is not None:
-        s = _validate.sample_weight(sample_weight, rows, dtype)
-        s = s / jnp.max(s)  # so that their sum does not overflow
-        relative = s / jnp.mean(s)
-    block_rows = rows_per_block("auto", run.params, rows)
-    each = jnp.full(rows, 1 / rows, dtype)
-    evaluated = [(x, y, each if relative is None else relative / rows)]
+        s = _validate.sample_weight(sample_weight, n, dtype)
+        s = s / jnp.max(s)  # so that the sum cannot overflow
+        relative_weight = s / jnp.mean(s)
+    block_size = examples_per_block("auto", run.params, n)
+    c = jnp.full(n, 1 / n, dtype)
+    datasets = [(x, y, c if relative_weight is None else relative_weight / n)]
     if validation is not None:
         valid_x = _validate.features(validation[0], run.params)
         valid_y = _validate.labels(validation[1], (len(valid_x), outputs), dtype)
         weight = jnp.full(len(valid_x), 1 / len(valid_x), dtype)
-        evaluated.append((valid_x, valid_y, weight))
+        datasets.append((valid_x, valid_y, weight))
 
-    # What the loops carry: the run, with the losses of its last evaluation alone, and
-    # every leaf in its columns form: under vmap no step then moves any data. A product
-    # with one row is slower in that form, and another loss knows nothing of it.
-    by_columns = loss is gradients.loss and (batch_size or rows) > 1
-    turned = transposed if by_columns else _unchanged
-    # The barrier keeps a run of one evaluation the same program as a part of more.
-    run = _varying(lax.optimization_barrier(_turned(run, turned)))
+    # The loops carry the run, with only the losses of its last evaluation and with
+    # every leaf in the column layout, so that no step transposes data under vmap. The
+    # row layout is used for batches of one example, where it is faster, and for a
+    # custom loss, which expects it.
+    by_columns = loss is gradients.loss and (batch_size or n) > 1
+    convert = transpose_leaves if by_columns else _identity  # between the layouts
+    # With the barrier a run of one evaluation compiles to the same arithmetic as a
+    # part of a longer run.
+    run = _varying(lax.optimization_barrier(_convert_run(run, convert)))
     if by_columns:
         x = _columns.with_ones(x)
 
     def step(t: jax.Array, run: FitResult, x: Any, y: Any, c: jax.Array) -> FitResult:
-        """One update on rows (x, y), which count c in the batch's loss."""
+        """One update on examples (x, y) with weights c in the loss of the batch."""
 
         def objective(params: Params) -> jax.Array:
             weights = {"sample_weight": c, "pos_weight": pos_weight}
             return loss(params, x[:, :n_in], y, **weights, reduction="sum")
 
-        # Not what a line search left in its state: it may be of other parameters, where
-        # something follows the search, and of another batch.
-        params, state = turned((run.params, run.opt_state))
+        # The value and gradient in the state of a line search are not reused: they may
+        # belong to another batch, or to other parameters if a transformation follows
+        # the search.
+        params, state = convert((run.params, run.opt_state))
         if by_columns:
-            value, hinge, grads = _columns.objective(
-                run.params, x, y, c, p, block_rows=block_rows
+            value, linear_part, grads = _columns.objective(
+                run.params, x, y, c, p, block_size=block_size
             )
-            grads = turned(grads)
+            grads = convert(grads)
         else:
             value, grads = jax.value_and_grad(objective)(params)
-            hinge = value
+            linear_part = value
         updates, state = _update(optimizer, params, state, objective, value, grads)
-        healthy = (run.diverged_at < 0) & jnp.isfinite(hinge)
-        params = turned(optax.apply_updates(params, updates))
+        is_finite = (run.diverged_at < 0) & jnp.isfinite(linear_part)
+        params = convert(optax.apply_updates(params, updates))
         return run._replace(
-            params=_select(healthy, params, run.params),
-            opt_state=turned(state),
-            diverged_at=jnp.where(healthy | (run.diverged_at >= 0), run.diverged_at, t),
+            params=_select(is_finite, params, run.params),
+            opt_state=convert(state),
+            diverged_at=jnp.where(
+                is_finite | (run.diverged_at >= 0), run.diverged_at, t
+            ),
         )
 
     def advance(begin: jax.Array, end: jax.Array, run: FitResult) -> FitResult:
         """Takes the steps from `begin` to `end`, and evaluates."""
         if batch_size is None:
-            c = evaluated[0][2]
+            c = datasets[0][2]
             run = lax.fori_loop(begin, end, lambda t, run: step(t, run, x, y, c), run)
         else:
 
-            def batch(t: Any, chosen: Any, share: Any, run: FitResult) -> FitResult:
-                c = share.astype(dtype)
-                if relative is not None:
-                    c = c * relative[chosen]
-                return step(t, run, x[chosen], y[chosen], c)
+            def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
+                c = weight.astype(dtype)
+                if relative_weight is not None:
+                    c = c * relative_weight[indices]
+                return step(t, run, x[indices], y[indices], c)
 
-            run = _over_batches(batch, key, rows, batch_size, begin, end, run)
-        columns = run.params if by_columns else transposed(run.params)
-        train, *other = [
-            _columns.loss(columns, *data, p, block_rows=block_rows)
-            for data in evaluated
+            run = _over_batches(batch, key, n, batch_size, begin, end, run)
+        columns = run.params if by_columns else transpose_leaves(run.params)
+        train_loss, *validation_loss = [
+            _columns.loss(columns, *dataset, p, block_size=block_size)
+            for dataset in datasets
         ]
-        judged = other[0] if other else train
+        selection_loss = validation_loss[0] if validation_loss else train_loss
         diverged_at = jnp.where(
-            (run.diverged_at < 0) & ~jnp.isfinite(train), end, run.diverged_at
+            (run.diverged_at < 0) & ~jnp.isfinite(train_loss), end, run.diverged_at
         )
-        better = (diverged_at < 0) & (judged < run.best_loss)
+        is_best = (diverged_at < 0) & (selection_loss < run.best_loss)
         return run._replace(
-            best_params=_select(better, run.params, run.best_params),
-            train_loss=train,
-            validation_loss=judged if other else run.validation_loss,
+            best_params=_select(is_best, run.params, run.best_params),
+            train_loss=train_loss,
+            validation_loss=(
+                validation_loss[0] if validation_loss else run.validation_loss
+            ),
             diverged_at=diverged_at,
-            best_loss=jnp.where(better, judged, run.best_loss),
-            best_step=jnp.where(better, end, run.best_step),
+            best_loss=jnp.where(is_best, selection_loss, run.best_loss),
+            best_step=jnp.where(is_best, end, run.best_step),
             step=jnp.where(diverged_at < 0, end, diverged_at),
         )
 
-    def evaluation(run: FitResult, begin: jax.Array) -> tuple[FitResult, Any]:
+    def advance_unless_stopped(
+        run: FitResult, begin: jax.Array
+    ) -> tuple[FitResult, Any]:
         end = jnp.minimum(begin + evaluate_every, first + num_steps)
         stopped = run.diverged_at >= 0
         if patience is not None:
             stopped |= run.step - run.best_step >= patience
         nan = jnp.full_like(run.train_loss, jnp.nan)
-        idle = run._replace(train_loss=nan, validation_loss=nan)
+        unchanged = run._replace(train_loss=nan, validation_loss=nan)
         run = lax.cond(
-            _all(stopped),
-            lambda run: idle,
-            lambda run: _select(stopped, idle, advance(begin, end, run)),
+            _all_across_vmap(stopped),
+            lambda run: unchanged,
+            lambda run: _select(stopped, unchanged, advance(begin, end, run)),
             run,
         )
         return run, (run.train_loss, run.validation_loss)
 
     if num_steps == 0:
-        none = run.train_loss[None][:0]
-        return _turned(run, turned)._replace(train_loss=none, validation_loss=none)
-    # Time does not follow run.step, which under vmap is each member's own: then
-    # every member would have an order of rows to itself.
+        empty = run.train_loss[None][:0]
+        return _convert_run(run, convert)._replace(
+            train_loss=empty, validation_loss=empty
+        )
+    # The loop counts steps from the initial one and does not read run.step. Under vmap
+    # run.step may differ between networks, and each would draw its own order.
     first = run.step
     begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
-    run, (train_loss, validation_loss) = lax.scan(evaluation, run, begins)
-    return _turned(run, turned)._replace(
+    run, (train_loss, validation_loss) = lax.scan(advance_unless_stopped, run, begins)
+    return _convert_run(run, convert)._replace(
         train_loss=train_loss, validation_loss=validation_loss
     )
 
 
-def _start(
+def _initial_run(
     start: Params | FitResult, optimizer: optax.GradientTransformation
 ) -> FitResult:
-    """A run that begins at params, or goes on from a result."""
+    """A run that starts at params, or resumes from a result."""
     if isinstance(start, FitResult):
         nan = jnp.full_like(start.best_loss, jnp.nan)
         state = jax.eval_shape(optimizer.init, start.params)
         if jax.tree.map(jnp.shape, start.opt_state) != jax.tree.map(jnp.shape, state):
             raise ValueError(
-                "params is a FitResult whose opt_state is not of the optimizer's "
-                "structure; the result of a run with the same optimizer is accepted"
+                "expected params to be the FitResult of a run with the same optimizer, "
+                "got one with an opt_state of another structure"
             )
         return start._replace(train_loss=nan, validation_loss=nan)
     dtype = _validate.accumulation_dtype(_validate.params(start))
@@ -324,50 +341,50 @@ def _start(
     )
 
 
-def _unchanged(tree: Any) -> Any:
+def _identity(tree: Any) -> Any:
     return tree
 
 
-def _turned(run: FitResult, turned: Callable[[Any], Any]) -> FitResult:
-    """A run with every leaf turned, and back: whatever an optimizer keeps."""
-    params, best, state = turned((run.params, run.best_params, run.opt_state))
+def _convert_run(run: FitResult, convert: Callable[[Any], Any]) -> FitResult:
+    """The run with `convert` applied to its parameters and optimizer state."""
+    params, best, state = convert((run.params, run.best_params, run.opt_state))
     return run._replace(params=params, best_params=best, opt_state=state)
 
 
 def _over_batches(
     body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
     key: jax.Array,
-    rows: int,
+    n: int,
     size: int,
     begin: jax.Array,
     end: jax.Array,
     carry: Any,
 ) -> Any:
-    """Folds `body(t, chosen, share, carry)` over the batches of steps begin to end.
+    """Folds `body(t, indices, weight, carry)` over the batches of steps begin to end.
 
-    `chosen [size]` are the batch's rows and `share [size]` the part that each has in
-    its mean. An epoch's order is drawn where it begins, or where the steps begin
-    within it: carried along, it would be copied at every step.
+    `indices [size]` are the examples of a batch, and `weight [size]` their weights in
+    its mean. The order of an epoch is drawn at its first step, and again if `begin` is
+    within the epoch. In the carry it would be copied at every step.
     """
-    per_epoch = -(-rows // size)
+    per_epoch = -(-n // size)
 
     def epoch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         t, carry = state
         number = t // per_epoch
-        order = jax.random.permutation(jax.random.fold_in(key, number), rows)
+        order = jax.random.permutation(jax.random.fold_in(key, number), n)
 
         def batch(t: jax.Array, carry: Any) -> Any:
-            # A short batch is as long as the others: it starts with rows of the one
-            # before, whose share is 0.
+            # A short last batch is padded at its start with examples of the previous
+            # batch, which get weight 0.
             first = (t - number * per_epoch) * size
-            if rows % size == 0:
-                chosen = lax.dynamic_slice_in_dim(order, first, size)
-                return body(t, chosen, jnp.full(size, 1 / size), carry)
-            start = jnp.minimum(first, rows - size)
-            chosen = lax.dynamic_slice_in_dim(order, start, size)
-            fresh = start + jnp.arange(size) >= first
-            share = fresh.astype(float) / jnp.minimum(size, rows - first).astype(float)
-            return body(t, chosen, share, carry)
+            if n % size == 0:
+                indices = lax.dynamic_slice_in_dim(order, first, size)
+                return body(t, indices, jnp.full(size, 1 / size), carry)
+            start = jnp.minimum(first, n - size)
+            indices = lax.dynamic_slice_in_dim(order, start, size)
+            is_new = start + jnp.arange(size) >= first
+            weight = is_new.astype(float) / jnp.minimum(size, n - first).astype(float)
+            return body(t, indices, weight, carry)
 
         until = jnp.minimum(end, (number + 1) * per_epoch)
         return until, lax.fori_loop(t, until, batch, carry)
@@ -376,19 +393,20 @@ def _over_batches(
 
 
 @jax.custom_batching.custom_vmap
-def _all(stopped: jax.Array) -> jax.Array:
-    """Whether every member of the `vmap`s that this is under has stopped.
+def _all_across_vmap(stopped: jax.Array) -> jax.Array:
+    """Whether all networks of the enclosing `vmap`s have stopped.
 
-    A branch on it stays a branch; on each member's own it would become both branches,
-    with begin and end, and with them the order of rows, each member's own.
+    A `cond` on the result remains a branch under `vmap`. On each network's own value it
+    would compute both branches, and `begin`, `end` and the order of examples would be
+    batched too, with one copy per network.
     """
     return stopped
 
 
-@_all.def_vmap
+@_all_across_vmap.def_vmap
 def _(size: int, batched: list[bool], stopped: jax.Array) -> tuple[jax.Array, bool]:
     del size, batched
-    return _all(jnp.all(stopped, axis=0)), False
+    return _all_across_vmap(jnp.all(stopped, axis=0)), False
 
 
 def _update(
@@ -399,14 +417,14 @@ def _update(
     value: Any,
     grads: Any,
 ) -> tuple[Any, Any]:
-    """The optimizer's update, given what its signature can take."""
-    given = {"value": value, "grad": grads, "value_fn": objective}
-    accepted = inspect.signature(optimizer.update).parameters
-    if "grad_fn" in accepted:  # optax.contrib.sam; a line search refuses it
-        given["grad_fn"] = lambda params, _: jax.grad(objective)(params)
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        given = {name: given[name] for name in accepted if name in given}
-    return optimizer.update(grads, state, params, **given)
+    """Calls `optimizer.update` with the extra arguments that its signature accepts."""
+    extra_args = {"value": value, "grad": grads, "value_fn": objective}
+    signature = inspect.signature(optimizer.update).parameters
+    if "grad_fn" in signature:  # optax.contrib.sam; line searches reject it
+        extra_args["grad_fn"] = lambda params, _: jax.grad(objective)(params)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+        extra_args = {k: extra_args[k] for k in signature if k in extra_args}
+    return optimizer.update(grads, state, params, **extra_args)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -414,12 +432,13 @@ def _select(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _varying(tree: Any) -> Any:
-    """Inside `shard_map`, leaves typed as different on each device; else as they are.
+    """Marks every leaf as varying over the axes of an enclosing `shard_map`, if any.
 
-    A loop's carry must keep its type, and what begins as a constant would not.
+    The carry of a loop must keep its type, but a constant initial value is not typed as
+    varying.
     """
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if not axes:
         return tree
-    same = sum(lax.axis_index(axis) for axis in axes) >= 0  # True, and varying
-    return jax.tree.map(lambda leaf: jnp.where(same, leaf, leaf), tree)
+    always = sum(lax.axis_index(axis) for axis in axes) >= 0  # True, typed as varying
+    return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), tree)

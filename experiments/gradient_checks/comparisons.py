@@ -146,7 +146,7 @@ def oracles(
     rows: list[Row] = [
         {
             "leaf": c.leaf,
-            "oracle": c.oracle,
+            "oracle": c.reference,
             "worst at": c.point,
             "error": c.error,
             "allowed": c.tolerance,

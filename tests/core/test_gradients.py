@@ -350,7 +350,7 @@ def test_chain_rule_is_the_gradient_of_the_summed_loss():
 @pytest.mark.parametrize("sizes", [(4, 1), (4, 3, 3, 1)])
 def test_chain_rule_is_for_one_hidden_layer(sizes):
     arguments = problem(sizes).arguments(np.float32)
-    with pytest.raises(ValueError, match=f"params has {len(sizes) - 1} layers"):
+    with pytest.raises(ValueError, match=f"to have 2 layers .* got {len(sizes) - 1}"):
         jaxbce.chain_rule(*arguments)
 
 
@@ -361,28 +361,28 @@ GOOD = problem((3, 2, 1), rows=8).arguments(np.float32)
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"y": jnp.zeros(8)}, ValueError, r"y has shape \(8,\), logits have \(8, 1\)"),
-        ({"y": jnp.zeros((8, 2))}, ValueError, r"y has shape \(8, 2\), logits have"),
-        ({"y": jnp.zeros((1, 1))}, ValueError, r"y has shape \(1, 1\)"),
-        ({"y": jnp.zeros((8, 1), complex)}, TypeError, "y has dtype complex64"),
-        ({"x": jnp.zeros((8, 4))}, ValueError, r"x has shape \(8, 4\); \[rows, 3\]"),
-        ({"x": jnp.zeros((8, 3), int)}, TypeError, "x has dtype int32"),
-        ({"x": jnp.zeros((0, 3))}, ValueError, r"x has shape \(0, 3\); at least one"),
-        ({"params": ()}, ValueError, "params is empty"),
-        ({"reduction": "average"}, ValueError, "reduction is 'average'; \"mean\" or"),
-        ({"reduction": None}, ValueError, "reduction is None"),
-        ({"block_size": 0}, ValueError, 'block_size is 0; None, "auto" or'),
-        ({"block_size": "all"}, ValueError, "block_size is 'all'"),
-        ({"block_size": True}, ValueError, "block_size is True"),
-        ({"block_size": 2.5}, TypeError, r"block_size is 2.5"),
+        ({"y": jnp.zeros(8)}, ValueError, r"y of shape \(8, 1\), the .* got \(8,\)"),
+        ({"y": jnp.zeros((8, 2))}, ValueError, r"shape of the logits, got \(8, 2\)"),
+        ({"y": jnp.zeros((1, 1))}, ValueError, r"y of shape .* got \(1, 1\)"),
+        ({"y": jnp.zeros((8, 1), complex)}, TypeError, "dtype of y .* got complex64"),
+        ({"x": jnp.zeros((8, 4))}, ValueError, r"x of shape \[N, 3\] .* got \(8, 4\)"),
+        ({"x": jnp.zeros((8, 3), int)}, TypeError, "dtype of x .* got int32"),
+        ({"x": jnp.zeros((0, 3))}, ValueError, r"x of shape .* N >= 1, got \(0, 3"),
+        ({"params": ()}, ValueError, "params to have at least one Layer"),
+        ({"reduction": "average"}, ValueError, "to be \"mean\" or .* got 'average'"),
+        ({"reduction": None}, ValueError, "reduction .* got None"),
+        ({"block_size": 0}, ValueError, 'block_size to be None, "auto" or .* got 0'),
+        ({"block_size": "all"}, ValueError, "block_size .* got 'all'"),
+        ({"block_size": True}, ValueError, "block_size .* got True"),
+        ({"block_size": 2.5}, TypeError, r"block_size .* got 2.5"),
         (
             {"sample_weight": jnp.ones(7)},
             ValueError,
-            r"sample_weight has shape \(7,\); \(8,\), one weight a row",
+            r"sample_weight of shape \(8,\), one weight per example, got \(7,\)",
         ),
-        ({"sample_weight": jnp.ones((8, 1))}, ValueError, r"shape \(8, 1\); \(8,\)"),
-        ({"sample_weight": jnp.ones(8, complex)}, TypeError, "sample_weight has dtype"),
-        ({"pos_weight": jnp.ones(2)}, ValueError, r"pos_weight has shape \(2,\)"),
+        ({"sample_weight": jnp.ones((8, 1))}, ValueError, r"shape \(8,\), .* \(8, 1"),
+        ({"sample_weight": jnp.ones(8, complex)}, TypeError, "dtype of sample_weight"),
+        ({"pos_weight": jnp.ones(2)}, ValueError, r"pos_weight of .* got \(2,\)"),
     ],
 )
 def test_rejects(function, change, error, match):
@@ -395,12 +395,12 @@ def test_rejects(function, change, error, match):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda trace: (trace.a, trace.h), TypeError, "trace is a tuple; what forward"),
-        (lambda trace: trace._replace(a=trace.a[:1]), ValueError, "trace has h and a"),
+        (lambda trace: (trace.a, trace.h), TypeError, "activations .* got tuple"),
+        (lambda trace: trace._replace(a=trace.a[:1]), ValueError, "activations with a"),
         (
             lambda trace: trace._replace(h=(trace.h[0][:4], *trace.h[1:])),
             ValueError,
-            r"trace has h and a of shapes \(\[\(4, 3\)",
+            r"activations with a .* and \[\(4, 3\)",
         ),
     ],
 )

@@ -278,16 +278,16 @@ REFUSED = {
         ValueError,
         "of one length",
     ),
-    "none": ({"hparams": {"a": []}}, ValueError, "hparams has shapes"),
-    "a list": ({"hparams": [0.1]}, TypeError, "hparams is a list"),
-    "text": ({"hparams": {"a": ["x"]}}, TypeError, r"hparams\['a'\] has dtype"),
-    "optimizer": ({"make_optimizer": 3}, TypeError, "make_optimizer is a int"),
-    "seeds": ({"num_seeds": 0}, ValueError, "num_seeds is 0"),
-    "first": ({"first_seed": -1}, ValueError, "first_seed is -1"),
-    "group": ({"group_size": 0}, ValueError, "group_size is 0"),
-    "steps": ({"num_steps": -1}, ValueError, "num_steps is -1"),
-    "hidden": ({"hidden": (0,)}, ValueError, "each >= 1"),
-    "batch": ({"batch_size": 99}, ValueError, "batch_size is 99"),
+    "none": ({"hparams": {"a": []}}, ValueError, "hparams to be arrays"),
+    "a list": ({"hparams": [0.1]}, TypeError, "hparams to be a dict .* got list"),
+    "text": ({"hparams": {"a": ["x"]}}, TypeError, r"dtype of hparams\['a'\]"),
+    "optimizer": ({"make_optimizer": 3}, TypeError, "make_optimizer .* got int"),
+    "seeds": ({"num_seeds": 0}, ValueError, "num_seeds .* got 0"),
+    "first": ({"first_seed": -1}, ValueError, "first_seed .* got -1"),
+    "group": ({"group_size": 0}, ValueError, "group_size .* got 0"),
+    "steps": ({"num_steps": -1}, ValueError, "num_steps .* got -1"),
+    "hidden": ({"hidden": (0,)}, ValueError, "at least two integers >= 1"),
+    "batch": ({"batch_size": 99}, ValueError, "batch_size .* got 99"),
 }
 
 
@@ -299,9 +299,9 @@ def test_a_bad_argument_is_refused_by_name(options, error, message):
 
 
 def test_an_axis_without_values_is_refused():
-    with pytest.raises(ValueError, match="a has shape"):
+    with pytest.raises(ValueError, match=r"a to be a sequence .* got shape \(\)"):
         jaxbce.grid(a=0.1)
-    with pytest.raises(ValueError, match="grid has no axes"):
+    with pytest.raises(ValueError, match="at least one axis"):
         jaxbce.grid()
-    with pytest.raises(ValueError, match="x is of shape"):
+    with pytest.raises(ValueError, match=r"x of shape \[N, n_0\], got \(3,\)"):
         jaxbce.sweep(KEY, jnp.ones(3), jnp.ones(3), hparams=rates(2), **SMALL)

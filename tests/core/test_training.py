@@ -450,21 +450,21 @@ def test_the_derivative_in_a_hyperparameter_is_the_difference_quotient(batch_siz
 # ------------------------------------------------------------------- what it refuses
 
 REFUSED = {
-    "optimizer": ({"optimizer": "adam"}, TypeError, "optimizer is a str; an optax"),
-    "steps": ({"num_steps": -1}, ValueError, "num_steps is -1; an integer >= 0"),
-    "many steps": ({"num_steps": 2**31}, ValueError, r"less than 2\^31 is accepted"),
-    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps is 1.5; an integer >= 0"),
-    "no rows": ({"batch_size": 0}, ValueError, "batch_size is 0; 1 to the 37 rows"),
-    "too many": ({"batch_size": 38}, ValueError, "batch_size is 38; 1 to the 37 rows"),
-    "every": ({"evaluate_every": -1}, ValueError, "evaluate_every is -1; an integer"),
-    "patience": ({"patience": 0}, ValueError, "patience is 0; an integer >= 1"),
-    "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation is not a pair"),
-    "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight has shape"),
-    "p": ({"pos_weight": jnp.ones(3)}, ValueError, "pos_weight has shape"),
+    "optimizer": ({"optimizer": "adam"}, TypeError, "an optax .* got str"),
+    "steps": ({"num_steps": -1}, ValueError, "num_steps .* integer >= 0, got -1"),
+    "many steps": ({"num_steps": 2**31}, ValueError, r"less than 2\*\*31, got"),
+    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps .* >= 0, got 1.5"),
+    "no rows": ({"batch_size": 0}, ValueError, "batch_size .* from 1 to 37, .* got 0"),
+    "too many": ({"batch_size": 38}, ValueError, "batch_size .* 1 to 37, .* got 38"),
+    "every": ({"evaluate_every": -1}, ValueError, "evaluate_every .* got -1"),
+    "patience": ({"patience": 0}, ValueError, "patience .* integer >= 1, got 0"),
+    "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation to be a tuple"),
+    "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight of shape"),
+    "p": ({"pos_weight": jnp.ones(3)}, ValueError, "pos_weight of shape"),
     "labels": (
         {"validation": (jnp.ones((5, 5)), jnp.ones(5))},
         ValueError,
-        r"y has shape \(5,\)",
+        r"y of shape .* got \(5,\)",
     ),
 }
 
@@ -478,20 +478,20 @@ def test_a_bad_argument_is_refused_by_name(options, error, message):
 def test_a_key_that_is_none_is_refused():
     params, x, y = arguments(dtype="float32")
     bad: Any = 3
-    with pytest.raises(TypeError, match=r"key is a int; a key, such as jax\.random"):
+    with pytest.raises(TypeError, match=r"key to be a random key, .* got int"):
         jaxbce.fit(bad, params, x, y, optimizer=ADAM, num_steps=1)
 
 
 def test_a_result_of_another_optimizer_is_refused():
     params, x, y = arguments(dtype="float32")
     run = fit(params, x, y, optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="opt_state is not of the optimizer's"):
+    with pytest.raises(ValueError, match=r"params to be the FitResult of .* opt_state"):
         fit(run, x, y, optimizer=optax.adam(0.1))
 
 
 def test_labels_of_another_shape_are_refused():
     params, x, y = arguments(dtype="float32")
-    with pytest.raises(ValueError, match=r"y has shape \(37,\)"):
+    with pytest.raises(ValueError, match=r"y of shape .* got \(37,\)"):
         fit(params, x, y.ravel())
 
 
