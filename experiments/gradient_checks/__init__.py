@@ -1,1 +1,1 @@
-"""What `compare_gradients` compares, explains and draws."""
+"""Comparisons, walkthrough, tables and figure of `compare_gradients`."""

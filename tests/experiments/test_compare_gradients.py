@@ -28,8 +28,8 @@ def toy(rows=20, **kwargs):
     ("hidden", "dtype"),
     [
         ((4,), "float64"),
-        ((3, 2), "float32"),
         ((), "bfloat16"),
+        pytest.param((3, 2), "float32", marks=pytest.mark.slow),
         pytest.param((4,), "float32", marks=pytest.mark.slow),
         pytest.param((4,), "bfloat16", marks=pytest.mark.slow),
         pytest.param((), "float64", marks=pytest.mark.slow),
@@ -60,6 +60,7 @@ def test_a_wrong_derivation_fails(monkeypatch):
         return (first * 1.001, *rest)
 
     monkeypatch.setattr(gradients, "deltas", wrong)
+    monkeypatch.setattr(comparisons, "cost", lambda *args, **kwargs: [])
     # No other test may have 23 examples: JAX keeps the wrong programs by shape.
     parts = toy(rows=23, hidden=())
     for part in ("factors", "references", "networks"):
@@ -83,7 +84,8 @@ def test_the_textbook_fails_in_the_tail_and_the_derivation_is_exact():
 
 
 def test_explain_shows_each_equation_and_holds():
-    text, agree = walkthrough.walk()
+    with jax.default_matmul_precision("highest"):  # as the command
+        text, agree = walkthrough.walk()
     assert agree
     for equation in ("a₁ = X w₁ + b₁", "∂BCE/∂w₁ = Xᵀ δ₁", "∂ŷ/∂a₂ = ŷ(1 − ŷ)"):
         assert equation in text
