@@ -1,34 +1,40 @@
-"""How does jaxbce compare with what a user would otherwise use, in the same run?
+"""How does jaxbce compare with what a user would otherwise use?
 
     python -m experiments.benchmark --quick
     python -m experiments.benchmark --suite gradient --suite curvature
     python -m experiments.benchmark --full --output_dir results/benchmark
-    python -m experiments.benchmark --readme results/benchmark/benchmark.json
+    python -m experiments.benchmark --write_tables results/benchmark/benchmark.json
 
-Every row is two sides of one quantity at one size, in one process: they must agree
-first (a peer marked † does other work, and is not compared), and are then timed in
-turn, A B A B, each call to its result. Speed is the median over rounds of the peer's
-time over ours, above 1 is faster. A library that cannot be imported is skipped with a
-line that says so; `pip install '.[benchmark]'` has them all.
+Each row of the tables has one quantity at one size, by jaxbce and by one baseline, both
+measured in the same process. Their results must agree first; baselines marked † do
+other work and are not compared. They are then timed in turn, A B A B, each call until
+its result is ready. Speed is the median over rounds of the baseline's time over
+jaxbce's; above 1, jaxbce is faster. If a library cannot be imported, a line says so and
+its baselines are skipped; `pip install '.[benchmark]'` installs all of them.
 
-Suite gradient: `value_and_grad` beside `jax.value_and_grad` of optax's loss and
-PyTorch's autograd, also of many networks and over all devices. fit: a step of `fit`
-beside the same loop written plainly. sweep: `sweep` on all devices beside
-`jit(vmap(train))` on one and on all, `torch.func.vmap` and scikit-learn. per_example:
-norms, clipped sums and inner products beside `vmap(jax.grad)`, jax_privacy, PyTorch and
-Opacus. curvature: tangent kernels, Hessian and Gauss-Newton products beside JAX's own.
-compile: from a cold process to the first gradient, and what tracing and compiling take.
-scaling: how cost grows with rows, widths, networks and batches.
+The suites:
+
+    gradient     `value_and_grad` vs `jax.value_and_grad` of optax's loss and PyTorch's
+                 autograd; also for many networks, and over all devices
+    fit          a step of `fit` vs the same loop in plain JAX
+    sweep        `sweep` on all devices vs `jit(vmap(train))` on one and on all of them,
+                 `torch.func.vmap` and scikit-learn
+    per_example  norms, clipped sums and inner products vs `vmap(jax.grad)`,
+                 jax_privacy, PyTorch and Opacus
+    curvature    tangent kernels, Hessian and Gauss-Newton products vs plain JAX
+    compile      from a new process to the first gradient; tracing and compilation
+    scaling      how time grows with examples, widths, networks and batches
 
 Expect about 1 for a plain gradient in cache and more beyond it, 1 to 2.5 for sweeps,
-and 20 to 200 for per-example work where the network is not tiny. The limit is what
-this machine's own large matrix products and copies run at, measured first.
+and 20 to 200 for per-example quantities unless the network is tiny. The share of the
+limit is relative to the rate of large matrix products or copies on the same machine,
+which is measured first.
 """
 
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,7 @@ import numpy as np
 from absl import flags
 
 from experiments.suites import batches, compilation, report, scaling, training
-from experiments.suites.case import OURS, Case
+from experiments.suites.case import JAXBCE, Case
 from experiments.support import cli, output, timing
 
 for _name in (*cli.COMMON, "cpu_devices"):
@@ -51,131 +57,129 @@ SUITES = {
     "compile": compilation,
     "scaling": scaling,
 }
+PAGE = Path(__file__).with_name("BENCHMARKS.md")
 _SUITE = flags.DEFINE_multi_enum(
-    "suite", list(SUITES), list(SUITES), "What to measure; all if not set."
+    "suite",
+    list(SUITES),
+    list(SUITES),
+    "Suite to run; repeat for several. Default: all.",
 )
 _QUICK = flags.DEFINE_bool(
-    "quick", False, "Few sizes and three rounds: about two minutes on two cores."
+    "quick", False, "Run few sizes and 3 rounds: about two minutes on two cores."
 )
 _FULL = flags.DEFINE_bool(
     "full",
     False,
-    "Seven rounds for each of two compilations, which is half an hour on two cores; "
-    "with neither flag five rounds of one.",
+    "Run 7 rounds for each of 2 compilations: about half an hour on two cores. With "
+    "neither --quick nor --full, 5 rounds of 1 compilation.",
 )
 _ROUNDS = flags.DEFINE_integer(
     "rounds",
     None,
-    "How often each side is timed in each repeat, at least; 5 if no other flag says.",
+    "Minimum number of measurements per repeat. Default: 5, 3 with --quick, 7 with "
+    "--full.",
     lower_bound=3,
 )
 _REPEATS = flags.DEFINE_integer(
     "repeats",
     None,
-    "How often both sides are compiled and their data copied anew; 1 if no other flag "
-    "says.",
+    "Number of times that everything is compiled and its data copied anew. Default: 1, "
+    "2 with --full.",
     lower_bound=1,
 )
-_README = flags.DEFINE_string(
-    "readme",
+_WRITE_TABLES = flags.DEFINE_string(
+    "write_tables",
     None,
-    "A benchmark.json, whose tables are written into README.md; nothing is measured.",
+    "A benchmark.json of a --full run. Write its tables to experiments/BENCHMARKS.md "
+    "and measure nothing.",
 )
 
 Row = dict[str, Any]
 
 
 def run(
-    cases: Any,
+    cases: Iterable[Case],
     *,
     rounds: int = 5,
     repeats: int = 1,
     limits: dict[str, float] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], list[str]]:
-    """Measures cases.
+    """Measures benchmark cases.
 
     Args:
-      cases: What to measure, as `Case`s.
-      rounds: How often each side is timed in each repeat, at least.
-      repeats: How often all sides are made anew.
-      limits: What `timing.limits()` found; None is to measure it now.
-      report: Called with a line on each case as it is done, and on each that is not
-        measured because a library is missing.
+      cases: The cases.
+      rounds: Minimum number of measurements of each implementation per repeat.
+      repeats: Number of times that all implementations are built anew.
+      limits: Result of `timing.machine_limits()`; None measures it now.
+      report: Called with a line per result, per mismatch, and per baseline that is
+        skipped because a library is missing.
 
     Returns:
-      A row for each case and peer: "suite", "quantity", "size", "against", "speed" and
-      its "quartiles", seconds a "unit" of ours and of the peer, temporary bytes,
-      "flop_share" and "byte_share" of the limits, "differ_by", and "along". Then a
-      line for each case that is not measured because its sides do not agree.
+      One row per case and baseline, see `result_row`, and one line per case that is not
+      measured because its implementations do not agree.
     """
-    limits = timing.limits() if limits is None else limits
-    rows, refused = [], []
+    limits = timing.machine_limits() if limits is None else limits
+    rows, mismatches = [], []
     for case in cases:
         name = f"{case.suite}: {case.quantity}, {case.size}"
-        for side in case.missing:
-            report(f"{name}: {side} cannot be imported, skipped")
-        made, differ_by = [], {}
-        try:
-            made.append(case.sides())
-            differ_by, wrong = _compared(case, made[0])
-        except Exception as error:  # of whichever side: no row, but all the others
-            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-        if wrong:
-            refused.append(f"{name}: {wrong}, not measured")
-            report(refused[-1])
+        for baseline in case.missing:
+            report(f"{name}: {baseline} cannot be imported, skipped")
+        first_calls, differences, mismatch = check_case(case)
+        if mismatch:
+            mismatches.append(f"{name}: {mismatch}, not measured")
+            report(mismatches[-1])
             continue
-
-        def sides(case: Case = case, made: list[Any] = made) -> dict[str, timing.Call]:
-            return made.pop() if made else case.sides()
-
-        costs = timing.measure(sides, rounds=rounds, repeats=repeats)
-        ours = costs.pop(OURS)
-        for peer, theirs in costs.items():
-            speed, *quartiles = timing.speed(ours, theirs)
-            rows.append(
-                {
-                    "suite": case.suite,
-                    "quantity": case.quantity,
-                    "size": case.size,
-                    "against": peer,
-                    "speed": speed,
-                    "quartiles": quartiles,
-                    "unit": case.unit,
-                    "seconds": ours.seconds,
-                    "its_seconds": theirs.seconds,
-                    "temp_bytes": ours.temp_bytes,
-                    "its_temp_bytes": theirs.temp_bytes,
-                    "flop_share": case.flop / limits["flop/s"] / ours.seconds,
-                    "byte_share": case.bytes / limits["byte/s"] / ours.seconds,
-                    "differ_by": differ_by.get(peer),
-                    "along": case.along,
-                }
-            )
-            report(f"{name}: {speed:.3g} times as fast as {peer}")
-    return rows, refused
+        costs = measure_case(case, first_calls, rounds=rounds, repeats=repeats)
+        for baseline, cost in costs.items():
+            if baseline != JAXBCE:
+                difference = differences.get(baseline)
+                row = result_row(
+                    case, costs[JAXBCE], baseline, cost, difference, limits
+                )
+                rows.append(row)
+                report(f"{name}: {row['speed']:.3g} times as fast as {baseline}")
+    return rows, mismatches
 
 
-def _compared(case: Case, calls: dict[str, timing.Call]) -> tuple[Any, str | None]:
-    """By how much each peer differs from ours, and what of that is too much."""
+def check_case(
+    case: Case,
+) -> tuple[list[dict[str, timing.Call]], dict[str, float], str | None]:
+    """Builds a case's calls and compares their results.
+
+    Returns:
+      A list with the calls, the difference of each baseline from jaxbce, and the reason
+      why the case cannot be measured, or None.
+    """
+    try:
+        calls = case.implementations()
+        return [calls], *compare_results(case, calls)
+    except Exception as error:  # any implementation's; other cases are still measured
+        return [], {}, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def compare_results(
+    case: Case, calls: dict[str, timing.Call]
+) -> tuple[dict[str, float], str | None]:
+    """Difference of each baseline from jaxbce, and which differences are too large."""
 
     def beyond(tolerance: float) -> str | None:
-        wrong = {peer: d for peer, d in differ_by.items() if not d <= tolerance}
+        wrong = {name: d for name, d in differences.items() if not d <= tolerance}
         return f"differs from {wrong}" if wrong else None
 
-    differ_by = _differences(case.results(calls))
+    differences = relative_differences(case.results(calls))
     if case.exact is None or not beyond(case.tolerance):
-        return differ_by, beyond(case.tolerance)
-    if wrong := beyond(case.rough):
-        return differ_by, wrong
-    differ_by = _differences(case.exact())
-    return differ_by, beyond(case.tolerance)
+        return differences, beyond(case.tolerance)
+    if mismatch := beyond(case.loose_tolerance):
+        return differences, mismatch
+    differences = relative_differences(case.exact())
+    return differences, beyond(case.tolerance)
 
 
-def _differences(results: dict[str, Any]) -> dict[str, float]:
-    """By peer, the largest relative difference of a leaf from ours, in the norm.
+def relative_differences(results: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference of a leaf from jaxbce's, in the norm, per baseline.
 
-    NaN where there is one on either side, or in a leaf of another shape.
+    It is NaN if either result has a NaN, or their structures or shapes differ.
     """
 
     def difference(a: Any, b: Any) -> float:
@@ -184,58 +188,92 @@ def _differences(results: dict[str, Any]) -> dict[str, float]:
         norm = np.linalg.norm
         return float(norm(np.subtract(a, b)) / (max(norm(a), norm(b)) or 1))
 
-    ours = jax.tree.leaves(results[OURS])
+    expected = jax.tree.leaves(results[JAXBCE])
     return {
-        peer: float(np.max(list(map(difference, ours, leaves))))
-        if len(leaves := jax.tree.leaves(result)) == len(ours)
+        baseline: float(np.max(list(map(difference, expected, leaves))))
+        if len(leaves := jax.tree.leaves(result)) == len(expected)
         else np.nan
-        for peer, result in results.items()
-        if peer != OURS
+        for baseline, result in results.items()
+        if baseline != JAXBCE
     }
 
 
-def _versions() -> dict[str, str]:
-    """Of the peers that are installed."""
-    found = {}
-    for name in ("optax", "torch", "opacus", "jax_privacy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def measure_case(
+    case: Case,
+    first_calls: list[dict[str, timing.Call]],
+    *,
+    rounds: int,
+    repeats: int,
+) -> dict[str, timing.Cost]:
+    """Costs of all implementations.
+
+    The first repeat takes its calls out of the list, so that their memory is free
+    before the next repeat.
+    """
+
+    def implementations() -> dict[str, timing.Call]:
+        return first_calls.pop() if first_calls else case.implementations()
+
+    return timing.measure(implementations, rounds=rounds, repeats=repeats)
 
 
-def _write_readme(source: Path) -> int:
-    readme = Path(__file__).parent.parent / "README.md"
+def result_row(
+    case: Case,
+    cost: timing.Cost,
+    baseline: str,
+    baseline_cost: timing.Cost,
+    difference: float | None,
+    limits: dict[str, float],
+) -> Row:
+    """One row of the results: what benchmark.json has per case and baseline.
+
+    "seconds" are per "unit"; "flop_share" and "byte_share" are jaxbce's shares of the
+    limits; "difference" is None if the baseline does other work.
+    """
+    speed, *quartiles = timing.speed(cost, baseline_cost)
+    return {
+        "suite": case.suite,
+        "quantity": case.quantity,
+        "size": case.size,
+        "baseline": baseline,
+        "speed": speed,
+        "quartiles": quartiles,
+        "unit": case.unit,
+        "seconds": cost.seconds,
+        "baseline_seconds": baseline_cost.seconds,
+        "temp_bytes": cost.temp_bytes,
+        "baseline_temp_bytes": baseline_cost.temp_bytes,
+        "flop_share": case.flop / limits["flop_per_second"] / cost.seconds,
+        "byte_share": case.bytes / limits["bytes_per_second"] / cost.seconds,
+        "difference": difference,
+        "scaling_axis": case.scaling_axis,
+    }
+
+
+def write_tables(source: Path, page: Path) -> None:
+    """Writes the tables of a benchmark.json to a page, between its marks.
+
+    Raises:
+      InputError: If the file is not a finished `--full` run without mismatches.
+    """
+    flag = f"--write_tables={source}"
     try:
         document = json.loads(source.read_text(encoding="utf-8"))
-        text = report.with_tables(readme.read_text(encoding="utf-8"), document)
+        text = report.with_tables(page.read_text(encoding="utf-8"), document)
     except ValueError as error:
-        raise cli.InputError(f"--readme={source}: {error}") from None
+        raise cli.InputError(f"{flag}: {error}") from None
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise cli.InputError(
-            f"--readme={source}: not a benchmark.json ({error!r})"
-        ) from None
-    with output.atomic_write(readme) as path:
+        raise cli.InputError(f"{flag}: not a benchmark.json ({error!r})") from None
+    with output.atomic_write(page) as path:
         path.write_text(text, encoding="utf-8")
-    print(f"The tables of {source} are in {readme}")
-    return 0
 
 
-def main() -> int:
-    """Prints each suite's table, and writes all where --output_dir says.
-
-    The status is 1 if any two sides do not agree.
-    """
-    if _README.value is not None:
-        return _write_readme(Path(_README.value))
+def _configuration() -> dict[str, Any]:
+    """The settings of this run, from the flags."""
     if _QUICK.value and _FULL.value:
-        raise cli.InputError("--quick and --full: one of them, or neither")
-    cli.use_devices()
-    jax.config.update("jax_default_matmul_precision", "highest")
-    folder = cli.output_dir()
+        raise cli.InputError("--quick and --full exclude each other")
     rounds, repeats = (3, 1) if _QUICK.value else (7, 2) if _FULL.value else (5, 1)
-    configuration = {
+    return {
         "suites": list(dict.fromkeys(_SUITE.value)),
         "quick": _QUICK.value,
         "full": _FULL.value,
@@ -243,58 +281,104 @@ def main() -> int:
         "repeats": _REPEATS.value or repeats,
         "seed": cli.SEED.value,
     }
-    environment = output.environment() | _versions()
+
+
+def _baseline_versions() -> dict[str, str]:
+    """Versions of the installed libraries that baselines use."""
+    versions = {}
+    for name in ("optax", "torch", "opacus", "jax_privacy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _new_document(configuration: dict[str, Any]) -> dict[str, Any]:
+    """An empty benchmark.json; measures and prints what the machine can do."""
+    environment = output.environment() | _baseline_versions()
     print(", ".join(f"{k} {v}" for k, v in environment.items()))
     load, warning = os.getloadavg()[0], timing.load_warning()
-    limits = timing.limits()
+    machine, limits = timing.describe_machine(), timing.machine_limits()
     print(
-        f"{timing.machine()}, load {load:.2f}: products at "
-        f"{limits['flop/s'] / 1e9:.4g} Gflop/s, copies at "
-        f"{limits['byte/s'] / 1e9:.3g} GB/s"
+        f"{machine}, load {load:.2f}: products at "
+        f"{limits['flop_per_second'] / 1e9:.4g} Gflop/s, copies at "
+        f"{limits['bytes_per_second'] / 1e9:.3g} GB/s"
     )
     if warning:
         print(warning)
-    document: dict[str, Any] = {
+    return {
         "environment": environment,
         "configuration": configuration,
-        "machine": timing.machine(),
+        "machine": machine,
         "load": load,
         "limits": limits,
-        "finished": [],
-        "refused": [],
-        "skipped": [],
+        "finished_suites": [],
+        "mismatches": [],
+        "missing_baselines": [],
         "rows": [],
     }
 
-    def say(line: str) -> None:
-        print(f"  {line}", flush=True)
+
+def _measure_suite(
+    suite: str, document: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Measures a suite into the document, saves after each case, prints the table."""
+    configuration = document["configuration"]
+    key = jax.random.key(configuration["seed"])
+    suite_rows: list[Row] = []
+    for case in SUITES[suite].cases(suite, configuration["quick"], key):
+        rows, mismatches = run(
+            [case],
+            rounds=configuration["rounds"],
+            repeats=configuration["repeats"],
+            limits=document["limits"],
+            report=lambda line: print(f"  {line}", flush=True),
+        )
+        suite_rows += rows
+        document["rows"] += rows
+        document["mismatches"] += mismatches
+        known = document["missing_baselines"]
+        known += [name for name in case.missing if name not in known]
+        save()  # an interrupt loses only the current case
+    document["finished_suites"].append(suite)
+    save()
+    if cells := report.suite_table(suite, suite_rows):
+        print(f"\n{output.table(cells)}\n", flush=True)
+
+
+def main() -> int:
+    """Runs the suites, prints their tables, and writes them to --output_dir.
+
+    The exit status is 1 if the implementations of any case do not agree.
+    """
+    if _WRITE_TABLES.value is not None:
+        write_tables(Path(_WRITE_TABLES.value), PAGE)
+        print(f"The tables of {_WRITE_TABLES.value} are in {PAGE}")
+        return 0
+
+    # Settings, before any work is done.
+    configuration = _configuration()
+    cli.use_devices()
+    folder = cli.output_dir()
+
+    # Measurements.
+    document = _new_document(configuration)
 
     def save() -> None:
         if folder is not None:
             output.write_results(folder, "benchmark", document, document["rows"])
 
     for suite in configuration["suites"]:
-        cases = SUITES[suite].cases(suite, _QUICK.value, jax.random.key(cli.SEED.value))
-        begin = len(document["rows"])
-        options = {name: configuration[name] for name in ("rounds", "repeats")}
-        for case in cases:
-            rows, refused = run([case], **options, limits=limits, report=say)
-            document["rows"] += rows
-            document["refused"] += refused
-            document["skipped"] += set(case.missing) - set(document["skipped"])
-            save()  # an end costs the case under way
-        document["finished"].append(suite)
-        save()
-        rows = document["rows"][begin:]
-        cells = report.slopes(rows) if suite == "scaling" else report.table(rows)
-        if cells:
-            print(f"\n{output.table(cells)}\n", flush=True)
+        _measure_suite(suite, document, save)
+
+    # Results.
     if folder is not None:
-        report.picture(folder / "benchmark.png", document["rows"])
+        report.draw(folder / "benchmark.png", document["rows"])
         print(f"Written to {folder}: benchmark.json, .csv, .png")
-    for line in document["refused"]:
+    for line in document["mismatches"]:
         print(f"WRONG: {line}")
-    return 1 if document["refused"] else 0
+    return 1 if document["mismatches"] else 0
 
 
 if __name__ == "__main__":

@@ -4,16 +4,23 @@ r"""Is every hand-derived gradient what jax.grad says it is, and what does each 
     python -m experiments.compare_gradients --explain
     python -m experiments.compare_gradients --data mine.csv --target label
 
-Five parts, on digits (odd against even) unless told otherwise: (1) each factor of the
-textbook chain rule and each leaf of the gradient against JAX's own derivative of the
-same thing; (2) three oracles, and scikit-learn's backward pass; (3) the
-error in the tail, as a logit grows; (4) many random networks at once; (5) time and
-memory. Expect every line of 1, 2 and 4 to agree to 1e-12 in float64, the hand-derived
-gradient to keep its digits in the tail, and an exit status of 0. `--explain` walks one
-tiny network through the derivation, number by number.
+Five parts, by default on digits, odd vs even:
+
+1. each factor of the textbook chain rule and each leaf of the gradient, compared with
+   JAX's own derivative;
+2. the gradient, compared with autodiff, the complex step, central differences and
+   scikit-learn's backward pass;
+3. the relative error in the tail, as the logit grows;
+4. many random networks under vmap;
+5. time and memory.
+
+Expect parts 1, 2 and 4 to agree to 1e-12 in float64, central differences to 1e-6, the
+hand-derived gradient to be accurate in the tail, and an exit status of 0. `--explain`
+prints the derivation for one tiny network, with its numbers.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,10 +37,10 @@ flags.adopt_module_key_flags(datasets)
 for _name in (*cli.COMMON, "hidden", "dtype"):
     flags.declare_key_flag(_name)
 _BATCH = flags.DEFINE_integer(
-    "batch", None, "Rows of the data to use; all of them if not set.", lower_bound=1
+    "batch", None, "Number of examples to use. If not set, all.", lower_bound=1
 )
 _TRIALS = flags.DEFINE_integer(
-    "trials", 256, "Random networks in part 4.", lower_bound=1
+    "trials", 256, "Number of random networks in part 4.", lower_bound=1
 )
 _TOLERANCE = flags.DEFINE_float(
     "tolerance",
@@ -42,11 +49,13 @@ _TOLERANCE = flags.DEFINE_float(
     "float64, 1e-5 in float32, 2^-4 in bfloat16.",
 )
 _BLOCK_SIZE = flags.DEFINE_integer(
-    "block_size", 256, "Rows in a block in part 5.", lower_bound=1
+    "block_size", 256, "Examples per block in part 5.", lower_bound=1
 )
 _EXPLAIN = flags.DEFINE_bool(
-    "explain", False, "Walk one tiny network through the derivation instead."
+    "explain", False, "Print the derivation for one tiny network, and nothing else."
 )
+
+DEFAULTS: dict[str, Any] = {"dtype": "float64"}
 
 Row = dict[str, Any]
 
@@ -70,16 +79,17 @@ def run(
       x: Features `[N, n_0]`, standardised.
       y: Labels `[N, n_L]`.
       hidden: Widths of the hidden layers.
-      dtype: What parts 1, 2 and 4 compute in.
-      trials: Random networks in part 4.
+      dtype: Dtype of parts 1, 2 and 4.
+      trials: Number of random networks in part 4.
       seed: Seed of the parameters.
-      tolerance: Largest relative error that passes; None is the dtype's own.
-      block_size: Rows in a block in part 5.
+      tolerance: Largest relative error that passes; None is the default of the dtype.
+      block_size: Examples per block in part 5.
       rounds: Measurements of each function in part 5.
-      report: Called with the title and the rows of each part as it is done.
+      report: Called with the title and the rows of each part when it is finished.
 
     Returns:
-      The rows of each part, by name; those with a verdict have it under "verdict".
+      The rows of parts "factors", "references", "tail", "networks" and "cost"; rows of
+      a comparison have its verdict under "passed".
     """
     sizes = (x.shape[1], *hidden, y.shape[1])
     if tolerance is None:
@@ -87,7 +97,7 @@ def run(
     key = jax.random.key(seed)
     parts: dict[str, list[Row]] = {}
 
-    def done(name: str, title: str, rows: list[Row]) -> None:
+    def finish(name: str, title: str, rows: list[Row]) -> None:
         parts[name] = rows
         report(title, rows)
 
@@ -97,86 +107,115 @@ def run(
             jnp.asarray(x, dtype),
             jnp.asarray(y, dtype),
         )
-        rows = comparisons.leaves_and_factors(*arguments, tolerance)
-        title = f"1. By hand, {dtype}, against JAX's own derivative (verdict: norm rel)"
-        done("factors", title, rows)
-        rows = comparisons.oracles(*arguments, tolerance=tolerance, seed=seed)
-        done("oracles", "2. The gradient against oracles, the worst point", rows)
-    done(
+        finish(
+            "factors",
+            f"1. By hand, {dtype}, compared with JAX's derivative (verdict: norm rel)",
+            comparisons.leaves_and_factors(*arguments, tolerance),
+        )
+        finish(
+            "references",
+            "2. The gradient compared with references, the worst point of each",
+            comparisons.references(*arguments, tolerance=tolerance, seed=seed),
+        )
+    finish(
         "tail",
         "3. The tail: relative error of δ = ∂BCE/∂a, float32 (verdict: by hand)",
         comparisons.tail(comparisons.TAIL_LOGITS),
     )
     with jax.enable_x64(dtype == "float64"):
-        rows = comparisons.many_networks(key, sizes, *arguments[1:], trials, tolerance)
-        done("networks", f"4. {trials} random networks under vmap, the worst", rows)
-    costs = comparisons.cost(key, sizes, x, y, block_size=block_size, rounds=rounds)
-    done("cost", f"5. Cost of one gradient, float32, {len(x)} rows", costs)
+        finish(
+            "networks",
+            f"4. {trials} random networks under vmap, the worst of each leaf",
+            comparisons.many_networks(key, sizes, *arguments[1:], trials, tolerance),
+        )
+    finish(
+        "cost",
+        f"5. Cost of one gradient, float32, {len(x)} examples",
+        comparisons.cost(key, sizes, x, y, block_size=block_size, rounds=rounds),
+    )
     return parts
 
 
-def main() -> int:
-    """Runs on the data and sizes of the flags; the status is 0 if all holds."""
-    # On a GPU float32 products are otherwise rounded to TF32's 10 bits.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    if _EXPLAIN.value:
-        text, holds = walkthrough.walk()
-        print(text)
-        return 0 if holds else 1
-    if _TOLERANCE.value is not None and not 0 < _TOLERANCE.value < float("inf"):
-        raise cli.InputError(f"--tolerance={_TOLERANCE.value}: not a number > 0")
-    hidden = config.hidden_sizes()
+def verdicts(parts: dict[str, list[Row]]) -> list[bool]:
+    """Verdicts of all comparisons."""
+    return [row["passed"] for rows in parts.values() for row in rows if "passed" in row]
+
+
+def write(
+    folder: Path, configuration: dict[str, Any], parts: dict[str, list[Row]]
+) -> None:
+    """Writes the results as JSON and CSV, and the figure."""
+    rows = [{"part": part, **row} for part, rows in parts.items() for row in rows]
+    results = {
+        "configuration": configuration,
+        "passed": all(verdicts(parts)),
+        "parts": parts,
+    }
+    output.write_results(folder, "compare_gradients", results, rows)
+    figure.draw(folder / "compare_gradients.png", parts["cost"])
+
+
+def _explain() -> int:
+    text, agree = walkthrough.walk()
+    print(text)
+    return 0 if agree else 1
+
+
+def _load() -> tuple[str, np.ndarray, np.ndarray]:
+    """Name, features and labels of the first --batch examples of the data."""
     table = datasets.from_flags(cli.SEED.value)
     x, y = datasets.preprocess_all(table)
     batch = _BATCH.value or len(x)
     if batch > len(x):
-        raise cli.InputError(f"--batch={batch}: {table.name} has {len(x)} rows")
-    dtype = cli.DTYPE.value or "float64"
+        raise cli.InputError(f"--batch={batch}: {table.name} has {len(x)} examples")
+    return table.name, x[:batch], y[:batch]
+
+
+def main() -> int:
+    """Compares on the data and sizes of the flags; the status is 0 if all agree."""
+    if _EXPLAIN.value:
+        return _explain()
+
+    # Settings and data.
+    if _TOLERANCE.value is not None and not 0 < _TOLERANCE.value < float("inf"):
+        raise cli.InputError(
+            f"--tolerance={_TOLERANCE.value}: expected a finite number > 0"
+        )
+    hidden = config.hidden_sizes()
+    name, x, y = _load()
     folder = cli.output_dir()
-    configuration = {
-        "data": table.name,
+    settings: dict[str, Any] = {
         "hidden": hidden,
-        "batch": batch,
-        "dtype": dtype,
+        "dtype": cli.DTYPE.value or DEFAULTS["dtype"],
         "trials": _TRIALS.value,
         "seed": cli.SEED.value,
         "tolerance": _TOLERANCE.value,
         "block_size": _BLOCK_SIZE.value,
     }
     sizes = "→".join(map(str, (x.shape[1], *hidden, y.shape[1])))
-    print(f"{table.name}: {batch} rows, network {sizes}")
-    print(", ".join(f"{k} {v}" for k, v in output.environment().items()))
-
-    def report(title: str, rows: list[Row]) -> None:
-        print(f"\n{title}\n\n{output.table(rows)}", flush=True)
-
+    print(f"{name}: {len(x)} examples, network {sizes}")
+    output.print_environment()
     if warning := timing.load_warning():
         print(warning)
-    parts = run(
-        x=x[:batch],
-        y=y[:batch],
-        hidden=hidden,
-        dtype=dtype,
-        trials=_TRIALS.value,
-        seed=cli.SEED.value,
-        tolerance=_TOLERANCE.value,
-        block_size=_BLOCK_SIZE.value,
-        report=report,
-    )
-    rows = [{"part": part, **row} for part, rows in parts.items() for row in rows]
-    verdicts = [row["verdict"] for row in rows if "verdict" in row]
-    holds = all(verdicts)
+
+    # Comparisons, printed one by one.
+    def report(title: str, rows: list[Row]) -> None:
+        table = output.table(rows, headings=comparisons.HEADINGS)
+        print(f"\n{title}\n\n{table}", flush=True)
+
+    parts = run(x=x, y=y, report=report, **settings)
+
+    # Summary and files.
+    passed = verdicts(parts)
     print(
-        f"\n{sum(verdicts)} of {len(verdicts)} comparisons hold."
-        + ("" if holds else " FAILED")
+        f"\n{sum(passed)} of {len(passed)} comparisons passed."
+        + ("" if all(passed) else " FAILED")
     )
     if folder is not None:
-        results = {"configuration": configuration, "holds": holds, "parts": parts}
-        output.write_results(folder, "compare_gradients", results, rows)
-        figure.draw(folder / "compare_gradients.png", parts["cost"])
+        write(folder, {"data": name, "batch": len(x), **settings}, parts)
         print(f"Written to {folder}: compare_gradients.json, .csv, .png")
-    return 0 if holds else 1
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    cli.launch(main, DEFAULTS)

@@ -75,7 +75,12 @@ _RANK_BY = flags.DEFINE_enum(
     "The score by which suspicious.csv and the picture are ordered.",
 )
 
-DEFAULTS = {"batch_size": 32, "num_steps": 400, "dtype": "float32", "seeds": 10}
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 32,
+    "num_steps": 400,
+    "dtype": "float32",
+    "seeds": 10,
+}
 HELP = {"seeds": "Networks per fold, which differ only by their seed."}
 DEFAULT_FLIP_FRACTION = 0.05
 SHOWN = 10  # rows in the terminal

@@ -74,7 +74,7 @@ _BOUNDS = flags.DEFINE_list(
     "standardized by the training rows, which ε does not cover.",
 )
 
-DEFAULTS = {"num_steps": 300, "dtype": "float32", "seeds": 5}
+DEFAULTS: dict[str, Any] = {"num_steps": 300, "dtype": "float32", "seeds": 5}
 HELP = {
     "batch_size": "Expected rows per batch; 0 is all of them. If not set, a quarter of "
     "the training rows, at most 256.",

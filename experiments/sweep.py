@@ -67,7 +67,7 @@ _DRY_RUN = flags.DEFINE_bool(
 _CSV = flags.DEFINE_bool("csv", False, "Write sweep.csv as well as sweep.parquet.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of points in the table.", lower_bound=1)
 
-DEFAULTS = {"batch_size": 32, "dtype": "float32", "seeds": 4}
+DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32", "seeds": 4}
 HELP = {
     "hidden": "Widths of the hidden layers, comma-separated; '' for none. Repeat it to "
     "try several.",

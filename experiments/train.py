@@ -56,7 +56,7 @@ _PREDICT = flags.DEFINE_string(
     "Score the rows of this .csv or .parquet file with the model in --output_dir.",
 )
 
-DEFAULTS = {"batch_size": 32, "dtype": "float32"}
+DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
     "pos_weight": "Weight of label 1 in the loss, or 'balanced': the number of "
     "training rows of label 0 over the number of those of label 1.",

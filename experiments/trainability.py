@@ -4,20 +4,20 @@ r"""Where in the plane of two layers' learning rates does training converge?
     python -m experiments.trainability --center 20,12 --span 0.5 --output_dir zoom
 
 After Sohl-Dickstein, The boundary of neural network trainability is fractal, 2024,
-arXiv:2402.06184. Every pixel is a network 16→16→1 with ReLU, its hidden layer trained
-by one learning rate and its output layer by another, on the same 256 points with
-random labels and from the same weights, by gradient descent on all points. A network
-has converged if its last loss is below that at the start; blue is how fast it did,
-red how late the others were lost.
+arXiv:2402.06184. Every pixel is a network 16→16→1 with ReLU, with one learning rate for
+its hidden layer and one for its output layer. All are trained by full-batch gradient
+descent on the same 256 examples with random labels, from the same initial weights. A
+network has converged if its last loss is below the initial loss. Blue shows how fast it
+converged, red how late the others diverged.
 
-Prints the box-counting dimension of the boundary, of which a smooth curve has 1. It is
-an estimate from few box sizes: the standard error is that of the fitted line alone,
-and scattered pixels lower it, as they are fewer than the finest boxes could have.
-Expect 1.2 to 1.3 in the default plane at its default resolution.
+The command prints the box-counting dimension of the boundary; that of a smooth curve is
+1. It is an estimate from few box sides: the standard error covers only the fitted line,
+and isolated pixels lower the estimate. Expect 1.2 to 1.3 in the default plane at its
+default resolution.
 
-Weights drawn in float64 are not those of float32: to zoom into a plane by float64,
-make the plane by float64 too. With --output_dir the same command goes on where an
-earlier one ended.
+The initial weights depend on --dtype: to zoom into a plane with float64, compute the
+whole plane with float64 too. With --output_dir, rerun the same command to resume an
+interrupted run.
 """
 
 import math
@@ -42,36 +42,41 @@ from experiments.support import cli, config, output, resumable
 for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "num_steps"):
     flags.declare_key_flag(_name)
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", 256, "Pixels a side, each a network.", lower_bound=2
+    "resolution",
+    256,
+    "Pixels per side, each of which is a network.",
+    lower_bound=2,
 )
 _CENTER = flags.DEFINE_string(
     "center",
     "31.6227766,31.6227766",
-    "Learning rates in the middle of the plane: hidden layer's,output layer's.",
+    "Learning rates of the hidden and the output layer at the center of the plane.",
 )
-_SPAN = flags.DEFINE_float("span", 5.0, "Decades a side, more than 0.")
-DEFAULT_STEPS = 200
+_SPAN = flags.DEFINE_float(
+    "span", 5.0, "Decades of learning rates per side, more than 0."
+)
+DEFAULTS: dict[str, Any] = {"num_steps": 200, "dtype": "float32"}
 
-
-_WIDTH = 16  # features, and units of the hidden layer
-_ROWS = 256
+_WIDTH = 16  # number of features, and of hidden units
+_EXAMPLES = 256
 _EVALUATIONS = 20
+_HEADINGS = {"box_side": "box side"}
 
 Row = dict[str, Any]
 
 
 def make_optimizer(hp: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Gradient descent with a learning rate for each of the two layers."""
+    """Gradient descent with one learning rate per layer."""
     rates = {"hidden": hp["hidden_rate"], "output": hp["output_rate"]}
-    each: Any = {name: optax.sgd(rate) for name, rate in rates.items()}
-    return optax.partition(each, ("hidden", "output"))
+    transformations: Any = {name: optax.sgd(rate) for name, rate in rates.items()}
+    return optax.partition(transformations, ("hidden", "output"))
 
 
-def problem(seed: int, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+def make_data(seed: int, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The key, features and labels that all pixels share."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(_ROWS, _WIDTH)), dtype)
-    y = jnp.asarray(rng.random((_ROWS, 1)) < 0.5)
+    x = jnp.asarray(rng.normal(size=(_EXAMPLES, _WIDTH)), dtype)
+    y = jnp.asarray(rng.random((_EXAMPLES, 1)) < 0.5)
     return jax.random.key(seed), x, y
 
 
@@ -90,82 +95,58 @@ def run(
     """Trains a network for every pixel, and measures the boundary.
 
     Args:
-      resolution: Pixels a side.
-      center: The hidden layer's and the output layer's learning rate in the middle.
-      span: Decades a side.
-      num_steps: Steps that each network is trained for.
+      resolution: Pixels per side.
+      center: Learning rates of the hidden and the output layer at the center.
+      span: Decades per side.
+      num_steps: Training steps of each network.
       dtype: "float64", "float32" or "bfloat16".
-      seed: Of the points, their labels and the weights.
-      tile: Pixels trained, and kept in a file, at a time.
-      group_size: As `jaxbce.sweep`.
-      make_folder: Called when all arguments are found good; where to keep the run and
-        go on with it, or None.
+      seed: Seed of the examples, their labels and the weights.
+      tile: Number of pixels that are trained, and saved to a file, at a time.
+      group_size: As in `jaxbce.sweep`.
+      make_folder: Called once all arguments are found valid; returns the folder to save
+        the run to and resume it from, or None.
 
     Returns:
-      "configuration"; "converged", "diverged" and "not_finite", fractions of the
-      pixels, the last two not exclusive; "dimension", its "standard_error" and
-      "r_squared", all None where there is none; "boxes", a row for each box side;
-      "pixels", `[resolution, resolution, 2]`: the measure, positive where the network
-      converged, and the step at which it diverged, or −1. Rows go with the output
-      layer's learning rate, columns with the hidden layer's, from the least.
-      With a folder, processes after the first have "configuration" alone.
+      "configuration", and the entries of `summarize`. With a folder, processes after
+      the first return "configuration" alone.
 
     Raises:
-      InputError: If there is no such plane, or the folder is of another run.
+      InputError: If the learning rates cannot be represented, or the folder belongs to
+        another run.
     """
     hidden_rates, output_rates = _rates(resolution, center, span, dtype)
-    evaluate_every = max(1, num_steps // _EVALUATIONS)
     configuration = {
         "resolution": resolution,
         "center": list(center),
         "span": span,
         "num_steps": num_steps,
-        "evaluate_every": evaluate_every,
+        "evaluate_every": max(1, num_steps // _EVALUATIONS),
         "dtype": dtype,
         "seed": seed,
         "tile": tile,
     }
-    count = resolution**2
-    starts = range(0, count, tile)
-    sizes = [min(tile, count - start) for start in starts]
+    starts = range(0, resolution**2, tile)
+    sizes = [min(tile, resolution**2 - start) for start in starts]
     folder = make_folder()
-    with jax.enable_x64(dtype == "float64"):
-        key, x, y = problem(seed, dtype)
-        key_params, _ = jax.random.split(jax.random.fold_in(key, 0))
-        params = jaxbce.init(key_params, (_WIDTH, _WIDTH, 1), dtype=dtype)
-        initial = float(jaxbce.loss(params, x, y))
 
-        def compute(i: int) -> pd.DataFrame:
-            row, column = np.divmod(starts[i] + np.arange(sizes[i]), resolution)
-            rates = {
-                "hidden_rate": hidden_rates[column],
-                "output_rate": output_rates[row],
+    def train_tile(i: int) -> pd.DataFrame:
+        row, column = np.divmod(starts[i] + np.arange(sizes[i]), resolution)
+        rates = {
+            "hidden_rate": hidden_rates[column],
+            "output_rate": output_rates[row],
+        }
+        return pd.DataFrame(
+            {
+                "row": row,
+                "column": column,
+                **rates,
+                **train(rates, configuration, group_size=group_size),
             }
-            trained = jaxbce.sweep(
-                key,
-                x,
-                y,
-                hidden=(_WIDTH,),
-                make_optimizer=make_optimizer,
-                hparams=rates,
-                num_steps=num_steps,
-                evaluate_every=evaluate_every,
-                dtype=dtype,
-                keep_params=False,
-                group_size=group_size,
-            )
-            return pd.DataFrame(
-                {
-                    "row": row,
-                    "column": column,
-                    **rates,
-                    "diverged_at": trained.diverged_at[:, 0],
-                    "measure": measure(trained.train_loss[:, 0], initial),
-                }
-            )
+        )
 
-        table = resumable.compute_chunks(
-            compute,
+    with jax.enable_x64(dtype == "float64"):
+        pixels = resumable.compute_chunks(
+            train_tile,
             sizes,
             folder=folder,
             configuration=configuration,
@@ -174,35 +155,92 @@ def run(
         )
     if folder is not None and jax.process_index() > 0:
         return {"configuration": configuration}
+    result = {"configuration": configuration, **summarize(pixels, resolution)}
+    if folder is not None:
+        write(folder, result)
+    return result
+
+
+def train(
+    rates: dict[str, np.ndarray],
+    configuration: dict[str, Any],
+    *,
+    group_size: int | str = "auto",
+) -> dict[str, np.ndarray]:
+    """Trains one network per pair of learning rates.
+
+    Args:
+      rates: "hidden_rate" and "output_rate", `[networks]` each.
+      configuration: As `run` returns it.
+      group_size: As in `jaxbce.sweep`.
+
+    Returns:
+      "diverged_at", the step at which each network diverged or −1, and "measure".
+    """
+    dtype = configuration["dtype"]
+    key, x, y = make_data(configuration["seed"], dtype)
+    key_params, _ = jax.random.split(jax.random.fold_in(key, 0))  # as sweep's
+    params = jaxbce.init(key_params, (_WIDTH, _WIDTH, 1), dtype=dtype)
+    initial_loss = float(jaxbce.loss(params, x, y))
+    trained = jaxbce.sweep(
+        key,
+        x,
+        y,
+        hidden=(_WIDTH,),
+        make_optimizer=make_optimizer,
+        hparams=rates,
+        num_steps=configuration["num_steps"],
+        evaluate_every=configuration["evaluate_every"],
+        dtype=dtype,
+        keep_params=False,
+        group_size=group_size,
+    )
+    return {
+        "diverged_at": trained.diverged_at[:, 0],
+        "measure": measure(trained.train_loss[:, 0], initial_loss),
+    }
+
+
+def summarize(table: pd.DataFrame, resolution: int) -> dict[str, Any]:
+    """Measures the boundary between the pixels that converged and those that did not.
+
+    Args:
+      table: "measure" and "diverged_at" of every pixel, row by row.
+      resolution: Pixels per side.
+
+    Returns:
+      "converged_fraction", "diverged_fraction" and "not_finite_fraction" of the pixels,
+      the last two not exclusive; "dimension", "standard_error" and "r_squared", see
+      `dimension`; "boxes", one row per box side; "pixels",
+      `[resolution, resolution, 2]`: the measure, and the step at which the network
+      diverged or −1. Rows are ordered by the output layer's learning rate, columns by
+      the hidden layer's, from the smallest.
+    """
     pixels = table[["measure", "diverged_at"]].to_numpy(float)
     pixels = pixels.reshape(resolution, resolution, 2)
     converged = pixels[..., 0] > 0
     boxes = box_counts(boundary(converged))
-    result = {
-        "configuration": configuration,
-        "converged": float(converged.mean()),
-        "diverged": float(1 - converged.mean()),
-        "not_finite": float((pixels[..., 1] >= 0).mean()),
+    return {
+        "converged_fraction": float(converged.mean()),
+        "diverged_fraction": float(1 - converged.mean()),
+        "not_finite_fraction": float((pixels[..., 1] >= 0).mean()),
         **dimension(boxes),
         "boxes": boxes,
         "pixels": pixels,
     }
-    if folder is not None:
-        _keep(folder, result)
-    return result
 
 
 def measure(losses: np.ndarray, initial: float) -> np.ndarray:
-    """How fast networks converged, as numbers > 0, and how late others did not, <= 0.
+    """Speed of convergence as numbers > 0, and lateness of divergence as numbers <= 0.
 
     Args:
-      losses: Of each network's evaluations, `[networks, evaluations]`, NaN from where
-        it was not finite.
-      initial: The loss at the start.
+      losses: Losses of each network's evaluations, `[networks, evaluations]`, NaN once
+        they are not finite.
+      initial: The initial loss.
 
     Returns:
-      `[networks]`: the mean of loss / initial where the last loss is below the
-      initial one; elsewhere minus that of initial / loss, at most 1 and 0 where the
+      `[networks]`: the mean of loss / initial where the last loss is below the initial
+      loss; elsewhere minus the mean of initial / loss, each at most 1, and 0 where the
       loss is not finite.
     """
     relative = np.asarray(losses, float) / initial
@@ -212,10 +250,11 @@ def measure(losses: np.ndarray, initial: float) -> np.ndarray:
 
 
 def boundary(converged: np.ndarray) -> np.ndarray:
-    """Which pixels `[n, n]` converged, and one of the eight around each did not.
+    """Pixels `[n, n]` that converged next to one that did not.
 
-    Of eight, so that a straight line is as many pixels, or boxes, long as those that
-    it crosses: with four a sloping line would have a dimension of 0.86 to 0.9.
+    Each pixel has eight neighbors, so that a straight line has as many pixels, or
+    boxes, as it crosses: with four, a sloping line would have a dimension of 0.86 to
+    0.9.
     """
     n = len(converged)
     padded = np.pad(~converged, 1)
@@ -224,41 +263,41 @@ def boundary(converged: np.ndarray) -> np.ndarray:
 
 
 def box_counts(pixels: np.ndarray) -> list[Row]:
-    """How many boxes of 1, 2, 4, ... pixels a side have one of the set in them.
+    """Number of boxes of 1, 2, 4, ... pixels per side that contain pixels of a set.
 
     Args:
       pixels: The set, `[n, n]`, boolean.
 
     Returns:
-      A row for each side up to n / 8, with "box side" and "boxes".
+      One row per box side up to n / 8, with "box_side" and "boxes".
     """
     n = len(pixels)
     rows = []
     side = 1
     while side <= n / 8:
-        each = -(-n // side)
-        padded = np.pad(pixels, (0, each * side - n))
-        boxes = padded.reshape(each, side, each, side).any(axis=(1, 3))
-        rows.append({"box side": side, "boxes": int(boxes.sum())})
+        count = -(-n // side)  # boxes per side
+        padded = np.pad(pixels, (0, count * side - n))
+        boxes = padded.reshape(count, side, count, side).any(axis=(1, 3))
+        rows.append({"box_side": side, "boxes": int(boxes.sum())})
         side *= 2
     return rows
 
 
 def dimension(boxes: list[Row]) -> dict[str, float | None]:
-    """The slope of log boxes over log 1 / side, by least squares.
+    """Slope of log boxes over log 1 / side, by least squares.
 
     Args:
-      boxes: What `box_counts` returns.
+      boxes: The rows of `box_counts`.
 
     Returns:
-      "dimension", "standard_error" and "r_squared"; None if there are fewer than
-      three sides, or nothing was in any box.
+      "dimension", "standard_error" and "r_squared"; all None with fewer than three box
+      sides or an empty set.
     """
     names = ("dimension", "standard_error", "r_squared")
     if len(boxes) < 3 or boxes[0]["boxes"] == 0:
         return dict.fromkeys(names)
     line: Any = stats.linregress(
-        [-math.log(row["box side"]) for row in boxes],
+        [-math.log(row["box_side"]) for row in boxes],
         [math.log(row["boxes"]) for row in boxes],
     )
     values = (line.slope, line.stderr, line.rvalue**2)
@@ -268,25 +307,25 @@ def dimension(boxes: list[Row]) -> dict[str, float | None]:
     }
 
 
-def picture(
+def draw(
     path: Path, measures: np.ndarray, center: tuple[float, float], span: float
 ) -> None:
-    """Draws measures `[n, n]`, each kind in shades of one color, by its ranks.
+    """Draws measures `[n, n]` in shades of blue and red, by their ranks.
 
     Args:
       path: The file to write.
-      measures: As in `measure`; rows from the least learning rate.
-      center: The learning rates in the middle, of columns and of rows.
-      span: Decades a side.
+      measures: As in `measure`; rows and columns from the smallest learning rate.
+      center: Learning rates at the center, of columns and of rows.
+      span: Decades per side.
     """
     n = len(measures)
     converged = measures > 0
     image = np.zeros((n, n, 3))
-    for chosen, name in ((converged, "Blues"), (~converged, "Reds")):
-        if chosen.any():
-            shade = 0.95 - 0.75 * _ranks(measures[chosen])
-            image[chosen] = matplotlib.colormaps[name](shade)[:, :3]
-    # The axes are a whole number of dots for each network.
+    for mask, name in ((converged, "Blues"), (~converged, "Reds")):
+        if mask.any():
+            shade = 0.95 - 0.75 * _ranks(measures[mask])
+            image[mask] = matplotlib.colormaps[name](shade)[:, :3]
+    # The axes span a whole number of dots per network.
     inches, side = 7.1, 6.0
     dpi = n * max(1, round(1000 / n)) / side
     figure = Figure(figsize=(inches, inches))
@@ -314,10 +353,10 @@ def picture(
             rate, precision=digits, fractional=False, trim="-"
         )
 
-    for one in (axis.xaxis, axis.yaxis):
-        one.set_major_locator(MaxNLocator(6 if span >= 2 else 4, integer=span >= 2))
-        one.set_major_formatter(FuncFormatter(text))
-    if span < 2:  # long numbers
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(MaxNLocator(6 if span >= 2 else 4, integer=span >= 2))
+        ticks.set_major_formatter(FuncFormatter(text))
+    if span < 2:  # the numbers are long
         for label in axis.get_yticklabels():
             label.set(rotation=90, verticalalignment="center")
     axis.set_title(
@@ -329,35 +368,34 @@ def picture(
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Shares of values that are at most each one, in (0, 1]."""
+    """Fraction of the values that are at most each value, in (0, 1]."""
     return stats.rankdata(values, method="average") / len(values)
 
 
 def _rates(
     resolution: int, center: tuple[float, float], span: float, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rates in the middle of each column and of each row."""
+    """Learning rates at the center of each column and of each row."""
     if not (math.isfinite(span) and span > 0):
-        raise cli.InputError(f"--span={span:g}: a finite number > 0 is accepted")
+        raise cli.InputError(f"--span={span:g}: expected a finite number > 0")
     floating = np.dtype("float64" if dtype == "float64" else "float32")
     offsets = span * ((np.arange(resolution) + 0.5) / resolution - 0.5)
-    found = []
+    axes = []
     for rate in center:
         with np.errstate(over="ignore", under="ignore"):
             rates = rate * 10**offsets
             rounded = rates.astype(floating)
         if not (np.isfinite(rounded).all() and (rounded > 0).all()):
             raise cli.InputError(
-                f"--span={span:g}: around {rate:g} there are learning rates that "
-                f"{floating} cannot hold"
+                f"--span={span:g}: {floating} cannot represent all learning rates "
+                f"around {rate:g}"
             )
         if len(np.unique(rounded)) < resolution:
             raise cli.InputError(
-                f"--span={span:g}: pixels around {rate:g} are too close for {floating} "
-                "to tell apart"
+                f"--span={span:g}: pixels around {rate:g} are too close for {floating}"
             )
-        found.append(rates)
-    return found[0], found[1]
+        axes.append(rates)
+    return axes[0], axes[1]
 
 
 def _center(text: str) -> tuple[float, float]:
@@ -368,17 +406,17 @@ def _center(text: str) -> tuple[float, float]:
         hidden = output = math.nan
     if not (0 < hidden < math.inf and 0 < output < math.inf):
         raise cli.InputError(
-            f"--center={text}: two finite numbers > 0 with a comma between are accepted"
+            f"--center={text}: expected two finite numbers > 0, separated by a comma"
         )
     return hidden, output
 
 
-def _keep(folder: Path, result: dict[str, Any]) -> None:
-    """Writes the picture, the pixels and the numbers."""
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """Writes the pixels, the figure, and the numbers as JSON and CSV."""
     pixels, configuration = result["pixels"], result["configuration"]
     with output.atomic_write(folder / "trainability.npy") as path:
         np.save(path, pixels)
-    picture(
+    draw(
         folder / "trainability.png",
         pixels[..., 0],
         configuration["center"],
@@ -388,54 +426,58 @@ def _keep(folder: Path, result: dict[str, Any]) -> None:
     output.write_results(folder, "trainability", numbers, result["boxes"])
 
 
+def _print_result(result: dict[str, Any]) -> None:
+    """Prints the fractions of the pixels, the box counts and the dimension."""
+    converged = result["converged_fraction"]
+    print(
+        f"\nconverged {converged:.4f}, diverged {result['diverged_fraction']:.4f}, "
+        f"not finite {result['not_finite_fraction']:.4f} of all pixels\n"
+    )
+    if result["boxes"]:
+        print(f"{output.table(result['boxes'], headings=_HEADINGS)}\n")
+    if result["dimension"] is not None:
+        fit = (result[name] for name in ("dimension", "standard_error", "r_squared"))
+        slope, error, r_squared = (math.nan if v is None else v for v in fit)
+        print(f"dimension {slope:.2f} ± {error:.2f} (R² {r_squared:.3f})")
+    elif 0 < converged < 1:
+        print("no dimension: fewer than 3 box sides; try a larger --resolution")
+    else:
+        print("no dimension: this plane has no boundary")
+
+
 def main() -> int:
-    """Trains the plane that the flags say."""
+    """Trains the plane of the flags."""
+    # Settings.
     cli.use_devices()
-    jax.config.update("jax_default_matmul_precision", "highest")
     center = _center(_CENTER.value)
     resolution, span = _RESOLUTION.value, _SPAN.value
-    first = jax.process_index() == 0
-    if first:
+    is_first_process = jax.process_index() == 0
+    if is_first_process:
         print(
             f"{resolution}×{resolution} networks {_WIDTH}→{_WIDTH}→1, learning rates "
             f"around {center[0]:g} (hidden layer) and {center[1]:g} (output layer), "
-            f"{span:g} decades a side"
+            f"{span:g} decades per side"
         )
-        print(
-            ", ".join(f"{k} {v}" for k, v in output.environment().items()), flush=True
-        )
+        output.print_environment()
+
+    # Training.
     result = run(
         resolution=resolution,
         center=center,
         span=span,
-        num_steps=config.NUM_STEPS.value or DEFAULT_STEPS,
-        dtype=cli.DTYPE.value or "float32",
+        num_steps=config.NUM_STEPS.value or DEFAULTS["num_steps"],
+        dtype=cli.DTYPE.value or DEFAULTS["dtype"],
         seed=cli.SEED.value,
         make_folder=cli.output_dir,
     )
-    if not first:
-        return 0
-    print(
-        f"\nconverged {result['converged']:.4f}, diverged {result['diverged']:.4f}, "
-        f"of all not finite {result['not_finite']:.4f}\n"
-    )
-    boxes = result["boxes"]
-    if boxes:
-        print(f"{output.table(boxes)}\n")
-    if result["dimension"] is not None:
-        fitted = (result[name] for name in ("dimension", "standard_error", "r_squared"))
-        slope, error, r_squared = (math.nan if v is None else v for v in fitted)
-        print(f"dimension {slope:.2f} ± {error:.2f} (R² {r_squared:.3f})")
-    elif 0 < result["converged"] < 1:
-        print("dimension None: fewer than 3 box sides; a larger --resolution has more")
-    else:
-        print("dimension None: there is no boundary in this plane")
-    if cli.OUTPUT_DIR.value is not None:
-        folder = Path(cli.OUTPUT_DIR.value)
-        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-        print(f"\nIn {folder}: {', '.join(names)}")
+
+    # Results.
+    if is_first_process:
+        _print_result(result)
+        if cli.OUTPUT_DIR.value is not None:
+            output.print_files(Path(cli.OUTPUT_DIR.value))
     return 0
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    cli.launch(main, DEFAULTS)

@@ -1,1 +1,1 @@
-"""What `compare_gradients` compares, explains and draws."""
+"""Comparisons, walkthrough and figure of `compare_gradients`."""

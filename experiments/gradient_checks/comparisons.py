@@ -1,4 +1,4 @@
-"""What `compare_gradients` compares, each part as rows of a table."""
+"""The parts of `compare_gradients`, each as rows of a table."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,46 +15,67 @@ from jaxbce.network import Params
 
 Row = dict[str, Any]
 
+HEADINGS = {  # of the printed tables, by key
+    "max_abs": "max abs",
+    "max_rel": "max rel",
+    "norm_rel": "norm rel",
+    "worst_point": "worst at",
+    "worst_network": "worst network",
+    "worst_error": "its error",
+    "median_error": "median error",
+    "logit": "|a|",
+    "textbook": "textbook, ŷ−y",
+    "by_hand": "by hand, δ",
+    "jax_grad_of_optax": "jax.grad, optax",
+    "jax_grad_of_logaddexp": "jax.grad, log(1+eᵃ)−ya",
+    "microseconds": "µs",
+    "temporary_kb": "temporary kB",
+    "tolerance": "allowed",
+    "passed": "verdict",
+}
+
 TAIL_LOGITS = (1.0, 5.0, 10.0, 15.0, 17.0, 20.0, 40.0, 80.0)
 TAIL_TOLERANCE = 1e-6
-BY_HAND = "by hand, δ"
 
 
-def compared(
-    name: str, mine: Any, theirs: Any, tolerance: float, least_norm: float = 0.0
+def compare(
+    name: str, value: Any, reference: Any, tolerance: float, min_norm: float = 0.0
 ) -> Row:
-    """One line on how far two arrays are apart; `theirs` is the reference.
+    """Compares an array with its reference, as one row.
 
-    The verdict is on the norm of the difference over that of the reference, or over
-    `least_norm` if that is more.
+    It passes by the norm of the difference over the norm of the reference, or over
+    `min_norm` if that is larger.
     """
-    epsilon = float(jnp.finfo(np.asarray(mine).dtype).eps)
-    mine, theirs = (np.asarray(t, np.float64) for t in (mine, theirs))
-    if mine.shape != theirs.shape:
-        raise ValueError(f"{name} has shape {mine.shape}, JAX's {theirs.shape}")
-    difference = abs(mine - theirs)
-    size = np.where(theirs == 0, 1, abs(theirs))
+    epsilon = float(jnp.finfo(np.asarray(value).dtype).eps)
+    value, reference = (np.asarray(t, np.float64) for t in (value, reference))
+    if value.shape != reference.shape:
+        raise ValueError(
+            f"expected {name} of shape {reference.shape}, got {value.shape}"
+        )
+    difference = abs(value - reference)
+    size = np.where(reference == 0, 1, abs(reference))
     # A unit in the last place of v is eps times the power of two at or below |v|.
     ulp = epsilon * 2.0 ** np.floor(np.log2(size))
-    error = _relative(difference, theirs, least_norm)
+    error = _relative_error(value, reference, min_norm)
     return {
         "quantity": name,
-        "shape": mine.shape,
-        "max abs": float(difference.max()),
-        "max rel": float((difference / size).max()),
+        "shape": value.shape,
+        "max_abs": float(difference.max()),
+        "max_rel": float((difference / size).max()),
         "ulps": round(float((difference / ulp).max()), 1),
-        "norm rel": error,
-        "allowed": tolerance,
-        "verdict": error <= tolerance,
+        "norm_rel": error,
+        "tolerance": tolerance,
+        "passed": error <= tolerance,
     }
 
 
-def _relative(difference: np.ndarray, truth: np.ndarray, least_norm: float) -> float:
-    norm = max(float(np.linalg.norm(truth)), least_norm)
+def _relative_error(value: Any, reference: np.ndarray, min_norm: float = 0.0) -> float:
+    norm = max(float(np.linalg.norm(reference)), min_norm)
+    difference = np.asarray(value, np.float64) - reference
     return float(np.linalg.norm(difference) / (norm or 1))
 
 
-def _whole_norm(grads: Any) -> float:
+def _global_norm(grads: Any) -> float:
     return float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads))))
 
 
@@ -65,37 +86,42 @@ def _in_float64(tree: Any) -> Any:
 def leaves_and_factors(
     params: Params, x: jax.Array, y: jax.Array, tolerance: float
 ) -> list[Row]:
-    """Each quantity by hand against JAX's derivative in float64.
+    """Compares each hand-derived quantity with JAX's own derivative in float64.
 
-    The textbook's factors are in float64 on both sides: in less, ŷ rounds to 0 or 1
-    and they are not finite. The gradient is in the dtype of the arguments.
+    The gradient is computed in the dtype of the arguments. The factors of the textbook
+    are computed in float64: in a smaller dtype ŷ rounds to 0 or 1, where they are not
+    finite.
     """
-    grads = jaxbce.value_and_grad(params, x, y)
-    of_data = jax.grad(jaxbce.loss, argnums=(1, 2))(params, x, y)
+    value, grads = jaxbce.value_and_grad(params, x, y)
+    data_grads = jax.grad(jaxbce.loss, argnums=(1, 2))(params, x, y)
     with jax.enable_x64(True):
         exact = _in_float64((params, x, y))
-        true_grads = jax.value_and_grad(baselines.plain_loss)(*exact)
-        true_of_data = jax.grad(baselines.plain_loss, argnums=(1, 2))(*exact)
-        strict = tolerance if x.dtype == jnp.float64 else TOLERANCES["float64"]
+        value_64, grads_64 = jax.value_and_grad(baselines.plain_loss)(*exact)
+        data_grads_64 = jax.grad(baselines.plain_loss, argnums=(1, 2))(*exact)
         rows = []
         if len(params) == 2:
-            rows = [compared(*factor, strict) for factor in _factors(*exact)]
-    least = LEAST_SHARES[x.dtype.name] * _whole_norm(true_grads[1])
-    rows.append(compared("mean loss", grads[0], true_grads[0], tolerance))
-    for (path, mine), theirs in zip(
-        jax.tree.leaves_with_path(grads[1]), jax.tree.leaves(true_grads[1]), strict=True
+            in_float64 = x.dtype == jnp.float64
+            factor_tolerance = tolerance if in_float64 else TOLERANCES["float64"]
+            rows = [compare(*factor, factor_tolerance) for factor in _factors(*exact)]
+    min_norm = LEAST_SHARES[x.dtype.name] * _global_norm(grads_64)
+    rows.append(compare("mean loss", value, value_64, tolerance))
+    for (path, leaf), reference in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(grads_64), strict=True
     ):
         name = f"∂loss/∂params{jax.tree_util.keystr(path)}"
-        rows.append(compared(name, mine, theirs, tolerance, least))
-    for name, mine, theirs in zip("xy", of_data, true_of_data, strict=True):
-        rows.append(compared(f"∂loss/∂{name}", mine, theirs, tolerance))
+        rows.append(compare(name, leaf, reference, tolerance, min_norm))
+    for name, grad, reference in zip("xy", data_grads, data_grads_64, strict=True):
+        rows.append(compare(f"∂loss/∂{name}", grad, reference, tolerance))
     return rows
 
 
 def _factors(
     params: Params, x: jax.Array, y: jax.Array
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The textbook's table; on JAX's side each arrow is differentiated by itself."""
+    """Name, value and reference of each factor of the textbook's chain rule.
+
+    The references differentiate each function of the chain by itself.
+    """
     (w_1, b_1), (w_2, b_2) = params
     h_1 = jax.nn.relu(x @ w_1 + b_1)
     a_2 = h_1 @ w_2 + b_2
@@ -117,24 +143,37 @@ def _factors(
     dh_1, dw_2, db_2 = jax.grad(bce_of_h_1, (0, 1, 2))(h_1, w_2, b_2)
     dw_1, db_1 = jax.grad(bce_of_layer_1, (0, 1))(w_1, b_1)
     yield "∂BCE/∂ŷ = (ŷ−y)/(ŷ(1−ŷ))", by_hand.dbce_dyhat, jax.grad(bce)(y_hat)
-    theirs = jax.grad(summed(jax.nn.sigmoid))(a_2)
-    yield "∂ŷ/∂a₂ = ŷ(1−ŷ)", by_hand.dyhat_da2, theirs
-    yield "∂a₂/∂w₂ = h₁ᵀ", by_hand.da2_dw2, baselines.row_gradients(w_2, h_1)
+    dyhat_da2 = jax.grad(summed(jax.nn.sigmoid))(a_2)
+    yield "∂ŷ/∂a₂ = ŷ(1−ŷ)", by_hand.dyhat_da2, dyhat_da2
+    yield "∂a₂/∂w₂ = h₁ᵀ", by_hand.da2_dw2, baselines.weight_derivatives(w_2, h_1)
     yield "∂BCE/∂w₂ = h₁ᵀ(ŷ−y)", by_hand.dbce_dw2, dw_2
     yield "∂BCE/∂b₂ = Σ(ŷ−y)", by_hand.dbce_db2, db_2
     yield "∂BCE/∂h₁ = (ŷ−y)w₂ᵀ", by_hand.dbce_dh1, dh_1
-    theirs = jax.grad(summed(jax.nn.relu))(x @ w_1 + b_1)
-    yield "∂h₁/∂a₁ = [a₁>0]", by_hand.dh1_da1, theirs
-    yield "∂a₁/∂w₁ = Xᵀ", by_hand.da1_dw1, baselines.row_gradients(w_1, x)
+    dh1_da1 = jax.grad(summed(jax.nn.relu))(x @ w_1 + b_1)
+    yield "∂h₁/∂a₁ = [a₁>0]", by_hand.dh1_da1, dh1_da1
+    yield "∂a₁/∂w₁ = Xᵀ", by_hand.da1_dw1, baselines.weight_derivatives(w_1, x)
     yield "∂BCE/∂w₁ = Xᵀ((ŷ−y)w₂ᵀ⊙[a₁>0])", by_hand.dbce_dw1, dw_1
     yield "∂BCE/∂b₁ = Σ(ŷ−y)w₂ᵀ⊙[a₁>0]", by_hand.dbce_db1, db_1
 
 
-def oracles(
+def _reference_row(
+    leaf: str, reference: str, worst_point: str, error: float, tolerance: float
+) -> Row:
+    return {
+        "leaf": leaf,
+        "reference": reference,
+        "worst_point": worst_point,
+        "error": error,
+        "tolerance": tolerance,
+        "passed": error <= tolerance,
+    }
+
+
+def references(
     params: Params, x: jax.Array, y: jax.Array, *, tolerance: float, seed: int
 ) -> list[Row]:
-    """The lines of `check_gradients`, and scikit-learn's backward pass."""
-    checked = jaxbce.check_gradients(
+    """The comparisons of `check_gradients`, and scikit-learn's backward pass."""
+    report = jaxbce.check_gradients(
         jaxbce.value_and_grad,
         params,
         x,
@@ -143,48 +182,34 @@ def oracles(
         tolerance=tolerance,
         seed=seed,
     )
-    rows: list[Row] = [
-        {
-            "leaf": c.leaf,
-            "oracle": c.reference,
-            "worst at": c.point,
-            "error": c.error,
-            "allowed": c.tolerance,
-            "verdict": c.passed,
-        }
-        for c in checked.comparisons
+    rows = [
+        _reference_row(c.leaf, c.reference, c.point, c.error, c.tolerance)
+        | {"passed": c.passed}
+        for c in report.comparisons
     ]
+    tail_error = max(t.error for t in report.tail)
+    tail_tolerance = report.tail[0].tolerance
     rows.append(
-        {
-            "leaf": "tail",
-            "oracle": "σ(−|a|)",
-            "worst at": "|a| ≤ 80",
-            "error": max(t.error for t in checked.tail),
-            "allowed": checked.tail[0].tolerance,
-            "verdict": checked.tail_passed,
-        }
+        _reference_row("tail", "σ(−|a|)", "|a| ≤ 80", tail_error, tail_tolerance)
+        | {"passed": report.tail_passed}
     )
     grads = jaxbce.grad(params, x, y)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
-    truth = baselines.scikit_learn_gradient(params, x, y)
-    least = LEAST_SHARES[x.dtype.name] * _whole_norm(truth)
-    for name, mine, theirs in zip(names, jax.tree.leaves(grads), truth, strict=True):
-        error = _relative(np.asarray(mine, np.float64) - theirs, theirs, least)
-        rows.append(
-            {
-                "leaf": name,
-                "oracle": "scikit-learn",
-                "worst at": "given",
-                "error": error,
-                "allowed": tolerance,
-                "verdict": error <= tolerance,
-            }
-        )
+    scikit_learn = baselines.scikit_learn_gradient(params, x, y)
+    min_norm = LEAST_SHARES[x.dtype.name] * _global_norm(scikit_learn)
+    for name, leaf, reference in zip(
+        names, jax.tree.leaves(grads), scikit_learn, strict=True
+    ):
+        error = _relative_error(leaf, reference, min_norm)
+        rows.append(_reference_row(name, "scikit-learn", "given", error, tolerance))
     return rows
 
 
 def tail(sizes: tuple[float, ...]) -> list[Row]:
-    """Relative errors of four ways to ∂BCE/∂a, float32, in whichever label is worse."""
+    """Relative errors of four computations of ∂BCE/∂a in float32.
+
+    Each error is the larger one of a = size, y = 1 and a = -size, y = 0.
+    """
     unit = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),)  # one weight of 1: a = x
 
     def by_hand(a: jax.Array, y: jax.Array) -> jax.Array:
@@ -193,28 +218,36 @@ def tail(sizes: tuple[float, ...]) -> list[Row]:
     def derivative(ell: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return jax.grad(lambda a, y: jnp.sum(ell(a, y)))
 
-    ways = {
-        "textbook, ŷ−y": lambda a, y: jax.nn.sigmoid(a) - y,
-        BY_HAND: by_hand,
-        "jax.grad, optax": derivative(optax.sigmoid_binary_cross_entropy),
-        "jax.grad, log(1+eᵃ)−ya": derivative(lambda a, y: jnp.logaddexp(0, a) - y * a),
+    functions = {
+        "textbook": lambda a, y: jax.nn.sigmoid(a) - y,
+        "by_hand": by_hand,
+        "jax_grad_of_optax": derivative(optax.sigmoid_binary_cross_entropy),
+        "jax_grad_of_logaddexp": derivative(
+            lambda a, y: jnp.logaddexp(0, a) - y * a  # log(1+eᵃ) − ya
+        ),
     }
     size = np.array(sizes, np.float32)
     a = jnp.concatenate([jnp.asarray(size), -jnp.asarray(size)])[:, None]
     y = (a > 0).astype(a.dtype)
-    truth = np.exp(-size.astype(np.float64)) / (1 + np.exp(-size.astype(np.float64)))
+    exact = np.exp(-size.astype(np.float64)) / (1 + np.exp(-size.astype(np.float64)))
     errors = {}
-    for name, way in ways.items():
-        found = abs(np.asarray(way(a, y), np.float64)).reshape(2, -1)
-        errors[name] = np.max(abs(found - truth) / truth, axis=0)
+    for name, function in functions.items():
+        values = abs(np.asarray(function(a, y), np.float64)).reshape(2, -1)
+        errors[name] = np.max(abs(values - exact) / exact, axis=0)
     return [
         {
-            "|a|": f"{size:g}",
+            "logit": f"{size:g}",
             **{name: float(error[i]) for name, error in errors.items()},
-            "verdict": bool(errors[BY_HAND][i] <= TAIL_TOLERANCE),
+            "passed": bool(errors["by_hand"][i] <= TAIL_TOLERANCE),
         }
         for i, size in enumerate(sizes)
     ]
+
+
+_many_by_hand = jax.jit(jax.vmap(jaxbce.value_and_grad, in_axes=(0, None, None)))
+_many_by_jax = jax.jit(
+    jax.vmap(jax.value_and_grad(baselines.plain_loss), in_axes=(0, None, None))
+)
 
 
 def many_networks(
@@ -225,9 +258,9 @@ def many_networks(
     trials: int,
     tolerance: float,
 ) -> list[Row]:
-    """For each leaf the network, of many random ones, where it agrees least."""
+    """The largest error of each leaf over many random networks under vmap."""
 
-    def network(key: jax.Array) -> Params:
+    def init(key: jax.Array) -> Params:
         key_w, key_b = jax.random.split(key)
         params = jaxbce.init(key_w, sizes, dtype=x.dtype)
         biases = jax.random.normal(key_b, (len(params), max(sizes)), x.dtype)
@@ -236,29 +269,25 @@ def many_networks(
             for layer, b in zip(params, biases, strict=True)
         )
 
-    def by_hand(params: Params) -> Any:
-        return jaxbce.value_and_grad(params, x, y)
-
-    params = jax.vmap(network)(jax.random.split(key, trials))
-    found = jax.jit(jax.vmap(by_hand))(params)
+    params = jax.vmap(init)(jax.random.split(key, trials))
+    values = _many_by_hand(params, x, y)
     with jax.enable_x64(True):
-        exact, x_64, y_64 = _in_float64((params, x, y))
-        by_jax = jax.vmap(jax.value_and_grad(baselines.plain_loss), (0, None, None))
-        truth = jax.tree.map(np.asarray, jax.jit(by_jax)(exact, x_64, y_64))
+        references = _many_by_jax(*_in_float64((params, x, y)))
+        references = jax.tree.map(np.asarray, references)
     share = LEAST_SHARES[x.dtype.name]
-    least = [
-        share * _whole_norm(jax.tree.map(lambda leaf, i=i: leaf[i], truth[1]))
+    min_norms = [
+        share * _global_norm(jax.tree.map(lambda leaf, i=i: leaf[i], references[1]))
         for i in range(trials)
     ]
     rows = []
-    for (path, mine), theirs in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(truth), strict=True
+    for (path, value), reference in zip(
+        jax.tree.leaves_with_path(values), jax.tree.leaves(references), strict=True
     ):
-        leaf = jax.tree_util.keystr(path[1:])
-        difference = np.asarray(mine, np.float64) - theirs
+        leaf = jax.tree_util.keystr(path[1:])  # of the loss, empty
+        value = np.asarray(value, np.float64)
         errors = np.array(
             [
-                _relative(difference[i], theirs[i], least[i] if leaf else 0.0)
+                _relative_error(value[i], reference[i], min_norms[i] if leaf else 0.0)
                 for i in range(trials)
             ]
         )
@@ -266,11 +295,11 @@ def many_networks(
         rows.append(
             {
                 "leaf": leaf or "value",
-                "worst network": worst,
-                "its error": float(errors[worst]),
-                "median error": float(np.median(errors)),
-                "allowed": tolerance,
-                "verdict": bool(errors[worst] <= tolerance),
+                "worst_network": worst,
+                "worst_error": float(errors[worst]),
+                "median_error": float(np.median(errors)),
+                "tolerance": tolerance,
+                "passed": bool(errors[worst] <= tolerance),
             }
         )
     return rows
@@ -285,10 +314,10 @@ def cost(
     block_size: int,
     rounds: int,
 ) -> list[Row]:
-    """Time and temporary memory of one gradient, three ways."""
+    """Time and temporary memory of one gradient by three implementations."""
 
-    def by_hand(rows: int | None) -> Callable[..., Any]:
-        return lambda *args: jaxbce.value_and_grad(*args, block_size=rows)
+    def by_hand(block_size: int | None) -> Callable[..., Any]:
+        return lambda *args: jaxbce.value_and_grad(*args, block_size=block_size)
 
     functions = {
         "jax.value_and_grad of optax's loss": jax.value_and_grad(baselines.plain_loss),
@@ -299,21 +328,22 @@ def cost(
     arguments = (params, *(jnp.asarray(t, jnp.float32) for t in (x, y)))
     costs = timing.measure(
         lambda: {
-            name: timing.compiled(function, *arguments)
+            name: timing.compile_call(function, *arguments)
             for name, function in functions.items()
         },
         rounds=rounds,
     )
-    first, rows = next(iter(costs.values())), []
-    for name, c in costs.items():
-        speed = timing.speed(c, first)
+    baseline = next(iter(costs.values()))
+    rows = []
+    for name, measured in costs.items():
+        speed, *quartiles = timing.speed(measured, baseline)
         rows.append(
             {
                 "gradient": name,
-                "µs": f"{1e6 * c.seconds:.0f}",
-                "speed": f"{speed[0]:.2f}",
-                "quartiles": f"{speed[1]:.2f}-{speed[2]:.2f}",
-                "temporary kB": f"{(c.temp_bytes or 0) / 1e3:.0f}",
+                "microseconds": f"{1e6 * measured.seconds:.0f}",
+                "speed": f"{speed:.2f}",
+                "quartiles": "-".join(f"{q:.2f}" for q in quartiles),
+                "temporary_kb": f"{(measured.temp_bytes or 0) / 1e3:.0f}",
             }
         )
     return rows

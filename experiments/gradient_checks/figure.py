@@ -1,4 +1,4 @@
-"""The figure of `compare_gradients`: error in the tail, and cost of a gradient."""
+"""The figure of `compare_gradients`: errors in the tail, and cost of a gradient."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def draw(path: Path, costs: list[Row]) -> None:
-    """Draws the error against the logit, and the costs."""
+    """Draws the relative error over the logit, and the cost of each gradient."""
     logits = np.linspace(0.5, 80, 160)
     errors = comparisons.tail(tuple(logits))
     figure, (left, middle, right) = plt.subplots(
@@ -22,21 +22,24 @@ def draw(path: Path, costs: list[Row]) -> None:
     for name in list(errors[0])[1:-1]:
         values = np.maximum([row[name] for row in errors], 1e-9)
         left.semilogy(
-            logits, values, label=name, lw=3 if name == comparisons.BY_HAND else 1.5
+            logits,
+            values,
+            label=comparisons.HEADINGS.get(name, name),
+            lw=3 if name == "by_hand" else 1.5,
         )
     left.set(
         title="Error of ∂BCE/∂a in float32",
-        xlabel="logit |a|, on the side of its label",
+        xlabel="logit |a|, with the sign of its label",
         ylabel="relative error",
     )
     left.legend()
     names = [
         row["gradient"].replace(", ", ",\n").replace(" of ", "\nof ") for row in costs
     ]
-    for axis, column in ((middle, "µs"), (right, "temporary kB")):
+    for axis, column in ((middle, "microseconds"), (right, "temporary_kb")):
         axis.barh(names, [float(row[column]) for row in costs], color="C0")
         axis.invert_yaxis()
-        axis.set(title="One gradient", xlabel=column)
+        axis.set(title="One gradient", xlabel=comparisons.HEADINGS[column])
     right.set_yticklabels([])
     with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)

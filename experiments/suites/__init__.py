@@ -1,1 +1,1 @@
-"""What the benchmark measures: its cases and their reports."""
+"""Benchmark cases, and reports of their results."""

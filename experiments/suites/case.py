@@ -1,4 +1,4 @@
-"""What the benchmark measures side by side, in one form for all that it measures."""
+"""Benchmark cases: one quantity at one size, computed by several implementations."""
 
 import functools
 import importlib
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from experiments.support.timing import Call
 
-OURS = "jaxbce"
-_LIBRARIES = {  # that a side needs beyond what experiments need anyway
+JAXBCE = "jaxbce"
+_LIBRARIES = {  # optional libraries of a baseline
     "jax_privacy": ("jax_privacy",),
     "jax_privacy by 32": ("jax_privacy",),
     "Opacus": ("torch", "opacus"),
@@ -21,49 +21,50 @@ _LIBRARIES = {  # that a side needs beyond what experiments need anyway
 
 
 class Case(NamedTuple):
-    """One quantity at one size, and all who compute it.
+    """One quantity at one size, and its implementations.
 
     Attributes:
-      suite: Whose table it is in.
-      quantity: What is computed.
-      size: Of what, in words.
-      sides: Makes the calls anew, `OURS` first.
-      results: Of calls that `sides` made, by side, what they must agree on; a side that
-        it leaves out does other work, which is not compared.
-      tolerance: The largest relative difference of a leaf, in the norm.
-      rough: What the calls' own results must be within where `exact` decides.
-      flop: Floating-point operations that the matrix products of ours take, a unit.
-      bytes: What must be read and written at least, a unit.
-      unit: What the seconds are of.
-      missing: Sides that are left out because a library cannot be imported.
-      exact: The results of the same sides in float64, which decide where those of
-        float32 differ by more than `tolerance`: a large batch has units of relu within
-        a rounding of 0, and a long run makes much of roundings.
-      along: What grows on a scaling curve, and how large it is here; or None.
+      suite: Name of the suite.
+      quantity: Name of the quantity that is computed.
+      size: Size of the problem, as text.
+      implementations: Builds the calls by name, `JAXBCE` first and then the baselines.
+      results: Maps the calls to the values that must agree, by name. Baselines that do
+        other work are left out, and are not compared.
+      tolerance: Largest relative difference of a leaf, in the norm.
+      loose_tolerance: Largest difference of the results of the calls themselves where
+        `exact` decides.
+      flop: Floating-point operations per unit in jaxbce's matrix products.
+      bytes: Minimum number of bytes to read and write per unit.
+      unit: Unit of work that times are given for.
+      missing: Baselines that are left out because a library cannot be imported.
+      exact: Results of the same implementations in float64. They decide where those of
+        float32 differ by more than `tolerance`: in a large batch some ReLU units are
+        within a rounding of 0, and a long run amplifies roundings.
+      scaling_axis: Name and value of what grows along a scaling curve, or None.
     """
 
     suite: str
     quantity: str
     size: str
-    sides: Callable[[], dict[str, Call]]
+    implementations: Callable[[], dict[str, Call]]
     results: Callable[[dict[str, Call]], dict[str, Any]]
     tolerance: float
-    rough: float = 1e-2
+    loose_tolerance: float = 1e-2
     flop: float = 0.0
     bytes: float = 0.0
     unit: str = "call"
     missing: tuple[str, ...] = ()
     exact: Callable[[], dict[str, Any]] | None = None
-    along: tuple[str, float] | None = None
+    scaling_axis: tuple[str, float] | None = None
 
 
 def results_of(calls: dict[str, Call]) -> dict[str, Any]:
-    """What each returns, in the form in which they can be compared."""
+    """Makes each call and returns its result in comparable form."""
     return {name: call.result(call.run()) for name, call in calls.items()}
 
 
 def missing_among(names: Iterable[str]) -> tuple[str, ...]:
-    """Those whose libraries cannot be imported."""
+    """Names of the baselines whose libraries cannot be imported."""
     return tuple(
         name for name in names if not all(map(_importable, _LIBRARIES.get(name, ())))
     )
@@ -75,21 +76,27 @@ def _importable(library: str) -> bool:
         warnings.simplefilter("ignore")
         try:
             importlib.import_module(library)
-        except Exception:  # a broken installation fails in any way it likes
+        except Exception:  # a broken installation can raise anything
             return False
     return True
 
 
+def layers_text(layers: tuple[int, ...]) -> str:
+    """Layer sizes as text, such as 30→16→1."""
+    return "→".join(map(str, layers))
+
+
 def multiplications(layers: tuple[int, ...]) -> tuple[int, int]:
-    """Those a row in all layers' matrix products, once forward, and in the first's."""
+    """Multiplications per example in a forward pass: of all layers, of the first."""
     products = [a * b for a, b in pairwise(layers)]
     return sum(products), products[0]
 
 
-def of_gradient(layers: tuple[int, ...]) -> int:
-    """Multiplications a row in the matrix products of a gradient.
+def gradient_multiplications(layers: tuple[int, ...]) -> int:
+    """Multiplications per example in the matrix products of a gradient.
 
-    Forward, and for the weights as many again; back through all layers but the first.
+    The forward pass and the weights' gradients take as many each; the backward pass
+    takes those of all layers but the first.
     """
     every, first = multiplications(layers)
     return 3 * every - first

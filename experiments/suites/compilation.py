@@ -1,4 +1,4 @@
-"""What is measured side by side: how long it takes to begin, and how cost grows."""
+"""Benchmark cases: time from a new process to the first gradient, and compilation."""
 
 import functools
 import subprocess
@@ -11,18 +11,24 @@ import optax
 
 import jaxbce
 from experiments.suites import workloads
-from experiments.suites.case import OURS, Case, missing_among, results_of
+from experiments.suites.case import (
+    JAXBCE,
+    Case,
+    layers_text,
+    missing_among,
+    results_of,
+)
 from experiments.support import baselines
 from experiments.support.timing import Call
 
-# What a fresh process runs; each prints the loss and its gradient's squared norm.
+# Scripts of a new process; each prints the loss and its gradient's squared norm.
 _DATA = """
 import numpy as np
 draw = np.random.default_rng(0).standard_normal
 x, (w1, w2) = draw((256, 30), "f"), (draw((30, 16), "f"), draw((16, 1), "f"))
 y = (x[:, :1] > 0).astype("f")
 """
-_OURS = """
+_JAXBCE = """
 import jax, jax.numpy as jnp, jaxbce
 params = tuple(jaxbce.Layer(jnp.asarray(w), jnp.zeros(w.shape[1])) for w in (w1, w2))
 value, grads = jax.block_until_ready(jaxbce.value_and_grad(params, x, y))
@@ -52,25 +58,27 @@ grads = [parameter.grad for parameter in model.parameters()]
 _PRINT = """
 print(float(value), float(sum((np.asarray(g) ** 2).sum() for g in grads)))
 """
-_SCRIPTS = {OURS: _OURS, "jax and optax": _PLAIN, "PyTorch": _TORCH}
-_COMPILED = (
+_SCRIPTS = {JAXBCE: _JAXBCE, "jax and optax": _PLAIN, "PyTorch": _TORCH}
+_SIZES = (  # number of examples, layer sizes
     (32, (30, 16, 1)),
-    (4096, (512, 1024, 1)),  # which is taken in blocks
+    (4096, (512, 1024, 1)),  # processed in blocks
     (1024, (64, 128, 64, 1)),
 )
 
 
-def _cold_start() -> Case:
-    def process(script: str) -> list[float]:
+def _new_process() -> Case:
+    """From the start of a process to its first gradient."""
+
+    def run_script(script: str) -> list[float]:
         command = [sys.executable, "-c", _DATA + script + _PRINT]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return [float(number) for number in done.stdout.split()]
 
     missing = missing_among(_SCRIPTS)
 
-    def sides() -> dict[str, Call]:
+    def implementations() -> dict[str, Call]:
         return {
-            name: Call(functools.partial(process, script))
+            name: Call(functools.partial(run_script, script))
             for name, script in _SCRIPTS.items()
             if name not in missing
         }
@@ -79,83 +87,95 @@ def _cold_start() -> Case:
         suite="compile",
         quantity="new process to first gradient",
         size="256×30→16→1",
-        sides=sides,
+        implementations=implementations,
         results=results_of,
         tolerance=1e-5,
         missing=missing,
     )
 
 
-def _results_once(functions: dict[str, Callable[..., Any]], args: Any) -> Any:
-    """`Case.results` of several cases that begin the same functions."""
+def _cached_results(functions: dict[str, Callable[..., Any]], args: Any) -> Any:
+    """`Case.results` for cases that share functions, which are called once."""
 
     @functools.cache
     def results() -> dict[str, Any]:
         return {name: jax.jit(f)(*args) for name, f in functions.items()}
 
-    return lambda _: results()
+    return lambda calls: results()
 
 
-def _first(
+def _trace(jitted: Any, args: Any) -> None:
+    jitted.trace(*args)
+
+
+def _trace_and_compile(jitted: Any, args: Any) -> None:
+    jitted.lower(*args).compile()
+
+
+def _compilation_case(
     quantity: str,
     size: str,
     functions: dict[str, Callable[..., Any]],
     args: Any,
-    begin: Callable[[Any, Any], Any],
+    compile_step: Callable[[Any, Any], None],
     results: Callable[[dict[str, Call]], dict[str, Any]],
 ) -> Case:
-    """What `begin(jitted, args)` takes with nothing left from an earlier time."""
+    """Time of `compile_step(jitted, args)` with JAX's caches empty."""
 
-    def start(function: Callable[..., Any]) -> Any:
+    def run(function: Callable[..., Any]) -> None:
         jax.clear_caches()
-        return begin(jax.jit(lambda *a: function(*a)), args)
+        compile_step(jax.jit(lambda *a: function(*a)), args)
 
-    def sides() -> dict[str, Call]:
+    def implementations() -> dict[str, Call]:
         return {
-            name: Call(functools.partial(start, function))
+            name: Call(functools.partial(run, function))
             for name, function in functions.items()
         }
 
-    return Case("compile", quantity, size, sides, results, tolerance=1e-5)
+    return Case("compile", quantity, size, implementations, results, tolerance=1e-5)
 
 
-def _compilation(key: jax.Array) -> Iterator[Case]:
-    """Tracing, and all up to the program, of one gradient; then of a run."""
-
-    def trace(jitted: Any, args: Any) -> Any:
-        jitted.trace(*args)
-
-    def compiling(jitted: Any, args: Any) -> Any:
-        jitted.lower(*args).compile()
-
-    gradients = {
-        OURS: lambda *a: jaxbce.value_and_grad(*a),
+def _gradient_cases(
+    num_examples: int, layers: tuple[int, ...], key: jax.Array
+) -> Iterator[Case]:
+    """Tracing of a gradient, and tracing with compilation."""
+    functions = {
+        JAXBCE: lambda *a: jaxbce.value_and_grad(*a),
         "jax.grad": jax.value_and_grad(baselines.plain_loss),
     }
-    for rows, layers in _COMPILED:
-        args = workloads.arguments(rows, layers, key)[:3]
-        size = f"{rows}×{'→'.join(map(str, layers))}"
+    args = workloads.arguments(num_examples, layers, key)[:3]
+    results = _cached_results(functions, args)
+    size = f"{num_examples}×{layers_text(layers)}"
+    for quantity, compile_step in (
+        ("trace", _trace),
+        ("trace and compile", _trace_and_compile),
+    ):
+        yield _compilation_case(quantity, size, functions, args, compile_step, results)
 
-        agreed = _results_once(gradients, args)
-        yield _first("trace", size, gradients, args, trace, agreed)
-        yield _first("trace and compile", size, gradients, args, compiling, agreed)
 
-    optimizer = optax.adam(1e-3)
-    options: Any = {"optimizer": optimizer, "batch_size": 32}
-    runs = {
-        OURS: lambda *a: jaxbce.fit(key, *a, num_steps=16, **options).params,
+def _fit_case(key: jax.Array) -> Case:
+    """Tracing and compilation of a training run."""
+    options: Any = {"optimizer": optax.adam(1e-3), "batch_size": 32}
+    functions = {
+        JAXBCE: lambda *a: jaxbce.fit(key, *a, num_steps=16, **options).params,
         "plain loop": lambda *a: baselines.plain_fit(key, *a, epochs=1, **options),
     }
     args = workloads.arguments(512, (30, 16, 1), key)[:3]
-    agreed = _results_once(runs, args)
-    size = "32 of 512, 30→16→1, adam"
-    yield _first("trace and compile fit", size, runs, args, compiling, agreed)
+    return _compilation_case(
+        "trace and compile fit",
+        "32 of 512, 30→16→1, adam",
+        functions,
+        args,
+        _trace_and_compile,
+        _cached_results(functions, args),
+    )
 
 
 def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
-    """All of suite "compile", or a small part."""
+    """All cases of suite "compile", or those of the smallest gradient if `quick`."""
     del suite
-    yield _cold_start()
-    for number, case in enumerate(_compilation(key)):
-        if number < 2 or not quick:
-            yield case
+    yield _new_process()
+    for num_examples, layers in _SIZES[: 1 if quick else None]:
+        yield from _gradient_cases(num_examples, layers, key)
+    if not quick:
+        yield _fit_case(key)

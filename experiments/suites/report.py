@@ -1,4 +1,4 @@
-"""A benchmark's rows as tables, as a picture, and as the README's tables."""
+"""A benchmark's results as tables, as a figure, and as the tables of a page."""
 
 import math
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import NullFormatter, NullLocator
 from tabulate import tabulate
 
-from experiments.suites.case import OURS
+from experiments.suites.case import JAXBCE
 from experiments.support import output
 
 Row = dict[str, Any]
@@ -22,7 +22,7 @@ _BLOCK = re.compile(
 
 
 def _number(value: float) -> str:
-    """Three digits, in full."""
+    """A number with three digits, without an exponent."""
     rounded = float(f"{value:.3g}")
     digits = max(0, 2 - math.floor(math.log10(abs(rounded)))) if rounded else 0
     return f"{rounded:.{digits}f}"
@@ -36,9 +36,9 @@ def _time(seconds: float) -> str:
 
 
 def _limit(row: Row) -> str:
-    """The larger share of what the machine can do, and of what."""
-    flop, moved = row["flop_share"], row["byte_share"]
-    return f"{flop:.0%} products" if flop >= moved else f"{moved:.0%} copies"
+    """The larger share of the machine's limits, with the name of the limit."""
+    flop, copies = row["flop_share"], row["byte_share"]
+    return f"{flop:.0%} products" if flop >= copies else f"{copies:.0%} copies"
 
 
 def _memory(temp_bytes: int | None) -> str:
@@ -46,81 +46,97 @@ def _memory(temp_bytes: int | None) -> str:
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """The rows of one suite, as people read them."""
+    """Rows of one suite, with the headings and formats of a printed table."""
     cells = []
     for row in rows:
         cell = {
             "quantity": row["quantity"],
             "size": row["size"],
-            "against": row["against"] + " †" * (row["differ_by"] is None),
+            "baseline": row["baseline"] + " †" * (row["difference"] is None),
             "speed": _number(row["speed"]),
             "quartiles": "-".join(map(_number, row["quartiles"])),
-            f"ours, a {row['unit']}": _time(row["seconds"]),
-            "theirs": _time(row["its_seconds"]),
+            f"jaxbce, per {row['unit']}": _time(row["seconds"]),
+            f"baseline, per {row['unit']}": _time(row["baseline_seconds"]),
         }
         if row["flop_share"]:
-            cell["of the limit"] = _limit(row)
+            cell["share of limit"] = _limit(row)
         if row["temp_bytes"] is not None:
-            cell["our MB"] = _memory(row["temp_bytes"])
-            cell["their MB"] = _memory(row["its_temp_bytes"])
+            cell["jaxbce MB"] = _memory(row["temp_bytes"])
+            cell["baseline MB"] = _memory(row["baseline_temp_bytes"])
         cells.append(cell)
     return cells
 
 
-def slopes(rows: list[Row]) -> list[Row]:
-    """How cost grows along each curve: the exponent, by least squares on log axes."""
+def _exponent(sizes: list[float], seconds: list[float]) -> float:
+    """Slope of log seconds over log size, by least squares."""
+    return np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+
+
+def scaling_table(rows: list[Row]) -> list[Row]:
+    """Exponents of time along each scaling curve, as a printed table."""
     curves: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if row["along"] is not None:
-            key = row["quantity"], row["along"][0], row["against"]
+        if row["scaling_axis"] is not None:
+            key = row["quantity"], row["scaling_axis"][0], row["baseline"]
             curves.setdefault(key, []).append(row)
     cells = []
-    for (quantity, axis, against), points in curves.items():
-        at = [row["along"][1] for row in points]
-        if len(at) < 2:
+    for (quantity, axis, baseline), curve in curves.items():
+        sizes = [row["scaling_axis"][1] for row in curve]
+        if len(sizes) < 2:
             continue
         exponents = [
-            np.polyfit(np.log(at), np.log([row[side] for row in points]), 1)[0]
-            for side in ("seconds", "its_seconds")
+            _exponent(sizes, [row[seconds] for row in curve])
+            for seconds in ("seconds", "baseline_seconds")
         ]
-        speeds = [row["speed"] for row in points]
         cells.append(
             {
                 "quantity": quantity,
-                "as grow": f"{axis}: {', '.join(f'{n:g}' for n in at)}",
-                "against": against,
-                "exponent": f"{exponents[0]:.2f}",
-                "theirs": f"{exponents[1]:.2f}",
-                "speed": ", ".join(map(_number, speeds)),
-                "a unit": points[0]["unit"],
+                "scaling axis": f"{axis}: {', '.join(f'{n:g}' for n in sizes)}",
+                "baseline": baseline,
+                "jaxbce exponent": f"{exponents[0]:.2f}",
+                "baseline exponent": f"{exponents[1]:.2f}",
+                "speed": ", ".join(_number(row["speed"]) for row in curve),
+                "unit": curve[0]["unit"],
             }
         )
     return cells
 
 
-def markdown(suite: str, document: dict[str, Any]) -> str:
-    """One suite's table, or under "machine" the words on what it was measured with."""
-    if suite == "machine":
-        environment, limits = document["environment"], document["limits"]
-        names = ("jax", "numpy", "scikit-learn", "torch", "opacus", "jax_privacy")
-        versions = ", ".join(
-            f"{name} {environment[name]}" for name in names if name in environment
+def suite_table(suite: str, rows: list[Row]) -> list[Row]:
+    """The printed table of a suite's rows."""
+    return scaling_table(rows) if suite == "scaling" else table(rows)
+
+
+def _machine_text(document: dict[str, Any]) -> str:
+    """The machine, versions, limits and settings of a run, as a paragraph."""
+    environment, limits = document["environment"], document["limits"]
+    names = ("jax", "numpy", "scikit-learn", "torch", "opacus", "jax_privacy")
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in names if name in environment
+    )
+    configuration = document["configuration"]
+    return (
+        f"{document['machine']}, load {document['load']:.1f} before the run; "
+        f"{versions}. Large matrix products run at "
+        f"{_number(limits['flop_per_second'] / 1e9)} Gflop/s and a pass over memory at "
+        f"{_number(limits['bytes_per_second'] / 1e9)} GB/s. "
+        f"At least {configuration['rounds']} rounds for each of "
+        f"{configuration['repeats']} compilations."
+        + "".join(
+            f" {name} was not installed." for name in document["missing_baselines"]
         )
-        configuration = document["configuration"]
-        return (
-            f"{document['machine']}, load {document['load']:.1f} before; {versions}. "
-            "Large matrix products run at "
-            f"{_number(limits['flop/s'] / 1e9)} Gflop/s and a pass over memory at "
-            f"{_number(limits['byte/s'] / 1e9)} GB/s there. "
-            f"{configuration['rounds']} rounds at least for each of "
-            f"{configuration['repeats']} compilations."
-            + "".join(f" {name} was not there." for name in document["skipped"])
-        )
-    rows = [row for row in document["rows"] if row["suite"] == suite]
+    )
+
+
+def markdown(block: str, document: dict[str, Any]) -> str:
+    """The text of a block: a suite's table, or a paragraph for "machine"."""
+    if block == "machine":
+        return _machine_text(document)
+    rows = [row for row in document["rows"] if row["suite"] == block]
     if not rows:
-        raise ValueError(f"there are no rows of suite {suite!r}")
-    cells = slopes(rows) if suite == "scaling" else table(rows)
-    left = ("quantity", "size", "against", "as grow", "a unit")
+        raise ValueError(f"there are no rows of suite {block!r}")
+    cells = suite_table(block, rows)
+    left = ("quantity", "size", "baseline", "scaling axis", "unit")
     align = ["left" if name in left else "right" for name in cells[0]]
     return tabulate(
         cells,
@@ -132,96 +148,105 @@ def markdown(suite: str, document: dict[str, Any]) -> str:
 
 
 def with_tables(text: str, document: dict[str, Any]) -> str:
-    """A README with the tables of a benchmark between its `<!-- benchmark: -->` marks.
+    """Replaces the tables of a page between its `<!-- benchmark: NAME -->` marks.
+
+    Args:
+      text: The page.
+      document: The contents of a benchmark.json.
 
     Raises:
-      ValueError: If its marks are not all in pairs, or the benchmark is not one that
-        `--full` has finished, with all suites that they name and nothing refused.
+      ValueError: If the marks are not all in pairs, or the benchmark is not a finished
+        run of `--full` that has all suites of the page and no mismatch.
     """
     blocks = _BLOCK.findall(text)
     if not blocks or {len(blocks)} != {text.count(mark) for mark in _MARKS}:
         raise ValueError(
-            "README.md's marks are not pairs <!-- benchmark: NAME --> and <!-- end -->"
+            "the page's marks are not pairs <!-- benchmark: NAME --> and <!-- end -->"
         )
     if not document["configuration"]["full"]:
         raise ValueError("not a run of --full")
-    if document["refused"]:
-        raise ValueError(f"{len(document['refused'])} rows are refused in it")
-    for _, suite, _ in blocks:
-        if suite not in (*document["finished"], "machine"):
-            raise ValueError(f"suite {suite!r} is not finished in it")
+    if document["mismatches"]:
+        raise ValueError(f"{len(document['mismatches'])} of its cases do not agree")
+    for _, name, _ in blocks:
+        if name not in (*document["finished_suites"], "machine"):
+            raise ValueError(f"suite {name!r} is not finished")
     return _BLOCK.sub(
         lambda found: f"{found[1]}\n{markdown(found[2], document)}\n\n{found[3]}", text
     )
 
 
-def picture(path: Path, rows: list[Row]) -> None:
-    """Speed against each peer, over all sizes, and time along each scaling curve."""
+def draw(path: Path, rows: list[Row]) -> None:
+    """Draws the speed beside each baseline, and time along each scaling curve."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row["along"] is None:
-            quantity = "sweep" if row["suite"] == "sweep" else row["quantity"]
-            groups.setdefault((quantity, row["against"]), []).append(row)
     curves: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["along"] is not None:
-            curves.setdefault((row["quantity"], row["along"][0]), []).append(row)
+        if row["scaling_axis"] is None:
+            quantity = "sweep" if row["suite"] == "sweep" else row["quantity"]
+            groups.setdefault((quantity, row["baseline"]), []).append(row)
+        else:
+            key = row["quantity"], row["scaling_axis"][0]
+            curves.setdefault(key, []).append(row)
     lines, bars = max(1, -(-len(curves) // 2)), int(bool(groups))
     height = max(3.0, 0.3 * len(groups) + 1, 2.5 * lines)
     figure = plt.figure(figsize=(13, height), layout="constrained")
     widths = [2] * bars + [1, 1] * bool(curves)
-    cells = figure.add_gridspec(lines, len(widths), width_ratios=widths)
+    grid = figure.add_gridspec(lines, len(widths), width_ratios=widths)
     if groups:
-        _bars(figure.add_subplot(cells[:, 0]), groups)
-    for i, (name, points) in enumerate(curves.items()):
-        _curve(figure.add_subplot(cells[i // 2, bars + i % 2]), *name, points)
+        _draw_bars(figure.add_subplot(grid[:, 0]), groups)
+    for i, (name, curve) in enumerate(curves.items()):
+        _draw_curve(figure.add_subplot(grid[i // 2, bars + i % 2]), *name, curve)
     with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
 
 
-def _bars(axis: Any, groups: dict[tuple[str, str], list[Row]]) -> None:
+def _draw_bars(axis: Any, groups: dict[tuple[str, str], list[Row]]) -> None:
     suites = list(dict.fromkeys(rows[0]["suite"] for rows in groups.values()))
     medians = []
     for i, rows in enumerate(groups.values()):
         speeds = [row["speed"] for row in rows]
         color = f"C{suites.index(rows[0]['suite'])}"
-        middle = float(np.median(speeds))
-        axis.barh(i, middle - 1, left=1, color=color, height=0.7)
+        median = float(np.median(speeds))
+        axis.barh(i, median - 1, left=1, color=color, height=0.7)
         axis.plot([min(speeds), max(speeds)], [i, i], color="0.25", lw=1.2)
-        medians.append(middle)
+        medians.append(median)
     axis.set_xscale("log")
     axis.axvline(1, color="k", lw=0.8)
     axis.set_yticks(
         range(len(groups)),
         [
-            f"{quantity}  vs  {against}   {_number(median)}"
-            for (quantity, against), median in zip(groups, medians, strict=True)
+            f"{quantity}  vs  {baseline}   {_number(median)}"
+            for (quantity, baseline), median in zip(groups, medians, strict=True)
         ],
         fontsize=8,
     )
     axis.invert_yaxis()
     axis.set(
-        xlabel="times as fast: bar and number the median over sizes, line their range",
-        title="jaxbce beside what else there is",
+        xlabel="times as fast: median over sizes (bar, number) and range (line)",
+        title="Speed of jaxbce relative to each baseline",
     )
 
 
-def _curve(axis: Any, quantity: str, grows: str, points: list[Row]) -> None:
-    peers = dict.fromkeys(row["against"] for row in points)
-    ours = {row["along"][1]: row["seconds"] for row in points}
-    axis.loglog(list(ours), list(ours.values()), "o-", ms=3, lw=2, label=OURS)
-    for peer in peers:
-        theirs = {
-            row["along"][1]: row["its_seconds"]
-            for row in points
-            if row["against"] == peer
+def _draw_curve(axis: Any, quantity: str, scaling_axis: str, curve: list[Row]) -> None:
+    times = {row["scaling_axis"][1]: row["seconds"] for row in curve}
+    axis.loglog(list(times), list(times.values()), "o-", ms=3, lw=2, label=JAXBCE)
+    for baseline in dict.fromkeys(row["baseline"] for row in curve):
+        baseline_times = {
+            row["scaling_axis"][1]: row["baseline_seconds"]
+            for row in curve
+            if row["baseline"] == baseline
         }
-        axis.loglog(list(theirs), list(theirs.values()), "o--", ms=3, label=peer)
-    axis.set_title(f"{quantity} by {grows}", fontsize=9)
-    axis.set_xlabel(grows, fontsize=8)
-    axis.set_ylabel(f"seconds a {points[0]['unit']}", fontsize=8)
-    axis.set_xticks(list(ours), [f"{at:g}" for at in ours])
+        axis.loglog(
+            list(baseline_times),
+            list(baseline_times.values()),
+            "o--",
+            ms=3,
+            label=baseline,
+        )
+    axis.set_title(f"{quantity} by {scaling_axis}", fontsize=9)
+    axis.set_xlabel(scaling_axis, fontsize=8)
+    axis.set_ylabel(f"seconds per {curve[0]['unit']}", fontsize=8)
+    axis.set_xticks(list(times), [f"{size:g}" for size in times])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(labelsize=8)

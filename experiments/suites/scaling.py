@@ -9,8 +9,8 @@ import jax
 from experiments.suites import batches, training
 from experiments.suites.case import Case
 
-_ROWS = (64, 512, 4096, 32768)
-_ACCELERATOR_ROWS = (4096, 65536, 1 << 20)
+_EXAMPLES = (64, 512, 4096, 32768)
+_ACCELERATOR_EXAMPLES = (4096, 65536, 1 << 20)
 _WIDTHS = (32, 128, 512, 2048)
 _MEMBERS = (1, 8, 64, 512, 4096)
 _ACCELERATOR_MEMBERS = (1, 64, 4096, 100000)
@@ -18,36 +18,38 @@ _BATCHES = (1, 8, 64, 512)
 
 
 def _curves(key: jax.Array) -> Iterator[Case]:
-    """Curves: one thing grows, and all else stays."""
+    """Points of the scaling curves: one size grows, all others are fixed."""
     on_cpu = jax.default_backend() == "cpu"
-    along = functools.partial(batches.case, "scaling", key=key)
-    for rows in _ROWS if on_cpu else _ACCELERATOR_ROWS:
-        options: Any = {"along": ("rows", rows)}
-        yield along("gradient", rows, (64, 128, 1), peers=("jax.grad",), **options)
+    batch_case = functools.partial(batches.case, "scaling", key=key)
+    plain: Any = {"baselines": ("jax.grad",)}
+    mapped: Any = {"baselines": ("vmap(jax.grad)",)}
+    for n in _EXAMPLES if on_cpu else _ACCELERATOR_EXAMPLES:
+        size: Any = {"num_examples": n, "layers": (64, 128, 1)}
+        size |= {"scaling_axis": ("examples", n)}
+        yield batch_case("gradient", **size, **plain)
         for quantity in ("clipped sum", "ntk"):
-            if rows <= 4096:
-                peers = ("vmap(jax.grad)",)
-                yield along(quantity, rows, (64, 128, 1), peers=peers, **options)
+            if n <= 4096:
+                yield batch_case(quantity, **size, **mapped)
     for width in _WIDTHS:
-        options = {"along": ("width", width)}
-        yield along("gradient", 1024, (64, width, 1), peers=("jax.grad",), **options)
-        peers = ("vmap(jax.grad)",)
-        yield along("clipped sum", 1024, (64, width, 1), peers=peers, **options)
-    sweep = functools.partial(training.sweep, "scaling", key=key)
+        size = {"num_examples": 1024, "layers": (64, width, 1)}
+        size |= {"scaling_axis": ("width", width)}
+        yield batch_case("gradient", **size, **plain)
+        yield batch_case("clipped sum", **size, **mapped)
+    sweep_case = functools.partial(training.sweep_case, "scaling", key=key)
     for members in _MEMBERS if on_cpu else _ACCELERATOR_MEMBERS:
-        grows = ("members", members)
-        yield sweep(members, 512, 32, (30, 16, 1), "sgd", along=grows)
+        axis = ("members", members)
+        yield sweep_case(members, 512, 32, (30, 16, 1), "sgd", scaling_axis=axis)
     for batch in _BATCHES:
-        yield sweep(256, 512, batch, (30, 16, 1), "sgd", along=("batch", batch))
+        axis = ("batch", batch)
+        yield sweep_case(256, 512, batch, (30, 16, 1), "sgd", scaling_axis=axis)
 
 
 def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
-    """All of suite "scaling", or a small part."""
+    """All cases of suite "scaling", or the first two of the gradient if `quick`."""
     del suite
+    first_axes = [("examples", n) for n in _EXAMPLES[:2]]
     for case in _curves(key):
-        few = case.quantity == "gradient" and case.along in (
-            ("rows", 64),
-            ("rows", 512),
-        )
-        if few or not quick:
+        if not quick or (
+            case.quantity == "gradient" and case.scaling_axis in first_axes
+        ):
             yield case

@@ -1,7 +1,7 @@
-"""The same quantities by PyTorch and Opacus, as their documentation computes them.
+"""Baselines in PyTorch and Opacus, written as in their documentation.
 
-Each function takes what JAX's sides take. The libraries are imported where they are
-used: they need not be installed.
+The functions take the arguments of the JAX baselines. The libraries are optional, and
+are imported where they are used.
 """
 
 import warnings
@@ -28,13 +28,13 @@ def _tensors(tree: Any) -> Any:
 
 
 def _layers(tensors: Any) -> Params:
-    """Weights and biases in turn, as params of NumPy arrays."""
+    """Params as NumPy arrays, from alternating weights and biases."""
     arrays: Any = [tensor.detach().cpu().numpy() for tensor in tensors]
     return tuple(Layer(w, b) for w, b in zip(arrays[::2], arrays[1::2], strict=True))
 
 
 def _loss(params: Any, x: Any, y: Any) -> Any:
-    """The mean over rows; `params` are weights and biases in turn."""
+    """Mean loss per example; `params` are alternating weights and biases."""
     torch: Any = _library()
     h = x
     for w, b in zip(params[:-2:2], params[1:-2:2], strict=True):
@@ -45,7 +45,7 @@ def _loss(params: Any, x: Any, y: Any) -> Any:
 
 
 def gradient(params: Params, x: Any, y: Any, v: Any) -> Call:
-    """Loss and gradient, eagerly, by autograd."""
+    """Loss and gradient by autograd, in eager mode."""
     torch = _library()
     leaves = [leaf.requires_grad_() for leaf in _tensors(params)]
     data = _tensors((x, y))
@@ -57,43 +57,44 @@ def gradient(params: Params, x: Any, y: Any, v: Any) -> Call:
     return Call(run, result=lambda found: (found[0].item(), _layers(found[1])))
 
 
-def _row_gradients(params: Params, x: Any, y: Any) -> tuple[Any, Any]:
+def _example_gradients(params: Params, x: Any, y: Any) -> tuple[Any, Any]:
+    """Functions that return per-example gradients, and the norms of such gradients."""
     torch: Any = _library()
     leaves, data = tuple(_tensors(params)), _tensors((x, y))
 
-    def row(leaves: Any, x: Any, y: Any) -> Any:
+    def loss(leaves: Any, x: Any, y: Any) -> Any:
         return _loss(leaves, x[None], y[None])
 
-    mapped = torch.func.vmap(torch.func.grad(row), in_dims=(None, 0, 0))
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
 
     def norms(grads: Any) -> Any:
-        rows = [g.flatten(1).norm(dim=1) for g in grads]
-        return torch.stack(rows).norm(dim=0)
+        leaf_norms = [g.flatten(1).norm(dim=1) for g in grads]
+        return torch.stack(leaf_norms).norm(dim=0)
 
-    return lambda: mapped(leaves, *data), norms
+    return lambda: gradients(leaves, *data), norms
 
 
 def norms(params: Params, x: Any, y: Any, v: Any) -> Call:
-    """Norms of `torch.func.vmap` of the gradient."""
-    grads, norms = _row_gradients(params, x, y)
-    return Call(lambda: norms(grads()), result=lambda found: found.cpu().numpy())
+    """Norms of per-example gradients by `torch.func.vmap`."""
+    gradients, norms = _example_gradients(params, x, y)
+    return Call(lambda: norms(gradients()), result=lambda found: found.cpu().numpy())
 
 
-def clipped(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call:
-    """The clipped sum of `torch.func.vmap` of the gradient."""
+def clipped_sum(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call:
+    """Clipped sum of per-example gradients by `torch.func.vmap`."""
     torch = _library()
-    grads, norms = _row_gradients(params, x, y)
+    gradients, norms = _example_gradients(params, x, y)
 
     def run() -> Any:
-        rows = grads()
-        kept = (max_norm / norms(rows)).clamp(max=1)
-        return [torch.tensordot(kept, g, 1) for g in rows]
+        grads = gradients()
+        factors = (max_norm / norms(grads)).clamp(max=1)
+        return [torch.tensordot(factors, g, 1) for g in grads]
 
     return Call(run, result=_layers)
 
 
-def ghost_clipped(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call:
-    """The clipped sum by Opacus's ghost clipping, which makes no row's gradient."""
+def ghost_clipped_sum(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call:
+    """Clipped sum by Opacus's ghost clipping, without per-example gradients."""
     torch = _library()
     from opacus.grad_sample import (  # pyright: ignore[reportMissingImports]
         GradSampleModuleFastGradientClipping,
@@ -118,9 +119,9 @@ def ghost_clipped(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call
         losses = entropy(model(data[0]), data[1]).sum(dim=1)
         losses.sum().backward(retain_graph=True)
         model.zero_grad()
-        kept = model.get_clipping_coef()
+        factors = model.get_clipping_coef()
         model.disable_hooks()
-        (kept * losses).sum().backward()
+        (factors * losses).sum().backward()
         model.enable_hooks()
         return [p.grad for p in model.parameters()]
 
@@ -133,34 +134,34 @@ def ghost_clipped(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> Call
 def adam(
     params: Params, x: Any, y: Any, orders: np.ndarray, rate: float, members: int
 ) -> Callable[[], Params]:
-    """Adam by the usual loop, or on `torch.func.vmap` of a gradient of many alike.
+    """Adam by the usual loop, for one network or for many by `torch.func.vmap`.
 
     Args:
-      params: Where each member begins.
+      params: Initial parameters of every network.
       x: Features `[N, n_0]`.
       y: Labels `[N, 1]`.
-      orders: Rows of each step's batch, `[steps, batch]`, which members share.
+      orders: Indices of each step's examples, `[steps, batch]`, shared by the networks.
       rate: The learning rate.
-      members: How many; 0 is one network that is not under vmap.
+      members: Number of networks; 0 is one network without vmap.
 
     Returns:
-      A function that trains from the start, and returns parameters, of members
-      stacked.
+      A function that trains from `params` and returns the parameters, those of several
+      networks stacked.
     """
     torch = _library()
     start, data = _tensors(params), _tensors((x, y))
     if members:
         start = [leaf.expand(members, *leaf.shape) for leaf in start]
-    mapped = torch.func.vmap(torch.func.grad(_loss), in_dims=(0, None, None))
+    gradients = torch.func.vmap(torch.func.grad(_loss), in_dims=(0, None, None))
     batches = torch.tensor(orders).to(start[0].device)
 
     def train() -> Params:
         leaves = [leaf.clone().requires_grad_(not members) for leaf in start]
         optimizer = torch.optim.Adam(leaves, lr=rate, fused=True)
-        for rows in batches:
-            batch = [t[rows] for t in data]
+        for indices in batches:
+            batch = [t[indices] for t in data]
             if members:
-                grads = mapped(tuple(leaves), *batch)
+                grads = gradients(tuple(leaves), *batch)
                 for leaf, grad in zip(leaves, grads, strict=True):
                     leaf.grad = grad
             else:

@@ -1,4 +1,4 @@
-"""What is measured side by side: whole runs of training, of one network and of many."""
+"""Benchmark cases: training runs of one network, and sweeps of many."""
 
 import functools
 import math
@@ -13,17 +13,24 @@ import optax
 
 import jaxbce
 from experiments.suites import torch_peers
-from experiments.suites.case import OURS, Case, missing_among, of_gradient, results_of
+from experiments.suites.case import (
+    JAXBCE,
+    Case,
+    gradient_multiplications,
+    layers_text,
+    missing_among,
+    results_of,
+)
 from experiments.support import baselines
 from experiments.support.timing import Call
 
-AGREEMENT = 1e-10  # float64, after two epochs or a run
-ROUGH = 0.3  # float32, after thousands of steps, some at a rate where chaos begins
-STEPS = 1000  # of one measurement of fit, about
-NETWORK_STEPS = 1 << 17  # of one of sweep at 30→16→1, batch 32, about
+TOLERANCE = 1e-10  # float64, after two epochs or a run
+LOOSE_TOLERANCE = 0.3  # float32, thousands of steps, some at almost chaotic rates
+STEPS = 1000  # approximate number per call of fit
+NETWORK_STEPS = 1 << 17  # approximate number per call of sweep, 30→16→1, batch 32
 RATE = 1e-3
 
-# Rows, rows in a batch, layer sizes, optimizer.
+# Number of examples, batch size, layer sizes, optimizer.
 FITS = (
     (1408, 32, (64, 32, 1), "adam"),
     (1024, 32, (30, 16, 1), "sgd"),
@@ -34,7 +41,7 @@ FITS = (
     (131072, 256, (30, 64, 1), "adam"),
 )
 
-# Networks, then as above: from one to thousands, widths 8 to 128, one row to all.
+# Number of networks, then as above.
 SWEEPS = (
     (256, 512, 32, (30, 16, 1), "sgd"),
     (1024, 512, 32, (30, 16, 1), "sgd"),
@@ -65,8 +72,8 @@ ACCELERATOR_SWEEPS = (
     (4096, 1024, 128, (64, 128, 1), "adam"),
     (4096, 569, 569, (30, 32, 1), "adam"),
 )
-OTHERS = (256, 512, 32, (30, 16, 1), "adam")  # where other libraries are measured
-SCIKIT_LEARN = 16, 5  # networks and epochs that are enough to measure it by
+LIBRARIES_SIZE = (256, 512, 32, (30, 16, 1), "adam")  # as above, for other libraries
+SCIKIT_LEARN_SIZE = 16, 5  # number of networks and epochs for scikit-learn
 
 
 _OPTIMIZERS = {
@@ -81,44 +88,44 @@ def _data(n: int, n_in: int, key: jax.Array, dtype: str) -> tuple[jax.Array, jax
 
 
 def _flop(batch_size: int, layers: tuple[int, ...]) -> float:
-    """Of the matrix products of a step of one network."""
-    return 2.0 * batch_size * of_gradient(layers)
+    """Floating-point operations in the matrix products of one network's step."""
+    return 2.0 * batch_size * gradient_multiplications(layers)
 
 
 def _bytes(layers: tuple[int, ...], optimizer: str) -> float:
-    """To read and write float32 parameters and an optimizer's state once."""
+    """Bytes of reading and writing float32 parameters and optimizer state once."""
     numbers = sum(a * b + b for a, b in pairwise(layers))
     return 8.0 * numbers * {"sgd": 1, "adam": 3}[optimizer]
 
 
 def _size(batch_size: int, n: int, layers: tuple[int, ...], optimizer: str) -> str:
-    of = f"{batch_size} of {n}" if batch_size < n else f"full of {n}"
-    return f"{of}, {'→'.join(map(str, layers))}, {optimizer}"
+    batch = f"{batch_size} of {n}" if batch_size < n else f"full of {n}"
+    return f"{batch}, {layers_text(layers)}, {optimizer}"
 
 
-def fit(
+def fit_case(
     n: int, batch_size: int, layers: tuple[int, ...], optimizer: str, key: jax.Array
 ) -> Case:
-    """A run of one network, beside the same loop written plainly."""
-    key_p, key_x, key_rows = jax.random.split(key, 3)
+    """`fit` of one network and the same loop written in plain JAX."""
+    key_params, key_x, key_order = jax.random.split(key, 3)
     transformation = _OPTIMIZERS[optimizer]({"learning_rate": RATE})
     epochs = max(1, STEPS * batch_size // n)
     steps = epochs * n // batch_size
 
-    def plain(params: Any, x: Any, y: Any) -> Any:
-        options = {"optimizer": transformation, "epochs": epochs}
-        options |= {"batch_size": batch_size}
-        return baselines.plain_fit(key_rows, params, x, y, **options)
-
     def by_fit(params: Any, x: Any, y: Any) -> Any:
         options = {"optimizer": transformation, "num_steps": steps}
         options |= {"batch_size": batch_size if batch_size < n else None}
-        return jaxbce.fit(key_rows, params, x, y, **options).params
+        return jaxbce.fit(key_order, params, x, y, **options).params
 
-    functions = {OURS: by_fit, "plain loop": plain}
+    def plain_loop(params: Any, x: Any, y: Any) -> Any:
+        options = {"optimizer": transformation, "epochs": epochs}
+        options |= {"batch_size": batch_size}
+        return baselines.plain_fit(key_order, params, x, y, **options)
+
+    functions = {JAXBCE: by_fit, "plain loop": plain_loop}
 
     def arguments(dtype: str) -> Any:
-        params = jaxbce.init(key_p, layers, dtype=dtype)
+        params = jaxbce.init(key_params, layers, dtype=dtype)
         return params, *_data(n, layers[0], key_x, dtype)
 
     def exact() -> dict[str, Any]:
@@ -126,7 +133,7 @@ def fit(
             args = arguments("float64")
             return {name: jax.jit(f)(*args) for name, f in functions.items()}
 
-    def sides() -> dict[str, Call]:
+    def implementations() -> dict[str, Call]:
         args = arguments("float32")
         programs = {
             name: jax.jit(lambda *a, f=f: f(*a)).lower(*args).compile()
@@ -141,10 +148,10 @@ def fit(
         suite="fit",
         quantity="fit",
         size=_size(batch_size, n, layers, optimizer),
-        sides=sides,
+        implementations=implementations,
         results=results_of,
-        tolerance=AGREEMENT,
-        rough=ROUGH,
+        tolerance=TOLERANCE,
+        loose_tolerance=LOOSE_TOLERANCE,
         exact=exact,
         flop=_flop(batch_size, layers),
         bytes=_bytes(layers, optimizer),
@@ -152,7 +159,21 @@ def fit(
     )
 
 
-def sweep(
+def _sweep_epochs(
+    members: int, n: int, batch_size: int, layers: tuple[int, ...]
+) -> int:
+    """Number of epochs for about `NETWORK_STEPS` steps' worth of work."""
+    work = max(_flop(batch_size, layers) / _flop(32, (30, 16, 1)), 0.1)
+    steps = min(NETWORK_STEPS / members / work, 4096)
+    return max(1, round(steps * batch_size / n))
+
+
+def _first_seed(params: Any) -> Any:
+    """Parameters of a sweep with one seed, without the axis of seeds."""
+    return jax.tree.map(lambda t: t[:, 0], params)
+
+
+def sweep_case(
     suite: str,
     members: int,
     n: int,
@@ -161,125 +182,146 @@ def sweep(
     optimizer: str,
     key: jax.Array,
     *,
-    along: tuple[str, float] | None = None,
+    scaling_axis: tuple[str, float] | None = None,
 ) -> Case:
-    """A sweep of learning rates beside `vmap` of the plain loop, on one device and all.
+    """A sweep of learning rates, and `vmap` of the plain loop on one device and on all.
 
-    Whole calls, from data in memory to parameters in the host's.
+    Times are of whole calls, from data in device memory to parameters in host memory.
     """
-    make, devices = _OPTIMIZERS[optimizer], jax.devices()
+    make_optimizer, devices = _OPTIMIZERS[optimizer], jax.devices()
     devices = devices[: math.gcd(members, len(devices))]
-    work = max(_flop(batch_size, layers) / _flop(32, (30, 16, 1)), 0.1)
-    most = min(NETWORK_STEPS / members / work, 4096)
-    long = max(1, round(most * batch_size / n))
 
     def train(dtype: str, epochs: int) -> dict[str, Call]:
         data = _data(n, layers[0], key, dtype)
         rates = jnp.geomspace(1e-4, 1e-1, members, dtype=dtype)
-        keys = jax.random.split(jax.random.fold_in(key, 0))
-        params = jaxbce.init(keys[0], layers, dtype=dtype)
-        options: Any = {"make_optimizer": make, "batch_size": batch_size}
-        plain = functools.partial(
-            baselines.plain_sweep, params, *data, keys[1], epochs=epochs, **options
+        key_params, key_order = jax.random.split(jax.random.fold_in(key, 0))
+        params = jaxbce.init(key_params, layers, dtype=dtype)
+        options: Any = {"make_optimizer": make_optimizer, "batch_size": batch_size}
+        plain_sweep = functools.partial(
+            baselines.plain_sweep, params, *data, key_order, epochs=epochs, **options
         )
-        vmap, spread = plain(), plain(devices=devices)
+        on_one_device, on_all_devices = plain_sweep(), plain_sweep(devices=devices)
         steps = epochs * n // batch_size
         if batch_size == n:
             options["batch_size"] = None
         options |= {"num_steps": steps, "hidden": layers[1:-1], "dtype": dtype}
         options |= {"hparams": {"learning_rate": np.asarray(rates)}}
-        sides: dict[str, Call] = {
-            OURS: Call(
+        units = steps * members
+        calls: dict[str, Call] = {
+            JAXBCE: Call(
                 lambda: jaxbce.sweep(key, *data, **options).params,
-                units=steps * members,
-                result=lambda params: jax.tree.map(lambda t: t[:, 0], params),
+                units=units,
+                result=_first_seed,
             ),
-            "vmap": Call(lambda: jax.device_get(vmap(rates)), units=steps * members),
+            "vmap": Call(lambda: jax.device_get(on_one_device(rates)), units=units),
         }
         if len(devices) > 1:
-            sides["vmap, sharded"] = Call(
-                lambda: jax.device_get(spread(rates)), units=steps * members
+            calls["vmap, sharded"] = Call(
+                lambda: jax.device_get(on_all_devices(rates)), units=units
             )
-        return sides
+        return calls
 
     def exact() -> dict[str, Any]:
         with jax.enable_x64(True):
             return results_of(train("float64", 2))
 
+    epochs = _sweep_epochs(members, n, batch_size, layers)
+    name = "sweep" if scaling_axis else f"{members} network{'s' * (members > 1)}"
     return Case(
         suite=suite,
-        quantity="sweep" if along else f"{members} network{'s' * (members > 1)}",
+        quantity=name,
         size=_size(batch_size, n, layers, optimizer),
-        sides=lambda: train("float32", long),
+        implementations=lambda: train("float32", epochs),
         results=results_of,
-        tolerance=AGREEMENT,
-        rough=ROUGH,
+        tolerance=TOLERANCE,
+        loose_tolerance=LOOSE_TOLERANCE,
         exact=exact,
         flop=_flop(batch_size, layers),
         bytes=_bytes(layers, optimizer),
         unit="network-step",
-        along=along,
+        scaling_axis=scaling_axis,
     )
 
 
-def others(key: jax.Array) -> Case:
-    """The sweep beside other libraries, with one learning rate for all members.
+def _torch_calls(
+    counts: dict[str, int], params: Any, x: Any, y: Any, orders: np.ndarray
+) -> dict[str, Call]:
+    """PyTorch's training of each number of networks; 0 is one without vmap.
 
-    PyTorch begins and draws its rows as jaxbce does, and must end alike;
-    scikit-learn's MLPClassifier draws its own, and trains some of the networks.
+    Results are broadcast to as many networks as `counts` has at most.
     """
-    members, n, batch_size, layers, optimizer = OTHERS
-    some, epochs = SCIKIT_LEARN
+    members = max(counts.values(), default=0)
+
+    def result(trained: Any) -> Any:
+        return jax.tree.map(
+            lambda t, one: np.broadcast_to(t, (members, *one.shape)), trained, params
+        )
+
+    return {
+        name: Call(
+            torch_peers.adam(params, x, y, orders, RATE, count),
+            units=len(orders) * max(count, 1),
+            result=result,
+        )
+        for name, count in counts.items()
+    }
+
+
+def _scikit_learn_call(
+    x: np.ndarray, y: np.ndarray, hidden: tuple[int, ...], batch_size: int
+) -> Call:
+    """scikit-learn's training of `SCIKIT_LEARN_SIZE` networks."""
+    networks, epochs = SCIKIT_LEARN_SIZE
+    options: Any = {"batch_size": batch_size, "max_iter": epochs, "tol": 0.0}
+    options |= {"n_iter_no_change": epochs + 1}
+    expected = networks * epochs * len(x) // batch_size
+
+    def train() -> None:
+        rates = [RATE] * networks
+        steps = baselines.scikit_learn_sweep(x, y, hidden, rates, options)
+        if steps != expected:
+            raise RuntimeError(f"scikit-learn did not make {expected} steps")
+
+    return Call(train, units=expected)
+
+
+def libraries_case(key: jax.Array) -> Case:
+    """A sweep and other libraries, with one learning rate for all networks.
+
+    PyTorch has the same initial parameters and batches as jaxbce, and must end with the
+    same parameters. scikit-learn's MLPClassifier draws its own, and is not compared.
+    """
+    members, n, batch_size, layers, optimizer = LIBRARIES_SIZE
     counts = {"torch.func.vmap": members, "PyTorch, one": 0}
     missing = missing_among(counts)
+    key_params, key_order = jax.random.split(jax.random.fold_in(key, 0))
 
-    def orders(steps: int) -> np.ndarray:
-        key_rows = jax.random.split(jax.random.fold_in(key, 0))[1]
-        epochs = [
-            jax.random.permutation(jax.random.fold_in(key_rows, epoch), n)
-            for epoch in range(steps * batch_size // n)
+    def orders(epochs: int) -> np.ndarray:
+        permutations = [
+            jax.random.permutation(jax.random.fold_in(key_order, epoch), n)
+            for epoch in range(epochs)
         ]
-        return np.concatenate(epochs).reshape(-1, batch_size)
+        return np.concatenate(permutations).reshape(-1, batch_size)
 
-    def train(dtype: str, steps: int) -> dict[str, Call]:
+    def train(dtype: str, epochs: int) -> dict[str, Call]:
         x, y = _data(n, layers[0], key, dtype)
-        key_params = jax.random.split(jax.random.fold_in(key, 0))[0]
-        start = jaxbce.init(key_params, layers, dtype=dtype)
-        hidden = layers[1:-1]
-        options: Any = {"make_optimizer": _OPTIMIZERS[optimizer], "hidden": hidden}
+        steps = epochs * n // batch_size
+        params = jaxbce.init(key_params, layers, dtype=dtype)
+        options: Any = {"make_optimizer": _OPTIMIZERS[optimizer]}
+        options |= {"hidden": layers[1:-1], "num_steps": steps}
         options |= {"hparams": {"learning_rate": np.full(members, RATE)}}
         options |= {"batch_size": batch_size, "dtype": dtype}
-        torch = {
-            name: Call(
-                torch_peers.adam(start, x, y, orders(steps), RATE, count),
-                units=steps * max(count, 1),
-                result=lambda params: jax.tree.map(
-                    lambda t, one: np.broadcast_to(t, (members, *one.shape)),
-                    params,
-                    start,
-                ),
-            )
-            for name, count in counts.items()
-            if name not in missing
-        }
-        ours = functools.partial(jaxbce.sweep, key, x, y, num_steps=steps, **options)
-        theirs: Any = {"batch_size": batch_size, "max_iter": epochs, "tol": 0.0}
-        theirs |= {"n_iter_no_change": epochs + 1}
-        rates, numpy = [RATE] * some, (np.asarray(x), np.asarray(y).ravel())
-        made = some * epochs * n // batch_size
-
-        def scikit_learn() -> None:
-            if baselines.scikit_learn_sweep(*numpy, hidden, rates, theirs) != made:
-                raise RuntimeError(f"scikit-learn did not make {made} steps")
-
+        available = {n: count for n, count in counts.items() if n not in missing}
         return {
-            OURS: Call(
-                lambda: ours().params,
+            JAXBCE: Call(
+                lambda: jaxbce.sweep(key, x, y, **options).params,
                 units=steps * members,
-                result=lambda params: jax.tree.map(lambda t: t[:, 0], params),
+                result=_first_seed,
             ),
-            **torch,
-            "scikit-learn": Call(scikit_learn, units=made),
+            **_torch_calls(available, params, x, y, orders(epochs)),
+            "scikit-learn": _scikit_learn_call(
+                np.asarray(x), np.asarray(y).ravel(), layers[1:-1], batch_size
+            ),
         }
 
     def results(calls: dict[str, Call]) -> dict[str, Any]:
@@ -287,16 +329,16 @@ def others(key: jax.Array) -> Case:
 
     def exact() -> dict[str, Any]:
         with jax.enable_x64(True):
-            return results(train("float64", 2 * n // batch_size))
+            return results(train("float64", 2))
 
     return Case(
         suite="sweep",
         quantity=f"{members} networks",
         size=_size(batch_size, n, layers, optimizer),
-        sides=lambda: train("float32", 16 * n // batch_size),
+        implementations=lambda: train("float32", 16),
         results=results,
-        tolerance=AGREEMENT,
-        rough=ROUGH,
+        tolerance=TOLERANCE,
+        loose_tolerance=LOOSE_TOLERANCE,
         exact=exact,
         flop=_flop(batch_size, layers),
         bytes=_bytes(layers, optimizer),
@@ -306,12 +348,12 @@ def others(key: jax.Array) -> Case:
 
 
 def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
-    """All of suite "fit" or "sweep", or the first."""
+    """All cases of suite "fit" or "sweep", or the first if `quick`."""
     on_cpu = jax.default_backend() == "cpu"
     if suite == "fit":
         for size in FITS[: 1 if quick else None]:
-            yield fit(*size, key)
+            yield fit_case(*size, key)
         return
     for size in (SWEEPS if on_cpu else ACCELERATOR_SWEEPS)[: 1 if quick else None]:
-        yield sweep("sweep", *size, key)
-    yield others(key)
+        yield sweep_case("sweep", *size, key)
+    yield libraries_case(key)

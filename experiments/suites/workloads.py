@@ -1,7 +1,7 @@
-"""What is computed of a batch, by a function of jaxbce's and by its peers.
+"""Quantities of a batch, each as a function of jaxbce and its baselines.
 
-Peers are plain JAX as a user would write it, jax_privacy, PyTorch and Opacus. All
-take `(params, x, y, v)`, v like params.
+Baselines are plain JAX as a user would write it, jax_privacy, PyTorch and Opacus. All
+functions take `(params, x, y, v)`, where `v` has the structure of `params`.
 """
 
 import functools
@@ -17,47 +17,48 @@ from jax.flatten_util import ravel_pytree
 
 import jaxbce
 from experiments.suites import torch_peers
-from experiments.suites.case import multiplications, of_gradient
+from experiments.suites.case import gradient_multiplications, multiplications
 from experiments.support import baselines
-from experiments.support.timing import Call, compiled
+from experiments.support.timing import Call, compile_call
 from jaxbce import curvature, per_example
 from jaxbce.network import Params
 
-MAX_NORM = 1.0  # what "clipped" clips to; about half of the rows are
+MAX_NORM = 1.0  # clips about half of the examples
 
 Function = Callable[[Params, jax.Array, jax.Array, Params], Any]
-Side = Callable[..., Call]  # of the same arguments
+Baseline = Callable[..., Call]  # builds a call from the same arguments
 
 
 class Quantity(NamedTuple):
-    """A function of a batch.
+    """A function of a batch, and its baselines.
 
     Attributes:
-      ours: The function of jaxbce.
-      peers: By name, what it is timed against.
-      products: Matrix products of ours: by layer sizes, the multiplications a row in
-        those whose cost is linear in rows, and a row and row in those of all pairs.
-      other_work: Peers that compute something else, to compare the price with.
-      networks: None, or that params are of so many networks that share the batch.
-      placed: Puts the arguments where the sides expect them.
+      function: The function of jaxbce.
+      baselines: What it is timed against, by name.
+      products: Maps layer sizes to the multiplications in jaxbce's matrix products: per
+        example, and per pair of examples.
+      other_work: Baselines that compute something else, for comparison of the cost.
+      networks: Number of networks that share the batch, as a leading axis of params;
+        None is one network without that axis.
+      to_devices: Moves the arguments to the devices that the functions expect.
     """
 
-    ours: Function
-    peers: dict[str, Side]
+    function: Function
+    baselines: dict[str, Baseline]
     products: Callable[[tuple[int, ...]], tuple[int, int]]
     other_work: tuple[str, ...] = ()
     networks: int | None = None
-    placed: Callable[[Any], Any] = lambda args: args
+    to_devices: Callable[[Any], Any] = lambda args: args
 
 
-def _row_gradients(params: Params, x: jax.Array, y: jax.Array) -> Params:
-    def row(x: jax.Array, y: jax.Array) -> Params:
+def _example_gradients(params: Params, x: jax.Array, y: jax.Array) -> Params:
+    def gradient(x: jax.Array, y: jax.Array) -> Params:
         return jax.grad(baselines.plain_loss)(params, x[None], y[None])
 
-    return jax.vmap(row)(x, y)
+    return jax.vmap(gradient)(x, y)
 
 
-def _row_norms(grads: Params) -> jax.Array:
+def _example_norms(grads: Params) -> jax.Array:
     squares = (
         jnp.sum(jnp.square(leaf), axis=range(1, leaf.ndim))
         for leaf in jax.tree.leaves(grads)
@@ -79,31 +80,31 @@ def _gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
 
 
 def _vmap_norms(params: Params, x: jax.Array, y: jax.Array, v: Params) -> jax.Array:
-    return _row_norms(_row_gradients(params, x, y))
+    return _example_norms(_example_gradients(params, x, y))
 
 
-def _vmap_clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
-    grads = _row_gradients(params, x, y)
-    kept = jnp.minimum(1, MAX_NORM / _row_norms(grads))
-    return jax.tree.map(lambda g: jnp.tensordot(kept, g, 1), grads)
+def _vmap_clipped_sum(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
+    grads = _example_gradients(params, x, y)
+    factors = jnp.minimum(1, MAX_NORM / _example_norms(grads))
+    return jax.tree.map(lambda g: jnp.tensordot(factors, g, 1), grads)
 
 
 def _vmap_products(params: Params, x: jax.Array, y: jax.Array, v: Params) -> jax.Array:
-    matrix = _matrix(_row_gradients(params, x, y))
+    matrix = _matrix(_example_gradients(params, x, y))
     return matrix @ matrix.T
 
 
-def _explicit_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
+def _jacrev_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
     jacobian = jax.jacrev(baselines.plain_logits)(params, x[:, None])
     matrix = _matrix(jax.tree.map(lambda t: t[:, 0, 0], jacobian))
     return matrix @ matrix.T
 
 
-def _row_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
-    def row(x: jax.Array) -> Params:
+def _vmap_kernel(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Any:
+    def gradient(x: jax.Array) -> Params:
         return jax.grad(lambda p: baselines.plain_logits(p, x[None])[0, 0])(params)
 
-    matrix = _matrix(jax.vmap(row)(x))
+    matrix = _matrix(jax.vmap(gradient)(x))
     return matrix @ matrix.T
 
 
@@ -113,7 +114,7 @@ def _jvp_of_gradient(params: Params, x: jax.Array, y: jax.Array, v: Params) -> P
 
 
 def _jvp_and_vjp(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
-    def of_logits(a: jax.Array) -> jax.Array:
+    def mean_loss(a: jax.Array) -> jax.Array:
         return optax.sigmoid_binary_cross_entropy(a, y).sum() / len(y)
 
     def logits(params: Params) -> jax.Array:
@@ -121,16 +122,16 @@ def _jvp_and_vjp(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Param
 
     a, a_dot = jax.jvp(logits, (params,), (v,))
     _, back = jax.vjp(logits, params)
-    return back(jax.jvp(jax.grad(of_logits), (a,), (a_dot,))[1])[0]
+    return back(jax.jvp(jax.grad(mean_loss), (a,), (a_dot,))[1])[0]
 
 
-def _clipped(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
+def _clipped_sum(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
     options: Any = {"max_norm": MAX_NORM, "reduction": "sum"}
     return per_example.clipped_value_and_grad(params, x, y, **options).grads
 
 
-def _jax_privacy_clipped(microbatch_size: int | None) -> Side:
-    def side(*args: Any) -> Call:
+def _jax_privacy_clipped_sum(microbatch_size: int | None) -> Baseline:
+    def build(*args: Any) -> Call:
         import jax_privacy
 
         clipped = jax_privacy.clipped_grad(
@@ -139,131 +140,177 @@ def _jax_privacy_clipped(microbatch_size: int | None) -> Side:
             batch_argnums=(1, 2),
             microbatch_size=microbatch_size,
         )
-        return compiled(lambda params, x, y, v: clipped(params, x, y), *args)
+        return compile_call(lambda params, x, y, v: clipped(params, x, y), *args)
 
-    return side
+    return build
 
 
-def _networks(function: Function) -> Function:
+def _over_networks(function: Function) -> Function:
     return jax.vmap(function, in_axes=(0, None, None, None))
 
 
 def _over_devices(function: Function) -> Function:
-    """The mean over the rows of all devices, each of which has its part of them."""
+    """The mean over a batch that is spread over all devices."""
 
-    def part(params: Params, x: jax.Array, y: jax.Array) -> Any:
-        varying = jax.lax.pcast(params, "rows", to="varying")
-        return jax.lax.pmean(function(varying, x, y, params), "rows")
+    def mean_over_devices(params: Params, x: jax.Array, y: jax.Array) -> Any:
+        varying = jax.lax.pcast(params, "examples", to="varying")
+        return jax.lax.pmean(function(varying, x, y, params), "examples")
 
-    specs: Any = {"in_specs": _BY_ROWS[:3], "out_specs": jax.P()}
-    spread = jax.shard_map(part, mesh=_row_mesh(), **specs)
-    return lambda params, x, y, v: spread(params, x, y)
-
-
-_BY_ROWS = jax.P(), jax.P("rows"), jax.P("rows"), jax.P()
+    specs: Any = {"in_specs": _BATCH_SPECS[:3], "out_specs": jax.P()}
+    sharded = jax.shard_map(mean_over_devices, mesh=_batch_mesh(), **specs)
+    return lambda params, x, y, v: sharded(params, x, y)
 
 
-def _row_mesh() -> jax.sharding.Mesh:
+_BATCH_SPECS = jax.P(), jax.P("examples"), jax.P("examples"), jax.P()
+
+
+def _batch_mesh() -> jax.sharding.Mesh:
     devices = jax.devices()
-    devices = devices[: 1 << (len(devices).bit_length() - 1)]  # which divide the rows
-    return jax.sharding.Mesh(np.array(devices), ("rows",))
+    count = 1 << (len(devices).bit_length() - 1)  # divides the numbers of examples
+    return jax.sharding.Mesh(np.array(devices[:count]), ("examples",))
 
 
-def _placed_by_rows(args: Any) -> Any:
-    mesh = _row_mesh()
-    shardings = (jax.sharding.NamedSharding(mesh, spec) for spec in _BY_ROWS)
+def _to_batch_mesh(args: Any) -> Any:
+    mesh = _batch_mesh()
+    shardings = (jax.sharding.NamedSharding(mesh, spec) for spec in _BATCH_SPECS)
     return tuple(map(jax.device_put, args, shardings))
 
 
-def _plain(function: Function) -> Side:
-    return functools.partial(compiled, function)
+def _jax_baseline(function: Function) -> Baseline:
+    return functools.partial(compile_call, function)
 
 
-def _of_gradient(layers: tuple[int, ...]) -> tuple[int, int]:
-    return of_gradient(layers), 0
+def _gradient_products(layers: tuple[int, ...]) -> tuple[int, int]:
+    return gradient_multiplications(layers), 0
 
 
-def _of_norms(layers: tuple[int, ...]) -> tuple[int, int]:
+def _norm_products(layers: tuple[int, ...]) -> tuple[int, int]:
     every, first = multiplications(layers)
     return 2 * every - first, 0
 
 
-def _of_pairs(sets: int, layers: tuple[int, ...]) -> tuple[int, int]:
-    return sets * _of_norms(layers)[0], sum(a + b for a, b in pairwise(layers))
+def _pair_products(batches: int, layers: tuple[int, ...]) -> tuple[int, int]:
+    return batches * _norm_products(layers)[0], sum(a + b for a, b in pairwise(layers))
 
 
-def _of_hvp(layers: tuple[int, ...]) -> tuple[int, int]:
+def _hvp_products(layers: tuple[int, ...]) -> tuple[int, int]:
     every, first = multiplications(layers)
     return 8 * every - 5 * first, 0
 
 
-def _of_ggn_vp(layers: tuple[int, ...]) -> tuple[int, int]:
+def _ggn_vp_products(layers: tuple[int, ...]) -> tuple[int, int]:
     every, first = multiplications(layers)
     return 5 * every - 2 * first, 0
 
 
 @functools.cache
 def quantities() -> dict[str, Quantity]:
-    """All of them, by name."""
-    plain = {"jax.grad": _plain(_plain_gradient)}
-    several = {"vmap(jax.grad)": _plain(_networks(_plain_gradient))}
-    spread = {"jax.grad, sharded": _plain(_over_devices(_plain_gradient))}
-    norms = {"vmap(jax.grad)": _plain(_vmap_norms), "PyTorch": torch_peers.norms}
-    clipped = {
-        "vmap(jax.grad)": _plain(_vmap_clipped),
-        "jax_privacy": _jax_privacy_clipped(None),
-        "jax_privacy by 32": _jax_privacy_clipped(32),
-        "PyTorch": functools.partial(torch_peers.clipped, MAX_NORM),
-        "Opacus": functools.partial(torch_peers.ghost_clipped, MAX_NORM),
-        "one jax.grad": _plain(_plain_gradient),
-    }
-    kernel = {"vmap(jax.grad)": _plain(_row_kernel), "jacrev": _plain(_explicit_kernel)}
-    jvp = {"jvp of jax.grad": _plain(_jvp_of_gradient)}
+    """All quantities, by name."""
+    return _gradient_quantities() | _per_example_quantities() | _curvature_quantities()
+
+
+def _gradient_quantities() -> dict[str, Quantity]:
+    plain = _jax_baseline(_plain_gradient)
     return {
         "gradient": Quantity(
-            _gradient, plain | {"PyTorch": torch_peers.gradient}, _of_gradient
+            function=_gradient,
+            baselines={"jax.grad": plain, "PyTorch": torch_peers.gradient},
+            products=_gradient_products,
         ),
-        "64 gradients": Quantity(_networks(_gradient), several, _of_gradient, (), 64),
+        "64 gradients": Quantity(
+            function=_over_networks(_gradient),
+            baselines={
+                "vmap(jax.grad)": _jax_baseline(_over_networks(_plain_gradient))
+            },
+            products=_gradient_products,
+            networks=64,
+        ),
         "sharded gradient": Quantity(
-            _over_devices(_gradient), spread, _of_gradient, placed=_placed_by_rows
+            function=_over_devices(_gradient),
+            baselines={
+                "jax.grad, sharded": _jax_baseline(_over_devices(_plain_gradient))
+            },
+            products=_gradient_products,
+            to_devices=_to_batch_mesh,
         ),
+    }
+
+
+def _per_example_quantities() -> dict[str, Quantity]:
+    return {
         "norms": Quantity(
-            lambda params, x, y, v: per_example.norms(params, x, y), norms, _of_norms
+            function=lambda params, x, y, v: per_example.norms(params, x, y),
+            baselines={
+                "vmap(jax.grad)": _jax_baseline(_vmap_norms),
+                "PyTorch": torch_peers.norms,
+            },
+            products=_norm_products,
         ),
-        "clipped sum": Quantity(_clipped, clipped, _of_gradient, ("one jax.grad",)),
+        "clipped sum": Quantity(
+            function=_clipped_sum,
+            baselines={
+                "vmap(jax.grad)": _jax_baseline(_vmap_clipped_sum),
+                "jax_privacy": _jax_privacy_clipped_sum(None),
+                "jax_privacy by 32": _jax_privacy_clipped_sum(32),
+                "PyTorch": functools.partial(torch_peers.clipped_sum, MAX_NORM),
+                "Opacus": functools.partial(torch_peers.ghost_clipped_sum, MAX_NORM),
+                "one jax.grad": _jax_baseline(_plain_gradient),
+            },
+            products=_gradient_products,
+            other_work=("one jax.grad",),
+        ),
         "inner products": Quantity(
-            lambda params, x, y, v: per_example.inner_products(params, x, y, x, y),
-            {"vmap(jax.grad)": _plain(_vmap_products)},
-            functools.partial(_of_pairs, 2),
+            function=lambda params, x, y, v: per_example.inner_products(
+                params, x, y, x, y
+            ),
+            baselines={"vmap(jax.grad)": _jax_baseline(_vmap_products)},
+            products=functools.partial(_pair_products, 2),
         ),
+    }
+
+
+def _curvature_quantities() -> dict[str, Quantity]:
+    hessian = _jax_baseline(_jvp_of_gradient)
+    return {
         "ntk": Quantity(
-            lambda params, x, y, v: curvature.ntk(params, x),
-            kernel,
-            functools.partial(_of_pairs, 1),
+            function=lambda params, x, y, v: curvature.ntk(params, x),
+            baselines={
+                "vmap(jax.grad)": _jax_baseline(_vmap_kernel),
+                "jacrev": _jax_baseline(_jacrev_kernel),
+            },
+            products=functools.partial(_pair_products, 1),
         ),
         "hvp": Quantity(
-            lambda params, x, y, v: curvature.hvp(params, x, y, v), jvp, _of_hvp
+            function=lambda params, x, y, v: curvature.hvp(params, x, y, v),
+            baselines={"jvp of jax.grad": hessian},
+            products=_hvp_products,
         ),
         "ggn_vp": Quantity(
-            lambda params, x, y, v: curvature.ggn_vp(params, x, y, v),
-            {"jvp and vjp": _plain(_jvp_and_vjp)} | jvp,
-            _of_ggn_vp,
-            ("jvp of jax.grad",),  # which is the Hessian's
+            function=lambda params, x, y, v: curvature.ggn_vp(params, x, y, v),
+            baselines={
+                "jvp and vjp": _jax_baseline(_jvp_and_vjp),
+                "jvp of jax.grad": hessian,
+            },
+            products=_ggn_vp_products,
+            other_work=("jvp of jax.grad",),  # a product with the Hessian
         ),
     }
 
 
 def arguments(
-    rows: int, layers: tuple[int, ...], key: jax.Array, networks: int | None = None
+    num_examples: int,
+    layers: tuple[int, ...],
+    key: jax.Array,
+    networks: int | None = None,
 ) -> Any:
-    """`(params, x, y, v)`, float32, at random."""
+    """Random `(params, x, y, v)` in float32."""
     key_p, key_x, key_y, key_v = jax.random.split(key, 4)
     if networks is None:
         params = jaxbce.init(key_p, layers)
     else:
-        make = jax.vmap(functools.partial(jaxbce.init, sizes=layers))
-        params = make(jax.random.split(key_p, networks))
-    x = jax.random.normal(key_x, (rows, layers[0]))
-    y = jax.random.bernoulli(key_y, shape=(rows, layers[-1])).astype(x.dtype)
-    point, unravel = ravel_pytree(params)
-    return params, x, y, unravel(jax.random.normal(key_v, point.shape))
+        init = jax.vmap(functools.partial(jaxbce.init, sizes=layers))
+        params = init(jax.random.split(key_p, networks))
+    x = jax.random.normal(key_x, (num_examples, layers[0]))
+    y = jax.random.bernoulli(key_y, shape=(num_examples, layers[-1])).astype(x.dtype)
+    flat, unravel = ravel_pytree(params)
+    return params, x, y, unravel(jax.random.normal(key_v, flat.shape))

@@ -1,4 +1,4 @@
-"""The same network as a user would otherwise write it, for comparison."""
+"""Baselines: the same network in plain JAX and in scikit-learn."""
 
 import warnings
 from typing import Any
@@ -15,20 +15,20 @@ from jaxbce.network import Params
 
 
 def plain_logits(params: Params, x: jax.Array) -> jax.Array:
-    """The network as anyone would write it, for JAX to differentiate."""
+    """Logits in plain JAX, to be differentiated by JAX."""
     h = x
     for w, b in params[:-1]:
         h = jax.nn.relu(h @ w + b)
     return h @ params[-1].w + params[-1].b
 
 
-def row_gradients(w: jax.Array, h: jax.Array) -> jax.Array:
-    """∂a/∂w for a = h w, `[n_in, N]`: of one output, in its own column of weights."""
+def weight_derivatives(w: jax.Array, h: jax.Array) -> jax.Array:
+    """∂a/∂w of a = h w for one output and its column of weights, `[n_in, N]`."""
     return jax.vmap(jax.grad(jnp.dot), (None, 0))(w[:, 0], h).T
 
 
 def plain_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean loss with optax's cross-entropy, for JAX to differentiate."""
+    """Mean loss with optax's cross-entropy, to be differentiated by JAX."""
     ell = optax.sigmoid_binary_cross_entropy(plain_logits(params, x), y)
     return jnp.mean(jnp.sum(ell, axis=1))
 
@@ -42,9 +42,9 @@ def plain_objective(
     pos_weight: jax.Array | float,
     reduction: str,
 ) -> jax.Array:
-    """The weighted sum as anyone would write it, to be followed in place of ours."""
+    """Weighted sum of the losses in plain JAX, in place of `jaxbce.loss`."""
     if reduction != "sum":
-        raise ValueError(f"reduction is {reduction!r}; 'sum' is accepted")
+        raise ValueError(f"expected reduction 'sum', got {reduction!r}")
     a = plain_logits(params, x).astype(sample_weight.dtype)
     ell = -pos_weight * y * jax.nn.log_sigmoid(a) - (1 - y) * jax.nn.log_sigmoid(-a)
     return jnp.sum(sample_weight[:, None] * ell)
@@ -60,14 +60,15 @@ def plain_fit(
     epochs: int,
     batch_size: int,
 ) -> Params:
-    """Training as anyone would write it: jax.grad, optax and scans over epochs.
+    """Training with jax.grad, optax and scans over epochs.
 
-    The order of rows is `jaxbce.fit`'s; `batch_size` divides the number of rows.
+    The order of the examples is that of `jaxbce.fit`. `batch_size` must divide the
+    number of examples.
     """
 
-    def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+    def step(carry: Any, indices: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
-        batch = (x[rows], y[rows]) if batch_size < len(x) else (x, y)
+        batch = (x[indices], y[indices]) if batch_size < len(x) else (x, y)
         value, grads = jax.value_and_grad(plain_loss)(params, *batch)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
@@ -91,10 +92,10 @@ def plain_sweep(
     batch_size: int,
     devices: Any = None,
 ) -> Any:
-    """`jit(vmap(train))` over learning rates, as anyone would write it.
+    """`jit(vmap(train))` over learning rates.
 
-    On one device, or with the members spread over `devices`, whose number divides
-    theirs.
+    Members run on one device, or are spread over `devices`, whose number must divide
+    the number of members.
     """
 
     def train(rate: jax.Array, params: Params, x: jax.Array, y: jax.Array) -> Params:
@@ -115,7 +116,7 @@ def plain_sweep(
 def scikit_learn_sweep(
     x: np.ndarray, y: np.ndarray, hidden: tuple[int, ...], rates: Any, options: Any
 ) -> int:
-    """Trains MLPClassifier at each rate, a process a core; returns the steps made."""
+    """Trains MLPClassifier at each rate on all cores; returns the number of steps."""
 
     def train(rate: float) -> int:
         model = MLPClassifier(hidden, learning_rate_init=rate, alpha=0.0, **options)
@@ -123,16 +124,16 @@ def scikit_learn_sweep(
             warnings.simplefilter("ignore", ConvergenceWarning)
             return int(model.fit(x, y).t_ // options["batch_size"])
 
-    made: Any = joblib.Parallel(n_jobs=-1)(
+    steps: Any = joblib.Parallel(n_jobs=-1)(
         joblib.delayed(train)(rate) for rate in rates
     )
-    return sum(made)
+    return sum(steps)
 
 
 def scikit_learn_gradient(
     params: Params, x: Any, y: Any, sample_weight: Any = None
 ) -> list[np.ndarray]:
-    """The mean loss's gradient by scikit-learn, float64, in the order of our leaves."""
+    """Gradient of the mean loss by scikit-learn, in float64 and in JAX's leaf order."""
     layers = [tuple(np.asarray(leaf, np.float64) for leaf in layer) for layer in params]
     features, labels = np.asarray(x, np.float64), np.asarray(y, np.float64)
     model = MLPClassifier(alpha=0.0)

@@ -30,7 +30,7 @@ def test_flags_logging_and_configuration_are_restored():
     assert state() == before
     second = run_command("compare_gradients", "--batch=99999")  # not --explain
     assert second.status == 2
-    assert "digits has 1797 rows" in second.err
+    assert "digits has 1797 examples" in second.err
     assert state() == before
 
 

@@ -168,7 +168,9 @@ def test_a_damaged_part_is_named(tmp_path):
     (tmp_path / "parts" / "0.parquet").write_bytes(b"not parquet")
     options: Any = {"configuration": {}, "unit": "n"}
     with pytest.raises(InputError, match=r"0\.parquet: cannot be read"):
-        resumable.compute_chunks(1, lambda i: pd.DataFrame(), [1], folder=tmp_path, **options)
+        resumable.compute_chunks(
+            1, lambda i: pd.DataFrame(), [1], folder=tmp_path, **options
+        )
 
 
 # ------------------------------------------------------- as processes, and killed
