@@ -1,6 +1,9 @@
 """What tests share: small problems, references, tolerances and processes."""
 
+import contextlib
 import itertools
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,15 +24,33 @@ TOLERANCE = {
 }
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def start(experiment: str, *arguments: str) -> subprocess.Popen[str]:
-    """Starts an experiment as a user would, its output to be read from pipes."""
-    return subprocess.Popen(
+    """Starts an experiment as a user would, its output to be read from pipes.
+
+    A fixture in `conftest.py` ends it with the test, if it has not ended before.
+    """
+    process = subprocess.Popen(
         [sys.executable, "-m", f"experiments.{experiment}", *arguments],
         cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # whatever it starts is killed with it
     )
+    _started.append(process)
+    return process
+
+
+def end_processes() -> None:
+    """Kills every process that `start` started, and waits for each."""
+    while _started:
+        process = _started.pop()
+        # The process as a context closes its pipes and is waited for.
+        with process, contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Problem(NamedTuple):
