@@ -1,6 +1,7 @@
 """What tests share: small problems, references, tolerances and processes."""
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -67,7 +68,7 @@ class Problem(NamedTuple):
 
     def arguments(self, dtype: Any = np.float64) -> tuple[Params, Any, Any]:
         """`params, x, y` as JAX arrays of a dtype."""
-        return jax.tree.map(lambda t: jnp.asarray(t, dtype), self[:3])
+        return jax.tree.map(lambda t: jnp.asarray(t.astype(jnp.dtype(dtype))), self[:3])
 
 
 NETWORKS = {
@@ -112,6 +113,53 @@ def loss_reference(
     ell = pos_weight * y * jax.nn.softplus(-a) + (1 - y) * jax.nn.softplus(a)
     s = jnp.ones(len(x), a.dtype) if sample_weight is None else sample_weight
     return jnp.sum(s * ell.sum(1)) / (jnp.sum(s) if reduction == "mean" else 1)
+
+
+class Autodiff(NamedTuple):
+    """`loss_reference` and its derivatives in every argument, in float64 NumPy."""
+
+    value: Any
+    params: Any
+    x: Any
+    y: Any
+    sample_weight: Any
+    pos_weight: Any
+
+
+def autodiff(
+    p: Problem,
+    *,
+    sample_weight: bool = False,
+    pos_weight: float = 1.0,
+    reduction: str = "mean",
+) -> Autodiff:
+    """The reference's value and derivatives: one program per shape and reduction."""
+    s = p.sample_weight if sample_weight else np.ones(len(p.x))
+    with jax.enable_x64(True):
+        case = (*p.arguments(), s, np.float64(pos_weight))
+        value, derivatives = _autodiff(*case, reduction=reduction)
+    return jax.tree.map(np.asarray, Autodiff(value, *derivatives))
+
+
+@functools.partial(jax.jit, static_argnames="reduction")
+def _autodiff(params: Any, x: Any, y: Any, s: Any, p: Any, *, reduction: str) -> Any:
+    def loss(params: Any, x: Any, y: Any, s: Any, p: Any) -> jax.Array:
+        weights = {"sample_weight": s, "pos_weight": p}
+        return loss_reference(params, x, y, **weights, reduction=reduction)
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3, 4))(params, x, y, s, p)
+
+
+def options(p: Problem, chosen: dict[str, Any], dtype: Any = np.float64) -> Any:
+    """Options of a loss: `"sample_weight": True` stands for the problem's own."""
+    if chosen.get("sample_weight") is not True:
+        return dict(chosen)
+    return chosen | {"sample_weight": p.sample_weight.astype(jnp.dtype(dtype))}
+
+
+def member(tree: Any, *index: int) -> Any:
+    """One of the networks or runs that a pytree's leaves are stacked of, in NumPy."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
 
 
 def relative_error(mine: Any, theirs: Any) -> float:
