@@ -58,9 +58,9 @@ class Problem(NamedTuple):
     """A network and a batch, in float64 NumPy."""
 
     params: Any
-    x: np.ndarray
-    y: np.ndarray
-    sample_weight: np.ndarray
+    x: Any
+    y: Any
+    sample_weight: Any
 
     def rounded(self, dtype: Any) -> "Problem":
         """The same with every number one of a dtype's."""

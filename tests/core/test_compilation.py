@@ -122,7 +122,7 @@ def test_shard_map_over_rows_adds_up_to_the_batch(block_size):
 
 def test_nothing_relies_on_rank_promotion():
     params, x, y = problem((5, 4, 2)).arguments(np.float32)
-    p = np.array([1, 2], "f")
+    p: Any = np.array([1, 2], "f")
     with jax.numpy_rank_promotion("raise"):
         jaxbce.chain_rule(params, x, y)
         jax.grad(jaxbce.loss, (0, 1, 2))(params, x, y, pos_weight=p)

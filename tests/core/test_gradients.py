@@ -1,5 +1,6 @@
 import functools
 import inspect
+from typing import Any
 
 import chex
 import jax
@@ -86,7 +87,7 @@ def differentiated(sizes):
             def loss(params, x, y, weights, extra=extra):
                 return jaxbce.loss(params, x, y, **weights, **extra)
 
-            case = (*arguments, jax.tree.map(jnp.float64, weights))
+            case: Any = (*arguments, jax.tree.map(jnp.float64, weights))
             tangents = jax.tree.map(jnp.cos, case)
             together = jaxbce.value_and_grad(*arguments, **weights, **extra)
             alone = jaxbce.grad(*arguments, **weights, **extra)
