@@ -1,5 +1,11 @@
-"""Fixtures: strict dtypes everywhere, standard ones where a library needs them."""
+"""Fixtures: strict dtypes everywhere, standard ones where a library needs them.
 
+One run of the tests compiles each program once: its workers, and the processes that
+tests start, share a cache of compiled programs, which is removed when the run ends.
+"""
+
+import os
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -7,9 +13,31 @@ import matplotlib as mpl
 import pytest
 from absl import flags
 
+from tests import helpers
+
 jax.config.update("jax_num_cpu_devices", 2)
 mpl.use("Agg")
 flags.FLAGS.mark_as_parsed()
+
+CACHE = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets up the cache of compiled programs; workers inherit the environment."""
+    environ = pytest.MonkeyPatch()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="jaxbce-tests-")
+        environ.setenv("JAX_COMPILATION_CACHE_DIR", folder.name)
+        config.add_cleanup(folder.cleanup)
+    for name, value in CACHE.items():
+        environ.setenv(name.upper(), str(value))
+        jax.config.update(name, value)
+    config.add_cleanup(environ.undo)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +52,12 @@ def standard_promotion(_strict_promotion: None) -> Iterator[None]:
     """JAX's default promotion, which optax's schedules and Adam need."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    """Kills what `helpers.start` started, also when a test fails."""
+    try:
+        yield
+    finally:
+        helpers.end_processes()

@@ -1,10 +1,12 @@
 """What tests share: small problems, references, tolerances and processes."""
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,15 +32,33 @@ TOLERANCE = {
 }
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def start(experiment: str, *arguments: str) -> subprocess.Popen[str]:
-    """Starts an experiment as a user would, its output to be read from pipes."""
-    return subprocess.Popen(
+    """Starts an experiment as a user would, its output to be read from pipes.
+
+    A fixture in `conftest.py` ends it with the test, if it has not ended before.
+    """
+    process = subprocess.Popen(
         [sys.executable, "-m", f"experiments.{experiment}", *arguments],
         cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # whatever it starts is killed with it
     )
+    _started.append(process)
+    return process
+
+
+def end_processes() -> None:
+    """Kills every process that `start` started, and waits for each."""
+    while _started:
+        process = _started.pop()
+        # The process as a context closes its pipes and is waited for.
+        with process, contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Finished(NamedTuple):
@@ -152,9 +172,9 @@ class Problem(NamedTuple):
     """A network and a batch, in float64 NumPy."""
 
     params: Any
-    x: np.ndarray
-    y: np.ndarray
-    sample_weight: np.ndarray
+    x: Any
+    y: Any
+    sample_weight: Any
 
     def rounded(self, dtype: Any) -> "Problem":
         """The same with every number one of a dtype's."""
@@ -162,7 +182,7 @@ class Problem(NamedTuple):
 
     def arguments(self, dtype: Any = np.float64) -> tuple[Params, Any, Any]:
         """`params, x, y` as JAX arrays of a dtype."""
-        return jax.tree.map(lambda t: jnp.asarray(t, dtype), self[:3])
+        return jax.tree.map(lambda t: jnp.asarray(t.astype(jnp.dtype(dtype))), self[:3])
 
 
 NETWORKS = {
@@ -207,6 +227,53 @@ def loss_reference(
     ell = pos_weight * y * jax.nn.softplus(-a) + (1 - y) * jax.nn.softplus(a)
     s = jnp.ones(len(x), a.dtype) if sample_weight is None else sample_weight
     return jnp.sum(s * ell.sum(1)) / (jnp.sum(s) if reduction == "mean" else 1)
+
+
+class Autodiff(NamedTuple):
+    """`loss_reference` and its derivatives in every argument, in float64 NumPy."""
+
+    value: Any
+    params: Any
+    x: Any
+    y: Any
+    sample_weight: Any
+    pos_weight: Any
+
+
+def autodiff(
+    p: Problem,
+    *,
+    sample_weight: bool = False,
+    pos_weight: float = 1.0,
+    reduction: str = "mean",
+) -> Autodiff:
+    """The reference's value and derivatives: one program per shape and reduction."""
+    s = p.sample_weight if sample_weight else np.ones(len(p.x))
+    with jax.enable_x64(True):
+        case = (*p.arguments(), s, np.float64(pos_weight))
+        value, derivatives = _autodiff(*case, reduction=reduction)
+    return jax.tree.map(np.asarray, Autodiff(value, *derivatives))
+
+
+@functools.partial(jax.jit, static_argnames="reduction")
+def _autodiff(params: Any, x: Any, y: Any, s: Any, p: Any, *, reduction: str) -> Any:
+    def loss(params: Any, x: Any, y: Any, s: Any, p: Any) -> jax.Array:
+        weights = {"sample_weight": s, "pos_weight": p}
+        return loss_reference(params, x, y, **weights, reduction=reduction)
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3, 4))(params, x, y, s, p)
+
+
+def options(p: Problem, chosen: dict[str, Any], dtype: Any = np.float64) -> Any:
+    """Options of a loss: `"sample_weight": True` stands for the problem's own."""
+    if chosen.get("sample_weight") is not True:
+        return dict(chosen)
+    return chosen | {"sample_weight": p.sample_weight.astype(jnp.dtype(dtype))}
+
+
+def member(tree: Any, *index: int) -> Any:
+    """One of the networks or runs that a pytree's leaves are stacked of, in NumPy."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
 
 
 def relative_error(mine: Any, theirs: Any) -> float:

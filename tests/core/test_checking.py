@@ -178,6 +178,8 @@ def test_a_mutant_is_rejected_with_a_reason(fun):
 
 @pytest.mark.parametrize("fun", [jaxbce.value_and_grad, by_hand])
 def test_a_correct_gradient_passes_at_20_seeds(fun):
+    # Under one jit, so that its operations are not compiled one by one.
+    fun = jax.jit(fun) if fun is by_hand else fun
     for seed in range(20):
         sizes = [(6, 5, 5, 1), (4, 9, 3), (3, 1)][seed % 3]
         p = problem(sizes, rows=12, seed=seed)

@@ -1,5 +1,6 @@
 """What the compiler sees: platforms, traces, work that is not asked for, devices."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,12 +15,9 @@ from jaxbce import curvature, gradients, per_example
 from tests.helpers import problem, relative_error
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("block_size", [None, 8])
-def test_the_core_lowers_for_accelerators(platform, dtype, block_size):
-    arguments = problem((5, 4, 2)).arguments(dtype)
-    s = jnp.ones(37, jnp.float32)
+@functools.cache
+def traced_core(dtype, block_size):
+    s = np.ones(37, "f")
 
     def core(params, x, y):
         options = {"sample_weight": s, "pos_weight": 2.0, "block_size": block_size}
@@ -31,15 +29,19 @@ def test_the_core_lowers_for_accelerators(platform, dtype, block_size):
             jaxbce.init(jax.random.key(0), (5, 4, 2), dtype=dtype),
         )
 
-    lowered = jax.jit(core).trace(*arguments).lower(lowering_platforms=(platform,))
-    assert "dot_general" in lowered.as_text()
+    return jax.jit(core).trace(*problem((5, 4, 2)).arguments(dtype))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_per_example_work_and_curvature_lower_for_accelerators(platform, dtype):
-    arguments = problem((5, 4, 2)).arguments(dtype)
+@pytest.mark.parametrize("block_size", [None, 8])
+def test_the_core_lowers_for_accelerators(platform, dtype, block_size):
+    lowered = traced_core(dtype, block_size).lower(lowering_platforms=(platform,))
+    assert "dot_general" in lowered.as_text()
 
+
+@functools.cache
+def traced_per_example_work_and_curvature(dtype):
     def everything(params, x, y):
         return (
             per_example.grads(params, x, y),
@@ -55,8 +57,14 @@ def test_per_example_work_and_curvature_lower_for_accelerators(platform, dtype):
             curvature.kfac_factors(params, x),
         )
 
-    lowered = jax.jit(everything).trace(*arguments)
-    assert "dot_general" in lowered.lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(everything).trace(*problem((5, 4, 2)).arguments(dtype))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_per_example_work_and_curvature_lower_for_accelerators(platform, dtype):
+    traced = traced_per_example_work_and_curvature(dtype)
+    assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_equal_shapes_are_traced_once(monkeypatch):
@@ -65,16 +73,16 @@ def test_equal_shapes_are_traced_once(monkeypatch):
     monkeypatch.setattr(
         gradients, "contract", lambda *args: traces.append(1) or honest(*args)
     )
-    jax.clear_caches()
-    for seed in range(3):
-        jaxbce.value_and_grad(*problem((5, 4, 1), seed=seed).arguments(np.float32))
+    arguments = [  # of a shape that no other test has
+        problem((2, 3, 1), rows=41, seed=seed).arguments(np.float32)
+        for seed in range(3)
+    ]
+    for each in arguments:
+        jaxbce.value_and_grad(*each)
         assert len(traces) == 1
     for weight in (2.0, 3.0):  # a Python number is an argument, not a constant
-        jaxbce.value_and_grad(
-            *problem((5, 4, 1)).arguments(np.float32), pos_weight=weight
-        )
+        jaxbce.value_and_grad(*arguments[0], pos_weight=weight)
     assert len(traces) == 2
-    jax.clear_caches()
 
 
 def products(function, *arguments):
@@ -114,7 +122,7 @@ def test_shard_map_over_rows_adds_up_to_the_batch(block_size):
 
 def test_nothing_relies_on_rank_promotion():
     params, x, y = problem((5, 4, 2)).arguments(np.float32)
-    p = jnp.array([1.0, 2.0])
+    p: Any = np.array([1, 2], "f")
     with jax.numpy_rank_promotion("raise"):
         jaxbce.chain_rule(params, x, y)
         jax.grad(jaxbce.loss, (0, 1, 2))(params, x, y, pos_weight=p)

@@ -10,7 +10,15 @@ from jax.flatten_util import ravel_pytree
 
 import jaxbce
 from jaxbce import curvature
-from tests.helpers import NETWORKS, TOLERANCE, loss_reference, problem, relative_error
+from tests.helpers import (
+    NETWORKS,
+    TOLERANCE,
+    loss_reference,
+    member,
+    options,
+    problem,
+    relative_error,
+)
 
 SIZES = [(4, 3, 1), (4, 3, 3), (3, 4, 3, 2, 1), (3, 4, 3, 2, 3), (3, 2)]
 EXACT = 1e-12  # float64, relative
@@ -21,13 +29,7 @@ WEIGHTS = {
 }
 
 
-def options(p, name, dtype=np.float64):
-    chosen = dict(WEIGHTS[name])
-    if "sample_weight" in chosen:
-        chosen["sample_weight"] = jnp.asarray(p.sample_weight, dtype)
-    return chosen
-
-
+@jax.jit
 def jacobian_reference(params, x):
     """`[N, n_L, P]`, by `jax.jacrev`."""
     point, unravel = ravel_pytree(params)
@@ -42,6 +44,7 @@ def jacobian_reference(params, x):
     return jax.jacrev(logits)(point)
 
 
+@functools.partial(jax.jit, static_argnames="reduction")
 def ggn_reference(params, x, y, **options):
     """`Jᵀ S J`, with S by `jax.hessian` of the loss in the logits."""
     jacobian = jacobian_reference(params, x).reshape(y.size, -1)
@@ -55,14 +58,26 @@ def ggn_reference(params, x, y, **options):
     return jacobian.T @ s @ jacobian
 
 
+@functools.partial(jax.jit, static_argnames="reduction")
 def hessian_reference(params, x, y, **options):
     point, unravel = ravel_pytree(params)
     return jax.hessian(lambda t: loss_reference(unravel(t), x, y, **options))(point)
 
 
 def direction(params, seed=3):
-    point, unravel = ravel_pytree(params)
-    return unravel(jax.random.normal(jax.random.key(seed), point.shape, point.dtype))
+    """A random vector like params, in NumPy."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+
+
+def flat(tree):
+    """A pytree as one vector, in the order of `ravel_pytree`."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def kernels(params, x, x2, *, block_size):
+    return [curvature.ntk(params, x, other, block_size=block_size) for other in x2]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -71,128 +86,163 @@ def test_tangent_kernel_is_the_jacobians_product(sizes):
     with jax.enable_x64(True):
         params, x, _ = p.arguments()
         x2 = q.arguments()[1]
-        left, right = (jacobian_reference(params, rows) for rows in (x, x2))
-        between = jnp.einsum("nop,mqp->nmoq", left, right)
-        within = jnp.einsum("nop,mqp->nmoq", left, left)
+        left, right = (np.asarray(jacobian_reference(params, rows)) for rows in (x, x2))
+        between = np.einsum("nop,mqp->nmoq", left, right)
+        within = np.einsum("nop,mqp->nmoq", left, left)
         if sizes[-1] == 1:
             between, within = between[:, :, 0, 0], within[:, :, 0, 0]
         for block_size in (None, 10):
-            mine = curvature.ntk(params, x, x2, block_size=block_size)
-            assert relative_error(mine, between) <= EXACT
-            mine = curvature.ntk(params, x, block_size=block_size)
-            assert relative_error(mine, within) <= EXACT
+            mine = kernels(params, x, (x2, None), block_size=block_size)
+            assert relative_error(mine, [between, within]) <= EXACT
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@functools.partial(jax.jit, static_argnames="reduction")
+def products_and_spectrum(params, x, y, v, reduction="mean", **weights):
+    """What the library finds, in one program: in one pass, in blocks, and spectra."""
+    weights["reduction"] = reduction
+    products = [
+        product(params, x, y, v, block_size=block_size, **weights)
+        for block_size in (None, 10)
+        for product in (curvature.ggn_vp, curvature.hvp)
+    ]
+    return products, curvature.ggn_eigenvalues(params, x, y, **weights)
+
+
+# Weights are the same whatever the depth: only these pairs are looked at each time.
+PAIRS = [
+    pytest.param(
+        *(sizes, name),
+        marks=[] if name == "weights" or sizes == (4, 3, 3) else pytest.mark.slow,
+        id=f"{sizes}-{name}",
+    )
+    for sizes in SIZES
+    for name in WEIGHTS
+]
+
+
+@pytest.mark.parametrize(("sizes", "name"), PAIRS)
 def test_products_and_spectrum_are_those_of_explicit_matrices(sizes, name):
     p = problem(sizes)
+    v = direction(p.params)
+    weights = options(p, WEIGHTS[name])
+    # The references are of weighted sums, and so one program per shape.
+    s = weights.get("sample_weight", np.ones(len(p.x)))
+    total = {"sample_weight": s, "pos_weight": np.float64(weights.get("pos_weight", 1))}
+    divisor = 1 if weights.get("reduction") == "sum" else s.sum()
     with jax.enable_x64(True):
-        arguments, weights = p.arguments(), options(p, name)
-        v = direction(arguments[0])
-        ggn = jax.jit(ggn_reference, static_argnames="reduction")(*arguments, **weights)
-        hessian = jax.jit(hessian_reference, static_argnames="reduction")(
-            *arguments, **weights
+        arguments = p.arguments()
+        ggn, hessian = (
+            np.asarray(reference(*arguments, reduction="sum", **total)) / divisor
+            for reference in (ggn_reference, hessian_reference)
         )
-        flat = ravel_pytree(v)[0]
-        for block_size in (None, 10):
-            for product, matrix in ((curvature.ggn_vp, ggn), (curvature.hvp, hessian)):
-                mine = product(*arguments, v, block_size=block_size, **weights)
-                chex.assert_trees_all_equal_shapes_and_dtypes(mine, arguments[0])
-                truth = matrix @ flat
-                assert relative_error(ravel_pytree(mine)[0], truth) <= EXACT
-        spectrum = np.linalg.eigvalsh(ggn)[::-1]
-        mine = np.asarray(curvature.ggn_eigenvalues(*arguments, **weights))
-        most = min(p.y.size, len(flat))
-        assert mine.shape == (most,)
-        np.testing.assert_allclose(mine, spectrum[:most], atol=EXACT * spectrum[0])
-        assert np.all(np.diff(mine) <= 0)
-        assert np.all(mine >= 0)
+        products, mine = products_and_spectrum(*arguments, v, **weights)
+        for found, matrix in zip(products, (ggn, hessian) * 2, strict=True):
+            chex.assert_trees_all_equal_shapes_and_dtypes(found, arguments[0])
+            assert relative_error(flat(found), matrix @ flat(v)) <= EXACT
+    spectrum = np.linalg.eigvalsh(ggn)[::-1]
+    mine = np.asarray(mine)
+    most = min(p.y.size, len(flat(v)))
+    assert mine.shape == (most,)
+    np.testing.assert_allclose(mine, spectrum[:most], atol=EXACT * spectrum[0])
+    assert np.all(np.diff(mine) <= 0)
+    assert np.all(mine >= 0)
+
+
+@jax.jit
+def spectra_and_evidence(params, x, y, taus, weights):
+    """What the library finds, in one program; evidence and its slope per precision."""
+    summed = weights | {"reduction": "sum"}
+    evidence = functools.partial(curvature.log_evidence, params, x, y, **weights)
+    return (
+        curvature.ggn_eigenvalues(params, x, y, **summed),
+        curvature.ggn_eigenvalues(params, x, y, k=3, **summed),
+        jax.lax.map(jax.value_and_grad(evidence), taus),
+    )
 
 
 @pytest.mark.parametrize("rows", [5, 60], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("sizes", [(4, 3, 1), (3, 4, 3, 3)], ids=str)
 def test_either_matrix_gives_the_spectrum_and_the_evidence(sizes, rows):
     p = problem(sizes, rows=rows)
+    weights = {"sample_weight": p.sample_weight, "pos_weight": np.float64(2.5)}
+    taus = np.array([1e-3, 0.7, 100.0])
     with jax.enable_x64(True):
         arguments = p.arguments()
-        weights = {"sample_weight": jnp.asarray(p.sample_weight), "pos_weight": 2.5}
         ggn = np.asarray(ggn_reference(*arguments, reduction="sum", **weights))
         size = len(ggn)
-        point = np.asarray(ravel_pytree(arguments[0])[0])
-        spectrum = np.linalg.eigvalsh(ggn)[::-1][: min(size, p.y.size)]
-        mine = curvature.ggn_eigenvalues(*arguments, reduction="sum", **weights)
-        np.testing.assert_allclose(mine, spectrum, atol=EXACT * spectrum[0])
-        some = curvature.ggn_eigenvalues(*arguments, k=3, reduction="sum", **weights)
-        np.testing.assert_allclose(some, spectrum[:3], rtol=1e-10)
-        misfit = loss_reference(*arguments, reduction="sum", **weights)
-
-        def evidence(tau):
-            # Log of the Gaussian integral around params, with its prior.
-            log_prior = size / 2 * np.log(tau) - tau / 2 * point @ point
-            _, log_det = np.linalg.slogdet(ggn + tau * np.eye(size))
-            return -float(misfit) + log_prior - log_det / 2
-
-        for tau in (1e-3, 0.7, 100.0):
-            mine = functools.partial(curvature.log_evidence, *arguments, **weights)
-            np.testing.assert_allclose(mine(tau), evidence(tau), rtol=1e-11)
-            slope = jax.jit(jax.grad(mine))(tau)
-            truth = size / (2 * tau) - point @ point / 2
-            truth -= np.trace(np.linalg.inv(ggn + tau * np.eye(size))) / 2
-            np.testing.assert_allclose(slope, truth, rtol=1e-9)
+        mine, some, (evidences, slopes) = jax.tree.map(
+            np.asarray, spectra_and_evidence(*arguments, taus, weights)
+        )
+        reference = jax.jit(functools.partial(loss_reference, reduction="sum"))
+        misfit = float(reference(*arguments, **weights))
+    point = flat(p.params)
+    spectrum = np.linalg.eigvalsh(ggn)[::-1][: min(size, p.y.size)]
+    np.testing.assert_allclose(mine, spectrum, atol=EXACT * spectrum[0])
+    np.testing.assert_allclose(some, spectrum[:3], rtol=1e-10)
+    for tau, evidence, slope in zip(taus, evidences, slopes, strict=True):
+        # Log of the Gaussian integral around params, with its prior.
+        log_prior = size / 2 * np.log(tau) - tau / 2 * point @ point
+        _, log_det = np.linalg.slogdet(ggn + tau * np.eye(size))
+        truth = -misfit + log_prior - log_det / 2
+        np.testing.assert_allclose(evidence, truth, rtol=1e-11)
+        truth = size / (2 * tau) - point @ point / 2
+        truth -= np.trace(np.linalg.inv(ggn + tau * np.eye(size))) / 2
+        np.testing.assert_allclose(slope, truth, rtol=1e-9)
 
 
 def test_largest_eigenvalues_come_without_a_matrix():
     p = problem((10, 20, 1), rows=400)
+    weights = {"sample_weight": p.sample_weight, "reduction": "sum"}
     with jax.enable_x64(True):
         arguments = p.arguments()
-        every = curvature.ggn_eigenvalues(*arguments)
+        every = np.asarray(curvature.ggn_eigenvalues(*arguments, **weights))
         assert every.shape == (241,)
-        some = jax.jit(functools.partial(curvature.ggn_eigenvalues, k=8))
-        np.testing.assert_allclose(some(*arguments), every[:8], rtol=1e-10)
-        program = some.lower(*arguments).as_text()
+        some = curvature.ggn_eigenvalues(*arguments, k=20, **weights)
+        np.testing.assert_allclose(some[:8], every[:8], rtol=1e-10)
+        program = curvature.ggn_eigenvalues.lower(*arguments, k=20, **weights).as_text()
         assert "241x241" not in program
         assert "400x400" not in program
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", ["dead units", "zero", "no weight", "saturated"])
-def test_largest_eigenvalues_of_a_matrix_of_low_rank(case, dtype):
+@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 20])
+def test_largest_eigenvalues_of_a_matrix_of_low_rank(case, dtype, k):
     with jax.enable_x64(dtype == "float64"):
-        x = jax.random.normal(jax.random.key(1), (400, 10), dtype)
-        y = jnp.ones((400, 1), dtype)
-        first, last = jaxbce.init(jax.random.key(0), (10, 20, 1), dtype=dtype)
-        weights = {}
+        params, x, y = problem((10, 20, 1), rows=400).arguments(dtype)
+        first, last = jax.tree.map(np.asarray, params)
+        y = np.ones_like(y)
+        weights: Any = {"sample_weight": np.ones(400, dtype), "reduction": "sum"}
         if case == "dead units":
             first = first._replace(b=first.b - 50)
         elif case == "zero":
-            first, last = jax.tree.map(jnp.zeros_like, (first, last))
+            first, last = jax.tree.map(np.zeros_like, (first, last))
         elif case == "saturated":
             last = last._replace(w=0 * last.w, b=last.b + 1000)
         else:
-            weights = {"sample_weight": jnp.zeros(400, dtype), "reduction": "sum"}
-        for k in (2, 20):
-            some = curvature.ggn_eigenvalues((first, last), x, y, k=k, **weights)
-            every = curvature.ggn_eigenvalues((first, last), x, y, **weights)
-            eps = float(jnp.finfo(dtype).eps)
-            np.testing.assert_allclose(some, every[:k], atol=20 * eps * every[0])
+            weights["sample_weight"] = np.zeros(400, dtype)
+        some = curvature.ggn_eigenvalues((first, last), x, y, k=k, **weights)
+        every = curvature.ggn_eigenvalues((first, last), x, y, **weights)
+    some, every = np.asarray(some), np.asarray(every)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(some, every[:k], atol=20 * eps * every[0])
 
 
 def test_evidence_of_a_linear_model_is_near_the_integral():
     """One weight, no bias that matters: Laplace against quadrature."""
     rng = np.random.default_rng(0)
+    x: Any = rng.normal(size=(50, 1))
+    y: Any = rng.random((50, 1)) < 1 / (1 + np.exp(-1.5 * x))
+    tau = 1.0
+    grid = np.linspace(-6, 6, 241)
+    w, b = (t.ravel() for t in np.meshgrid(grid, grid))
+    a = w[:, None] * x[:, 0] + b[:, None]
+    ell = np.logaddexp(0, np.where(y[:, 0], -a, a)).sum(1)
+    log_joint = -ell - tau / 2 * (w**2 + b**2) + np.log(tau / (2 * np.pi))
+    log_integral = np.logaddexp.reduce(log_joint) + 2 * np.log(grid[1] - grid[0])
+    best = np.argmax(log_joint)
+    params = (jaxbce.Layer(w[best].reshape(1, 1), b[best].reshape(1)),)
     with jax.enable_x64(True):
-        x = jnp.asarray(rng.normal(size=(50, 1)))
-        y = jnp.asarray(rng.random((50, 1)) < 1 / (1 + np.exp(-1.5 * x)))
-        tau = 1.0
-        grid = np.linspace(-6, 6, 241)
-        w, b = (jnp.asarray(t.ravel()) for t in np.meshgrid(grid, grid))
-        a = w[:, None] * x[:, 0] + b[:, None]
-        ell = jaxbce.bce_with_logits(a, jnp.broadcast_to(y[:, 0], a.shape)).sum(1)
-        log_joint = -ell - tau / 2 * (w**2 + b**2) + np.log(tau / (2 * np.pi))
-        log_integral = jax.nn.logsumexp(log_joint) + 2 * np.log(grid[1] - grid[0])
-        best = jnp.argmax(log_joint)
-        params = (jaxbce.Layer(w[best].reshape(1, 1), b[best].reshape(1)),)
         mine = curvature.log_evidence(params, x, y, tau)
     np.testing.assert_allclose(mine, log_integral, atol=0.05)
 
@@ -200,22 +250,30 @@ def test_evidence_of_a_linear_model_is_near_the_integral():
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kronecker_factors_are_their_expectations(sizes):
     p = problem(sizes)
+    labels = np.array(list(np.ndindex((2,) * sizes[-1])), float)  # every label
+    every = np.broadcast_to(labels[:, None], (len(labels), *p.y.shape))
     with jax.enable_x64(True):
         params, x, _ = p.arguments()
-        trace = jaxbce.forward(params, x)
-        for block_size in (None, 10):
-            mine = curvature.kfac_factors(params, x, block_size=block_size)
-            g = [0.0] * len(params)
-            for label in np.ndindex((2,) * sizes[-1]):  # every label, with its chance
-                y = jnp.broadcast_to(jnp.asarray(label, float), p.y.shape)
-                y_hat = trace.h[-1]
-                chance = jnp.prod(jnp.where(y == 1, y_hat, 1 - y_hat), axis=1)
-                for k, d in enumerate(jaxbce.deltas(params, trace, y)):
-                    g[k] += (chance[:, None] * d).T @ d / len(x)
-            for k, factors in enumerate(mine):
-                h = np.pad(trace.h[k], ((0, 0), (0, 1)), constant_values=1)
-                assert relative_error(factors.a, h.T @ h / len(x)) <= EXACT
-                assert relative_error(factors.g, g[k]) <= EXACT
+
+        @jax.jit
+        def found(params, x, every):
+            trace = jaxbce.forward(params, x)
+            deltas = jax.vmap(lambda y: jaxbce.deltas(params, trace, y))(every)
+            factors = [
+                curvature.kfac_factors(params, x, block_size=block_size)
+                for block_size in (None, 10)
+            ]
+            return trace, deltas, factors
+
+        trace, deltas, both = jax.tree.map(np.asarray, found(params, x, every))
+    y_hat = trace.h[-1]
+    chance = np.prod(np.where(every == 1, y_hat, 1 - y_hat), axis=2)  # with its chance
+    for mine in both:
+        for k, factors in enumerate(mine):
+            h = np.pad(trace.h[k], ((0, 0), (0, 1)), constant_values=1)
+            assert relative_error(factors.a, h.T @ h / len(p.x)) <= EXACT
+            g = np.einsum("ln,lni,lnj->ij", chance, deltas[k], deltas[k]) / len(p.x)
+            assert relative_error(factors.g, g) <= EXACT
 
 
 @pytest.mark.parametrize("sizes", [(4, 3, 1), (3, 4, 3, 2, 3)], ids=str)
@@ -226,29 +284,29 @@ def test_kronecker_factors_of_one_row_are_its_gauss_newton_blocks(sizes):
         factors = curvature.kfac_factors(params, x)
         v = direction(params)
         for k, (a, g) in enumerate(factors):
-            only = [jax.tree.map(jnp.zeros_like, layer) for layer in params]
+            only = [jax.tree.map(np.zeros_like, layer) for layer in v]
             only[k] = v[k]
             mine = curvature.ggn_vp(params, x, y, tuple(only))[k]
-            block = jnp.vstack([v[k].w, v[k].b]).ravel()
-            truth = jnp.kron(a, g) @ block
-            both = jnp.vstack([mine.w, mine.b]).ravel()
+            block = np.vstack([v[k].w, v[k].b]).ravel()
+            truth = np.kron(a, g) @ block
+            both = np.vstack([mine.w, mine.b]).ravel()
             assert relative_error(both, truth) <= EXACT
+
+
+@jax.jit
+def products_and_kernel(params, x, y):
+    v = jax.tree.map(lambda t: t[::-1], params)
+    theta = curvature.ntk(params, x)
+    return curvature.hvp(params, x, y, v), curvature.ggn_vp(params, x, y, v), theta
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS.keys())
 def test_low_precision_agrees_with_float64(sizes, dtype):
     p = problem(sizes).rounded(dtype)
-
-    def everything(dtype):
-        params, x, y = p.arguments(dtype)
-        v = jax.tree.map(lambda t: t[::-1], params)
-        theta = curvature.ntk(params, x)
-        return curvature.hvp(params, x, y, v), curvature.ggn_vp(params, x, y, v), theta
-
-    mine = everything(dtype)
+    mine = products_and_kernel(*p.arguments(dtype))
     with jax.enable_x64(True):
-        truth = everything(np.float64)
+        truth = products_and_kernel(*p.arguments())
     chex.assert_trees_all_equal_shapes_and_dtypes(mine[0], p.arguments(dtype)[0])
     assert mine[2].dtype == jnp.float32
     # bfloat16 rounds v's pushed-forward activations once more in every layer.
@@ -267,12 +325,12 @@ def test_products_are_exact_in_the_tail():
 
 def test_saturated_and_repeated_rows():
     params = (jaxbce.Layer(jnp.ones((2, 1)), jnp.zeros(1)),)
-    x = jnp.array([[100.0, 100.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    y = jnp.ones((4, 1))
-    theta = curvature.ntk(params, x)
+    x: Any = np.array([[100, 100], [1, 0], [1, 0], [0, 0]], "f")
+    y: Any = np.ones((4, 1), "f")
+    theta = np.asarray(curvature.ntk(params, x))
     np.testing.assert_array_equal(theta[1], theta[2])
     np.testing.assert_array_equal(theta[3], np.ones(4))  # the bias alone
-    spectrum = curvature.ggn_eigenvalues(params, x, y)
+    spectrum = np.asarray(curvature.ggn_eigenvalues(params, x, y))
     assert spectrum.shape == (3,)
     assert spectrum[2] <= 1e-7  # two directions are seen by rows that count
     assert np.isfinite(curvature.log_evidence(params, x, y, 1e-6))
@@ -280,31 +338,44 @@ def test_saturated_and_repeated_rows():
     s = 1 / (1 + np.exp(-1)) / (1 + np.exp(1))
     np.testing.assert_allclose(one, [2 * s], rtol=1e-6)
     infinite = (jaxbce.Layer(jnp.zeros((2, 1)), jnp.full(1, np.inf)),)
-    assert curvature.ggn_eigenvalues(infinite, x[1:2], y[1:2])[0] == 0
+    assert curvature.ggn_eigenvalues(infinite, x[1:2], y[1:2]).item() == 0
 
 
-def test_networks_of_a_sweep_map():
+MAPPED = {
+    "products and kernel": lambda params, tau, x, y: (
+        curvature.ntk(params, x[:8]),
+        curvature.hvp(params, x, y, params),
+        curvature.kfac_factors(params, x),
+    ),
+    "spectrum and evidence": lambda params, tau, x, y: (
+        curvature.ggn_eigenvalues(params, x[:8], y[:8]),
+        curvature.log_evidence(params, x, y, tau),
+    ),
+    "largest eigenvalues": lambda params, tau, x, y: curvature.ggn_eigenvalues(
+        params, x, y, k=2
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        MAPPED["products and kernel"],
+        MAPPED["spectrum and evidence"],
+        pytest.param(MAPPED["largest eigenvalues"], marks=pytest.mark.slow),
+    ],
+    ids=MAPPED,
+)
+def test_networks_of_a_sweep_map(fun):
     p = problem((4, 3, 1))
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, -leaf, 2 * leaf]), p.params)
+    taus = np.array([0.1, 1.0, 10.0])
     with jax.enable_x64(True):
-        params, x, y = p.arguments()
-        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), params)
-
-        def everything(params, tau):
-            return (
-                curvature.ntk(params, x[:8]),
-                curvature.ggn_eigenvalues(params, x[:8], y[:8]),
-                curvature.ggn_eigenvalues(params, x, y, k=2),
-                curvature.hvp(params, x, y, params),
-                curvature.log_evidence(params, x, y, tau),
-                curvature.kfac_factors(params, x),
-            )
-
-        taus = jnp.array([0.1, 1.0, 10.0])
-        mapped = jax.vmap(everything)(stacked, taus)
+        _, x, y = p.arguments()
+        mapped = jax.jit(jax.vmap(fun, (0, 0, None, None)))(stacked, taus, x, y)
         for i in range(3):
-            member = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            of_one = jax.tree.map(lambda leaf, i=i: leaf[i], mapped)
-            assert relative_error(of_one, everything(member, taus[i])) <= 1e-10
+            alone = jax.jit(fun)(member(stacked, i), taus[i], x, y)
+            assert relative_error(member(mapped, i), alone) <= 1e-10
 
 
 def test_tangent_kernel_holds_no_jacobian():

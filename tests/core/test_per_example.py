@@ -8,7 +8,15 @@ import pytest
 
 import jaxbce
 from jaxbce import per_example
-from tests.helpers import NETWORKS, TOLERANCE, loss_reference, problem, relative_error
+from tests.helpers import (
+    NETWORKS,
+    TOLERANCE,
+    loss_reference,
+    member,
+    options,
+    problem,
+    relative_error,
+)
 
 SIZES = [(7, 5, 1), (7, 5, 3), (6, 8, 7, 5, 1), (6, 8, 7, 5, 3), (4, 2)]
 EXACT = 1e-12  # float64, relative
@@ -19,22 +27,25 @@ WEIGHTS = {
 }
 
 
-def options(p, name, dtype=np.float64):
-    chosen = dict(WEIGHTS[name])
-    if "sample_weight" in chosen:
-        chosen["sample_weight"] = jnp.asarray(p.sample_weight, dtype)
-    return chosen
+@functools.cache
+def grads_of(sizes, sample_weight=False, pos_weight=1.0, rows=37, seed=0):
+    """Each row's gradient, materialised in one program per shape, in NumPy."""
+    p = problem(sizes, rows=rows, seed=seed)
+    s = p.sample_weight if sample_weight else np.ones(rows)
+    with jax.enable_x64(True):
+        grads = grads_reference(*p.arguments(), s, np.float64(pos_weight))
+    return jax.tree.map(np.asarray, grads)
 
 
-def grads_reference(params, x, y, *, sample_weight=None, pos_weight=1.0):
+@jax.jit
+def grads_reference(params, x, y, sample_weight, pos_weight):
     """`vmap(jax.grad)` of each row's own loss."""
 
     def row(x, y, s):
         one = {"sample_weight": s[None], "pos_weight": pos_weight, "reduction": "sum"}
         return jax.grad(loss_reference)(params, x[None], y[None], **one)
 
-    s = jnp.ones(len(x), x.dtype) if sample_weight is None else sample_weight
-    return jax.vmap(row)(x, y, s)
+    return jax.vmap(row)(x, y, sample_weight)
 
 
 def flat(grads):
@@ -51,111 +62,135 @@ def clipped_reference(grads, max_norm, divisor=1.0):
     return jax.tree.map(lambda g: np.tensordot(kept, g, 1) / divisor, grads)
 
 
+@jax.jit
+def everything(params, x, y, weights, max_norms):
+    """What is found of the rows in one pass and in blocks, in one program."""
+    found = {"grads": per_example.grads(params, x, y, **weights)}
+    for reduction, block_size in (("sum", None), ("mean", 10)):
+
+        def clipped(most, reduction=reduction, block_size=block_size):
+            given = {"max_norm": most, "reduction": reduction} | weights
+            return per_example.clipped_value_and_grad(
+                params, x, y, **given, block_size=block_size
+            )
+
+        found[reduction] = (
+            per_example.norms(params, x, y, **weights, block_size=block_size),
+            jaxbce.value_and_grad(params, x, y, reduction=reduction, **weights),
+            jax.lax.map(clipped, max_norms),
+        )
+    return found
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_everything_is_what_materialised_gradients_give(sizes, name):
     p = problem(sizes)
+    truth = grads_of(sizes, **WEIGHTS[name])
+    norms = np.linalg.norm(flat(truth), axis=1)
+    most = np.array([0.0, 0.999 * np.median(norms), np.inf])
+    weights = options(p, WEIGHTS[name])
+    s = weights.get("sample_weight", np.ones(len(p.x)))
+    weights["pos_weight"] = np.float64(weights.get("pos_weight", 1.0))
     with jax.enable_x64(True):
-        arguments, weights = p.arguments(), options(p, name)
-        truth = jax.jit(grads_reference)(*arguments, **weights)
-        matrix = flat(truth)
-        norms = np.linalg.norm(matrix, axis=1)
-        mine = per_example.grads(*arguments, **weights)
-        chex.assert_trees_all_equal_shapes_and_dtypes(mine, truth)
-        assert relative_error(mine, truth) <= EXACT
-        median = 0.999 * float(np.median(norms))
-        for reduction, block_size in (("sum", None), ("mean", 10)):
-            mine = per_example.norms(*arguments, **weights, block_size=block_size)
-            np.testing.assert_allclose(mine, norms, rtol=EXACT)
-            value, grads = jaxbce.value_and_grad(
-                *arguments, reduction=reduction, **weights
-            )
-            s = weights.get("sample_weight", np.ones(len(p.x)))
-            divisor = float(np.sum(s)) if reduction == "mean" else 1.0
-            for max_norm in (0.0, median, np.inf):
-                clipped = per_example.clipped_value_and_grad(
-                    *arguments,
-                    max_norm=max_norm,
-                    reduction=reduction,
-                    block_size=block_size,
-                    **weights,
-                )
-                sums = clipped_reference(truth, max_norm, divisor)
-                assert relative_error(clipped.grads, sums) <= EXACT
-                assert relative_error(clipped.value, value) <= EXACT
-                if max_norm == np.inf:
-                    assert relative_error(clipped.grads, grads) <= EXACT
-                np.testing.assert_allclose(clipped.norms, norms, rtol=EXACT)
-                fraction = np.mean(norms > max_norm)
-                np.testing.assert_allclose(clipped.fraction_clipped, fraction)
+        found = everything(*p.arguments(), weights, most)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found["grads"], truth)
+    assert relative_error(found["grads"], truth) <= EXACT
+    for reduction in ("sum", "mean"):
+        mine, (value, grads), of_every_norm = found[reduction]
+        np.testing.assert_allclose(mine, norms, rtol=EXACT)
+        divisor = float(np.sum(s)) if reduction == "mean" else 1.0
+        for i, max_norm in enumerate(most):
+            clipped = member(of_every_norm, i)
+            sums = clipped_reference(truth, max_norm, divisor)
+            assert relative_error(clipped.grads, sums) <= EXACT
+            assert relative_error(clipped.value, value) <= EXACT
+            if max_norm == np.inf:
+                assert relative_error(clipped.grads, grads) <= EXACT
+            np.testing.assert_allclose(clipped.norms, norms, rtol=EXACT)
+            fraction = np.mean(norms > max_norm)
+            np.testing.assert_allclose(clipped.fraction_clipped, fraction)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_inner_products_are_those_of_materialised_gradients(sizes):
     p, q = problem(sizes), problem(sizes, rows=11, seed=1)
+    left = grads_of(sizes, pos_weight=2.5)
     with jax.enable_x64(True):
         (params, x, y), (_, x2, y2) = p.arguments(), q.arguments()
-        left = flat(grads_reference(params, x, y, pos_weight=2.5))
-        right = flat(grads_reference(params, x2, y2, pos_weight=2.5))
-        for block_size in (None, 10):
-            mine = per_example.inner_products(
-                params, x, y, x2, y2, pos_weight=2.5, block_size=block_size
-            )
-            assert relative_error(mine, left @ right.T) <= EXACT
-        own = per_example.inner_products(params, x, y, x, y)
-        np.testing.assert_allclose(
-            np.diag(own), per_example.norms(params, x, y) ** 2, rtol=EXACT
-        )
+        right = grads_reference(params, x2, y2, np.ones(11), np.float64(2.5))
+
+        @jax.jit
+        def products(params, x, y, x2, y2):
+            between = [
+                per_example.inner_products(
+                    params, x, y, x2, y2, pos_weight=2.5, block_size=block_size
+                )
+                for block_size in (None, 10)
+            ]
+            own = per_example.inner_products(params, x, y, x, y)
+            return between, own, per_example.norms(params, x, y)
+
+        between, own, norms = products(params, x, y, x2, y2)
+    for mine in between:
+        assert relative_error(mine, flat(left) @ flat(right).T) <= EXACT
+    np.testing.assert_allclose(np.diag(own), np.asarray(norms) ** 2, rtol=EXACT)
 
 
 def test_influence_sums_over_checkpoints():
     p = problem((7, 5, 1))
+    rates = np.array([0.3, 0.1])
+    points = [p.params, jax.tree.map(np.negative, p.params)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *points)
+    each = jax.vmap(per_example.inner_products, (0, None, None, None, None))
+
+    @jax.jit
+    def influence(stacked, x, y):
+        return jnp.tensordot(rates, each(stacked, x, y, x[:5], y[:5]), 1)
+
     with jax.enable_x64(True):
-        params, x, y = p.arguments()
-        rates = jnp.array([0.3, 0.1])
-        points = [params, jax.tree.map(jnp.negative, params)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *points)
-        each = jax.vmap(per_example.inner_products, (0, None, None, None, None))
-        mine = jnp.tensordot(rates, each(stacked, x, y, x[:5], y[:5]), 1)
+        mine = influence(stacked, p.x, p.y)
         truth = 0.0
         for rate, point in zip(rates, points, strict=True):
-            matrix = flat(grads_reference(point, x, y))
+            matrix = flat(grads_reference(point, p.x, p.y, np.ones(37), np.float64(1)))
             truth += rate * matrix @ matrix[:5].T
-        assert relative_error(mine, truth) <= EXACT
+    assert relative_error(mine, truth) <= EXACT
 
 
 def test_influence_predicts_what_a_small_step_does():
     p = problem((7, 5, 1))
     with jax.enable_x64(True):
-        params, x, y = p.arguments()
+        params, x, y = p[:3]
         rate = 1e-6
         row = jaxbce.grad(params, x[:1], y[:1])
-        stepped = jax.tree.map(lambda t, g: t - rate * g, params, row)
+        stepped = jax.tree.map(lambda t, g: t - rate * np.asarray(g), params, row)
         for j in (0, 5, 9):
             other = x[j : j + 1], y[j : j + 1]
-            change = jaxbce.loss(stepped, *other) - jaxbce.loss(params, *other)
+            after, before = (float(jaxbce.loss(t, *other)) for t in (stepped, params))
             influence = per_example.inner_products(params, x[:1], y[:1], *other)
-            np.testing.assert_allclose(change, -rate * influence[0, 0], rtol=1e-4)
+            slope = float(np.asarray(influence)[0, 0])
+            np.testing.assert_allclose(after - before, -rate * slope, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS.keys())
 def test_scores_are_their_definitions(sizes):
     p = problem(sizes)
+    matrix = flat(grads_of(sizes))
     with jax.enable_x64(True):
         params, x, y = p.arguments()
         scores = per_example.scores(params, x, y, block_size=10)
-        error = jaxbce.predict_proba(params, x) - y
-        matrix = flat(grads_reference(params, x, y))
+        error = np.asarray(jaxbce.predict_proba(params, x)) - p.y
     np.testing.assert_allclose(scores.el2n, np.linalg.norm(error, axis=1), rtol=EXACT)
     np.testing.assert_allclose(scores.grand, np.linalg.norm(matrix, axis=1), rtol=EXACT)
-    np.testing.assert_allclose(scores.input_norm, np.linalg.norm(x, axis=1), rtol=EXACT)
+    norms = np.linalg.norm(p.x, axis=1)
+    np.testing.assert_allclose(scores.input_norm, norms, rtol=EXACT)
 
 
 def test_noise_scale_is_its_definition_and_unbiased():
     p = problem((7, 5, 3), rows=64)
+    matrix = flat(grads_of((7, 5, 3), rows=64))
     with jax.enable_x64(True):
         params, x, y = p.arguments()
-        matrix = flat(grads_reference(params, x, y))
         variance = np.var(matrix, axis=0, ddof=1).sum()
         squared_norm = np.sum(matrix.mean(0) ** 2) - variance / len(x)
         for block_size in (None, 10):
@@ -164,9 +199,9 @@ def test_noise_scale_is_its_definition_and_unbiased():
             np.testing.assert_allclose(mine.squared_norm, squared_norm, rtol=1e-11)
             np.testing.assert_allclose(mine.scale, variance / squared_norm, rtol=1e-11)
         # Unbiased: over every pair of rows the mean is the population's.
-        few = per_example.noise_scale
-        pairs = jnp.array([(i, j) for i in range(64) for j in range(i)])
-        each = jax.vmap(lambda rows: few(params, x[rows], y[rows]))(pairs)
+        few = jax.jit(jax.vmap(per_example.noise_scale, (None, 0, 0)))
+        pairs = np.array([(i, j) for i in range(64) for j in range(i)])
+        each = few(params, p.x[pairs], p.y[pairs])
         np.testing.assert_allclose(np.mean(each.variance), variance, rtol=1e-11)
         np.testing.assert_allclose(np.mean(each.squared_norm), squared_norm, rtol=1e-10)
 
@@ -244,36 +279,40 @@ def test_zero_norms_saturated_rows_and_zero_weights_are_left_alone():
 def test_leaving_a_row_out_changes_the_clipped_sum_by_max_norm_at_most():
     p = problem((7, 5, 3))
     with jax.enable_x64(True):
-        params, x, y = p.arguments()
         clipped = functools.partial(
-            per_example.clipped_value_and_grad, max_norm=0.2, reduction="sum"
+            per_example.clipped_value_and_grad,
+            *p.arguments(),
+            max_norm=0.2,
+            reduction="sum",
         )
-        s = jnp.asarray(10 * p.sample_weight)
-        all_rows = clipped(params, x, y, sample_weight=s)
+        s = 10 * p.sample_weight
+        all_rows = clipped(sample_weight=s)
         assert all_rows.fraction_clipped > 0.5
-        for i in range(0, len(x), 6):
-            without = clipped(params, x, y, sample_weight=s.at[i].set(0)).grads
-            change = jax.tree.map(jnp.subtract, all_rows.grads, without)
+        for i in range(0, len(p.x), 6):
+            left = np.where(np.arange(len(s)) == i, 0, s)
+            without = clipped(sample_weight=left).grads
+            change = jax.tree.map(np.subtract, all_rows.grads, without)
             assert norm_of(change) <= 0.2 * (1 + 1e-12)
 
 
 def test_duplicated_rows_count_twice_and_one_row_is_itself():
     p = problem((7, 5, 1))
     with jax.enable_x64(True):
-        params, x, y = p.arguments()
+        params, x, y = p[:3]
         one = per_example.clipped_value_and_grad(
             params, x[:1], y[:1], max_norm=0.1, reduction="sum"
         )
         two = per_example.clipped_value_and_grad(
             params,
-            x[jnp.zeros(2, int)],
-            y[jnp.zeros(2, int)],
+            x[[0, 0]],
+            y[[0, 0]],
             max_norm=0.1,
             reduction="sum",
         )
-        twice = jax.tree.map(lambda g: 2 * g, one.grads)
+        twice = jax.tree.map(lambda g: 2 * np.asarray(g), one.grads)
         assert relative_error(two.grads, twice) <= EXACT
-        assert two.norms[0] == two.norms[1]
+        first, second = two.norms.tolist()
+        assert first == second
         alone = per_example.norms(params, x[:1], y[:1])
         np.testing.assert_allclose(one.norms, alone, rtol=EXACT)
 
@@ -291,24 +330,19 @@ def test_low_precision_agrees_with_float64(dtype):
 
 def test_networks_of_a_sweep_map():
     p = problem((7, 5, 1))
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, -leaf, 2 * leaf]), p.params)
+
+    def both(params, x, y, max_norm):
+        clipped = per_example.clipped_value_and_grad(params, x, y, max_norm=max_norm)
+        return per_example.scores(params, x, y), clipped
+
+    norms = np.array([0.1, 1.0, 10.0])
     with jax.enable_x64(True):
-        params, x, y = p.arguments()
-        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), params)
-        mapped = jax.vmap(per_example.scores, (0, None, None))(stacked, x, y)
-        norms = jnp.array([0.1, 1.0, 10.0])
-        clipped = jax.vmap(
-            lambda params, c: per_example.clipped_value_and_grad(
-                params, x, y, max_norm=c
-            )
-        )(stacked, norms)
+        _, x, y = p.arguments()
+        mapped = jax.jit(jax.vmap(both, (0, None, None, 0)))(stacked, x, y, norms)
         for i in range(3):
-            member = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            alone = per_example.scores(member, x, y)
-            of_one = jax.tree.map(lambda leaf, i=i: leaf[i], mapped)
-            assert relative_error(of_one, alone) <= EXACT
-            alone = per_example.clipped_value_and_grad(member, x, y, max_norm=norms[i])
-            of_one = jax.tree.map(lambda leaf, i=i: leaf[i], clipped)
-            assert relative_error(of_one, alone) <= EXACT
+            alone = jax.jit(both)(member(stacked, i), x, y, norms[i])
+            assert relative_error(member(mapped, i), alone) <= EXACT
 
 
 def test_no_per_example_gradient_is_in_memory():
@@ -367,16 +401,14 @@ def test_a_row_of_weight_0_may_have_an_infinite_loss():
 
 def test_scores_and_noise_scale_know_of_pos_weight():
     p = problem((7, 5, 3))
+    matrix = flat(grads_of((7, 5, 3), pos_weight=2.5))
     with jax.enable_x64(True):
         params, x, y = p.arguments()
-        matrix = flat(grads_reference(params, x, y, pos_weight=2.5))
         scores = per_example.scores(params, x, y, pos_weight=2.5)
-        np.testing.assert_allclose(
-            scores.grand, np.linalg.norm(matrix, axis=1), rtol=EXACT
-        )
         mine = per_example.noise_scale(params, x, y, pos_weight=2.5)
-        variance = np.var(matrix, axis=0, ddof=1).sum()
-        np.testing.assert_allclose(mine.variance, variance, rtol=1e-11)
+    np.testing.assert_allclose(scores.grand, np.linalg.norm(matrix, axis=1), rtol=EXACT)
+    variance = np.var(matrix, axis=0, ddof=1).sum()
+    np.testing.assert_allclose(mine.variance, variance, rtol=1e-11)
 
 
 def test_wrong_second_rows_are_named():

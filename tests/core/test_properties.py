@@ -1,20 +1,21 @@
 """The equalities hold, and errors are the promised ones, whatever the arguments."""
 
+import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxbce
 from tests.helpers import TOLERANCE, loss_reference, relative_error
 
-# Each example compiles; the number of them is what the suite's time allows.
 EXAMPLES = settings(
-    max_examples=15,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -22,47 +23,89 @@ EXAMPLES = settings(
 SCALES = st.sampled_from([0.0, 1e-6, 1.0, 30.0])
 
 
+class Form(NamedTuple):
+    """What a program is compiled for."""
+
+    dtype: str
+    sizes: list[int]
+    rows: int
+    reduction: str
+    weighted: bool
+    pos_weight: tuple[int, ...] | None
+    block_size: int | None
+
+
+FORMS = [
+    Form("float64", [3, 4, 2], 7, "mean", True, (2,), 3),
+    Form("float64", [1, 1], 1, "sum", False, None, None),
+    Form("float32", [2, 5, 3, 1], 9, "mean", True, (), None),
+    Form("bfloat16", [4, 1], 5, "sum", False, (), 2),
+]
+
+
 @st.composite
-def calls(draw):
-    """Arguments of any shape and dtype, ordinary and extreme values."""
+def any_form(draw):
     sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
-    dtype = draw(st.sampled_from(["float64", "float32", "bfloat16"]))
-    rows = draw(st.integers(1, 9))
+    return Form(
+        dtype=draw(st.sampled_from(["float64", "float32", "bfloat16"])),
+        sizes=sizes,
+        rows=draw(st.integers(1, 9)),
+        reduction=draw(st.sampled_from(["mean", "sum"])),
+        weighted=draw(st.booleans()),
+        pos_weight=draw(st.none() | st.sampled_from([(), (sizes[-1],)])),
+        block_size=draw(st.none() | st.integers(1, 12)),
+    )
+
+
+@st.composite
+def calls(draw, forms):
+    """Arguments in one of these forms, of ordinary and extreme values."""
+    form = draw(forms)
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     scale_w, scale_x = draw(SCALES), draw(SCALES)
 
     def rounded(values):
-        return np.asarray(values).astype(jnp.dtype(dtype)).astype(float)
+        return np.asarray(values).astype(jnp.dtype(form.dtype)).astype(float)
 
     layer: Any = jaxbce.Layer
     params = tuple(
         layer(rounded(scale_w * rng.normal(size=(a, b))), rounded(rng.normal(size=b)))
-        for a, b in itertools.pairwise(sizes)
+        for a, b in itertools.pairwise(form.sizes)
     )
-    x = rounded(scale_x * rng.normal(size=(rows, sizes[0])))
-    y = rounded(rng.choice([0, 0.5, 1], size=(rows, sizes[-1])))
-    options = {"reduction": draw(st.sampled_from(["mean", "sum"]))}
-    if draw(st.booleans()):
-        options["sample_weight"] = rounded(rng.choice([0, 1, 3], size=rows))
-        options["sample_weight"][0] = 1
-    if draw(st.booleans()):
-        shape = draw(st.sampled_from([(), (sizes[-1],)]))
-        options["pos_weight"] = rounded(np.abs(rng.normal(size=shape)))
-    return dtype, (params, x, y), options, draw(st.none() | st.integers(1, 12))
+    x = rounded(scale_x * rng.normal(size=(form.rows, form.sizes[0])))
+    y = rounded(rng.choice([0, 0.5, 1], size=(form.rows, form.sizes[-1])))
+    weights = {}
+    if form.weighted:
+        weights["sample_weight"] = rounded(rng.choice([0, 1, 3], size=form.rows))
+        weights["sample_weight"][0] = 1
+    if form.pos_weight is not None:
+        p = np.abs(rng.normal(size=form.pos_weight))
+        weights["pos_weight"] = rounded(p)
+    return form, (params, x, y), weights
 
 
-@EXAMPLES
-@given(calls())
-def test_value_and_gradient_are_autodiffs(call):
-    dtype, arguments, options, block_size = call
+@functools.partial(jax.jit, static_argnames="reduction")
+def reference(arguments, weights, *, reduction):
+    loss = functools.partial(loss_reference, **weights, reduction=reduction)
+    return jax.value_and_grad(loss)(*arguments)
+
+
+@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+def found(arguments, weights, **static):
+    together = jaxbce.value_and_grad(*arguments, **weights, **static)
+    return together, jax.grad(jaxbce.loss)(*arguments, **weights, **static)
+
+
+def check_against_autodiff(call):
+    form, arguments, weights = call
+    dtype = form.dtype
     with jax.enable_x64(True):
-        truth = jax.value_and_grad(loss_reference)(
-            *jax.tree.map(jnp.float64, arguments), **options
-        )
+        truth = reference(arguments, weights, reduction=form.reduction)
     with jax.enable_x64(dtype == "float64"):
-        arguments = jax.tree.map(lambda t: jnp.asarray(t, dtype), arguments)
-        mine = jaxbce.value_and_grad(*arguments, **options, block_size=block_size)
-        through = jax.grad(jaxbce.loss)(*arguments, **options, block_size=block_size)
+        arguments = jax.tree.map(lambda t: t.astype(jnp.dtype(dtype)), arguments)
+        static = {"reduction": form.reduction, "block_size": form.block_size}
+        mine, through = found(arguments, weights, **static)
+    mine, through, truth = jax.tree.map(np.asarray, (mine, through, truth))
     assert relative_error(through, mine[1]) <= TOLERANCE[dtype]
     assert all(np.isfinite(np.asarray(t, float)).all() for t in jax.tree.leaves(mine))
     # In lower precision a relu may round to its other side, and a sum may cancel:
@@ -73,8 +116,21 @@ def test_value_and_gradient_are_autodiffs(call):
             assert np.linalg.norm(a - b) <= TOLERANCE[dtype] * scale
 
 
+@EXAMPLES
+@given(calls(st.sampled_from(FORMS)))
+def test_value_and_gradient_are_autodiffs_whatever_the_numbers(call):
+    check_against_autodiff(call)
+
+
+@pytest.mark.slow
+@settings(EXAMPLES, max_examples=100)
+@given(calls(any_form()))
+def test_value_and_gradient_are_autodiffs_whatever_the_form(call):
+    check_against_autodiff(call)
+
+
 ARRAYS = st.builds(
-    lambda shape, dtype: jnp.ones(shape, dtype),
+    lambda shape, dtype: np.ones(shape, jnp.dtype(dtype)),
     st.lists(st.integers(0, 3), max_size=3).map(tuple),
     st.sampled_from(["float32", "bfloat16", "float16", "int32", "bool", "complex64"]),
 )

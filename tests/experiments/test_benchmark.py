@@ -4,8 +4,8 @@ import contextlib
 import itertools
 import json
 import types
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
