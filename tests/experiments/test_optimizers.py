@@ -1,6 +1,7 @@
 """Optimizers by name: what they are built as, their arguments, and what is refused."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from experiments.support.cli import InputError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-PARAMS = (jaxbce.Layer(np.ones((3, 1), np.float32), np.zeros(1, np.float32)),)
+LAYER: Any = jaxbce.Layer
+PARAMS = (LAYER(np.ones((3, 1), np.float32), np.zeros(1, np.float32)),)
 ONES = jax.tree.map(np.ones_like, PARAMS)
 
 

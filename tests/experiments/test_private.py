@@ -38,10 +38,11 @@ def run(
     bounds: Any = None,
     **training: Any,
 ) -> dict[str, Any]:
+    options: Any = {"learning_rate": 0.1} | (optimizer or {})
     return private.run(
         table=table,
         privacy=PrivacyConfig(**(privacy or {})),
-        optimizer=OptimizerConfig(**({"learning_rate": 0.1} | (optimizer or {}))),
+        optimizer=OptimizerConfig(**options),
         training=TrainingConfig(**(TOY | training)),
         seeds=seeds,
         bounds=bounds,

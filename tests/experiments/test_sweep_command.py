@@ -37,13 +37,14 @@ FLAGS = (
 
 
 def plan(*, axes=AXES, programs=(SGD,), seeds=3, search=None, **training):
+    options: Any = {"num_steps": 60, "batch_size": 0} | training
     return sweep.Plan(
         table=MOONS,
         search=search or Search(axes),
         programs=list(programs),
         seeds=seeds,
         optimizer=OptimizerConfig(optimizer="sgd"),
-        training=TrainingConfig(**({"num_steps": 60, "batch_size": 0} | training)),
+        training=TrainingConfig(**options),
     )
 
 

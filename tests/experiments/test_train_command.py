@@ -125,7 +125,8 @@ def test_patience_ends_a_run_and_the_best_parameters_are_kept():
     history = pd.DataFrame(result["history"])
     assert history["step"].iloc[-1] == result["steps"]
     best = history["validation_loss"].idxmin()
-    assert 0 < history["step"][best] == result["best_step"]
+    assert result["best_step"] > 0
+    assert history["step"][best] == result["best_step"]
     validation = next(r for r in result["metrics"] if r["split"] == "validation")
     assert np.isclose(
         validation["log_loss"], history["validation_loss"][best], rtol=1e-5
