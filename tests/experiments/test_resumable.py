@@ -163,6 +163,20 @@ def test_chunks_are_computed_once_and_resumed_after_an_error(tmp_path, capfd):
     )
 
 
+def test_processes_agree_on_what_is_known(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        resumable.multihost_utils,
+        "broadcast_one_to_all",
+        lambda value: sent.append(value.tolist()) or value,
+    )
+    resumable.compute_chunks(chunk, [2, 2], folder=tmp_path, **OPTIONS)
+    (tmp_path / "parts" / "0.parquet").unlink()
+    resumable.compute_chunks(chunk, [2, 2], folder=tmp_path, **OPTIONS)
+    assert sent == [True, [False, False], True, [False, True]]
+
+
 def test_a_damaged_part_is_named(tmp_path):
     resumable.compute_chunks(chunk, [2], folder=tmp_path, **OPTIONS)
     (tmp_path / "parts" / "0.parquet").write_bytes(b"not parquet")

@@ -174,14 +174,14 @@ def test_processes_after_the_first_leave_the_folder_alone(tmp_path, monkeypatch)
 
 def test_choices_are_programs_and_a_random_search_draws():
     axes = (AXES[0], parse_axis("b1=0.5,0.9"))
-    programs = [sweep.Program(widths, "adam") for widths in ((4,), (3, 2))]
+    programs = [sweep.Program(widths, "adam") for widths in ((4,), ())]
     search = Search(axes, "random", 3)
     found = sweep.run(plan(search=search, programs=programs, num_steps=5))["members"]
     assert len(found) == 3 * 3 * 2
-    assert set(found["hidden"]) == {"4", "3×2"}
+    assert set(found["hidden"]) == {"4", "none"}
     assert found["learning_rate"].between(1e-2, 1e2).all()
     assert set(found["b1"]) <= {0.5, 0.9}
-    assert sweep.Program((), "adam").layers == "none"
+    assert sweep.Program((3, 2), "adam").layers == "3×2"
 
 
 def test_a_dry_run_says_what_it_would_take(monkeypatch, tmp_path):
@@ -267,10 +267,28 @@ def test_a_finished_sweep_is_written_again_from_its_parts(swept):
     folder, _ = swept
     first = (folder / "sweep.parquet").read_bytes()
     (folder / "sweep.parquet").unlink()
-    status, out, err = run_command("sweep", *FLAGS, f"--output_dir={folder}")
+    status, out, err = run_command("sweep", *FLAGS, "--csv", f"--output_dir={folder}")
     assert (status, err) == (0, "")
     assert "Resuming: 24 of 24 networks are done." in out
     assert (folder / "sweep.parquet").read_bytes() == first
+
+
+def test_without_a_folder_the_best_are_printed(members, monkeypatch):
+    monkeypatch.setattr(sweep, "run", lambda plan, folder: {"members": members})
+    status, out, err = run_command("sweep", *FLAGS, "--top=2")
+    assert (status, err) == (0, "")
+    best = sweep.best_points(members, ["learning_rate", "weight_decay"], 3)
+    shown = [row["validation_loss"] in out for row in best]
+    assert shown == [True, True, False]
+    assert "24 networks, of which" in out
+
+
+def test_processes_after_the_first_print_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(sweep, "run", lambda plan, folder: {"configuration": {}})
+    monkeypatch.setattr(sweep, "dry_run", lambda plan: [])
+    assert run_command("sweep", *FLAGS) == (0, "", "")
+    assert run_command("sweep", *FLAGS, "--dry_run") == (0, "", "")
 
 
 def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path):

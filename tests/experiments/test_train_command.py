@@ -59,18 +59,12 @@ def copied(finished, tmp_path):
 # ------------------------------------------------------------------ what it reaches
 
 
-@pytest.mark.parametrize(
-    ("seeds", "least"),
-    [
-        pytest.param(range(1), 0.97, id="one seed"),
-        pytest.param(range(5), 0.98, id="five seeds", marks=pytest.mark.slow),
-    ],
-)
-def test_digits_reach_98_percent(seeds, least):
+@pytest.mark.slow
+def test_five_seeds_of_digits_reach_98_percent():
     table = datasets.load(dataset="digits")
     accuracy = [
         row["accuracy"]
-        for seed in seeds
+        for seed in range(5)
         for row in train.run(
             table=table,
             optimizer=OptimizerConfig(),
@@ -79,8 +73,8 @@ def test_digits_reach_98_percent(seeds, least):
         )["metrics"]
         if row["split"] == "test"
     ]
-    assert len(accuracy) == len(seeds)
-    assert np.mean(accuracy) >= least
+    assert len(accuracy) == 5
+    assert np.mean(accuracy) >= 0.98
 
 
 @pytest.mark.parametrize(
@@ -300,12 +294,13 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same_to_the_bit(tmp_path):
 
 
 def test_an_interrupt_is_one_line(tmp_path):
-    options = ("--dataset=moons", "--batch_size=0", "--epochs=200000")
+    options = ("--dataset=moons", "--batch_size=0", "--epochs=500000")
     with start("train", *options, f"--output_dir={tmp_path}") as process:
         try:
             while not checkpoints(tmp_path):
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.01)
+            time.sleep(0.3)  # while Orbax saves, its event loop may drop an interrupt
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=600)
         finally:
@@ -509,6 +504,11 @@ def test_a_mistake_is_one_line_before_any_work_and_leaves_nothing(
     assert message in err
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_durations_are_needed_in_steps():
+    with pytest.raises(ValueError, match="that `check` returned"):
+        chunked_fit._evaluation_steps(TrainingConfig())
 
 
 def test_runs_that_stop_early_say_so(capsys):
