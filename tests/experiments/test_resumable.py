@@ -1,5 +1,6 @@
 """Folders of runs: who may use them, and what is read from them."""
 
+import gc
 import json
 from typing import Any
 
@@ -89,6 +90,8 @@ def tree(value: float) -> Any:
     }
 
 
+# Orbax leaves coroutines of other arrays behind when one cannot be read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_last_checkpoint_is_restored_to_the_bit(tmp_path):
     with resumable.open_checkpoints(tmp_path, CONFIGURATION) as checkpoints:
         assert checkpoints.restore(tree(0.0)) is None
@@ -112,6 +115,7 @@ def test_the_last_checkpoint_is_restored_to_the_bit(tmp_path):
         pytest.raises(InputError, match="checkpoints: checkpoint 3 cannot be read"),
     ):
         checkpoints.restore(tree(0.0))
+    gc.collect()
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
