@@ -65,11 +65,12 @@ def _check_configuration(folder: Path, configuration: dict[str, Any]) -> None:
     mine = json.loads(json.dumps({"format": FORMAT, **configuration}))
     theirs = _read_configuration(folder)
     if theirs is None:
-        if (folder / "checkpoints").exists():
-            raise InputError(
-                f"--output_dir={folder}: has checkpoints but no config.json, so that "
-                "their run is unknown; use another folder"
-            )
+        for name in ("checkpoints", "parts"):
+            if (folder / name).exists():
+                raise InputError(
+                    f"--output_dir={folder}: has {name} but no config.json, so that "
+                    "their run is unknown; use another folder"
+                )
         with output.atomic_write(folder / "config.json") as path:
             path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
     elif theirs.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Data: what is read, how it is prepared and split, and what is refused."""
+"""Data: what is read, how it is preprocessed and split, and what is refused."""
 
 import numpy as np
 import pandas as pd
@@ -24,17 +24,29 @@ BAD_FILES = {
         "label",
         "column 'a' is missing in row 2",
     ),
-    "one class": (CSV.replace("4,1", "4,0"), "label", "has the values 0; two"),
-    "three classes": (CSV.replace("6,0", "6,2"), "label", "the values 0, 1, 2; two"),
+    "one class": (
+        CSV.replace("4,1", "4,0"),
+        "label",
+        "has the values 0; expected two different ones",
+    ),
+    "three classes": (
+        CSV.replace("6,0", "6,2"),
+        "label",
+        "the values 0, 1, 2; expected two different",
+    ),
     "missing label": (CSV.replace("4,1", "4,"), "label", "is missing in row 2"),
     "no rows": ("a,b,label\n", "label", "has no rows"),
     "empty": ("", "label", "No columns to parse"),
     "two columns of a name": (CSV.replace("b", "a", 1), "label", "are named 'a'"),
     "too large": ("a,label\n1.7e308,0\n-1.7e308,1\n", "label", "'a' is too large"),
-    "no features": ("label\n0\n1\n", "label", "has no column beside 'label'"),
+    "no features": ("label\n0\n1\n", "label", "has no column besides 'label'"),
     "more fields": ("a,b,label\n90,0,0,1\n91,1,1,0\n", "label", "more fields than"),
-    "target twice": (CSV, "label,label", "a column is named twice"),
-    "one target of two": (CSV, "label,a", "target 'a' has the values 1, 3, 5; two"),
+    "target twice": (CSV, "label,label", "--target=label,label: names a column twice"),
+    "one target of two": (
+        CSV,
+        "label,a",
+        "target 'a' has the values 1, 3, 5; expected two",
+    ),
 }
 
 
@@ -54,11 +66,17 @@ def test_a_bad_file_is_refused_with_what_is_wrong(tmp_path, text, target, messag
     ("kwargs", "message"),
     [
         ({"data": "nowhere.csv", "target": ["y"]}, "nowhere.csv: No such file"),
-        ({"data": "data.xlsx", "target": ["y"]}, "not a .csv or .parquet file"),
+        (
+            {"data": "data.xlsx", "target": ["y"]},
+            r"data\.xlsx: expected a \.csv or \.parquet file",
+        ),
         ({"data": "data.csv"}, "--data needs --target"),
-        ({"target": ["y"]}, "--target goes with --data"),
-        ({"positive": "1"}, "--positive goes with --data"),
-        ({"data": "data.csv", "dataset": "xor"}, "two answers to one question"),
+        ({"target": ["y"]}, "--target needs --data"),
+        ({"positive": "1"}, "--positive needs --data"),
+        (
+            {"data": "data.csv", "dataset": "xor"},
+            "expected --data or --dataset, got both",
+        ),
     ],
 )
 def test_a_bad_choice_of_data_is_refused(kwargs, message):
@@ -117,20 +135,20 @@ def test_numbers_are_standardised_and_text_is_one_hot(tmp_path, name):
     )
 
 
-def test_a_split_is_stratified_and_prepared_by_the_training_part_alone():
+def test_a_split_is_stratified_and_preprocessed_by_the_training_rows_alone():
     table = datasets.load(dataset="breast_cancer")
-    parts, preparation = datasets.split(table, seed=3)
-    assert [len(part.rows) for part in parts.values()] == [341, 114, 114]
-    rows = np.concatenate([part.rows for part in parts.values()])
+    splits, preprocessor = datasets.split(table, seed=3)
+    assert [len(split.rows) for split in splits.values()] == [341, 114, 114]
+    rows = np.concatenate([split.rows for split in splits.values()])
     np.testing.assert_array_equal(np.sort(rows), np.arange(569))
-    for part in parts.values():
-        assert abs(part.y.mean() - table.y.mean()) < 0.01
-        np.testing.assert_array_equal(part.y, table.y[part.rows])
-    train, test = parts["train"], parts["test"]
+    for split in splits.values():
+        assert abs(split.y.mean() - table.y.mean()) < 0.01
+        np.testing.assert_array_equal(split.y, table.y[split.rows])
+    train, test = splits["train"], splits["test"]
     np.testing.assert_allclose(train.x.mean(0), 0, atol=1e-9)
     assert np.abs(test.x.mean(0)).max() > 1e-3
-    prepared = datasets.preprocess("", preparation, table.features.iloc[test.rows])
-    np.testing.assert_array_equal(test.x, prepared)
+    preprocessed = datasets.preprocess("", preprocessor, table.features.iloc[test.rows])
+    np.testing.assert_array_equal(test.x, preprocessed)
     again, _ = datasets.split(table, seed=3)
     np.testing.assert_array_equal(again["test"].rows, test.rows)
     other, _ = datasets.split(table, seed=4)
@@ -146,8 +164,8 @@ def test_a_rare_label_is_refused_and_a_rare_combination_is_not(tmp_path):
         {"a": np.arange(100.0), "y": y, "z": [0] * 48 + [1] * 50 + [0] * 2}
     )
     table = datasets.load(data=written(tmp_path, several), target=["y", "z"])
-    parts, _ = datasets.split(table, 0)
-    assert all(set(part.y[:, 0]) == {0, 1} for part in parts.values())
+    splits, _ = datasets.split(table, 0)
+    assert all(set(split.y[:, 0]) == {0, 1} for split in splits.values())
 
 
 @pytest.mark.parametrize(
@@ -160,23 +178,25 @@ def test_a_rare_label_is_refused_and_a_rare_combination_is_not(tmp_path):
 )
 def test_a_target_of_another_kind_is_refused(tmp_path, values, kind):
     path = written(tmp_path, pd.DataFrame({"a": [1.0, 2], "y": values}), "d.parquet")
-    with pytest.raises(InputError, match=f"'y' is {kind}; numbers, text and booleans"):
+    with pytest.raises(
+        InputError, match=f"'y' is {kind}, expected numbers, text or booleans"
+    ):
         datasets.load(data=path, target=["y"])
 
 
 def test_a_value_far_beyond_the_training_rows_is_refused():
     table = datasets.load(dataset="xor")
-    _, preparation = datasets.split(table, 0)
+    _, preprocessor = datasets.split(table, 0)
     row = table.features.iloc[:1].assign(x1=1e60)
     with pytest.raises(InputError, match="new: column 'x1' is too large"):
-        datasets.preprocess("new", preparation, row)
+        datasets.preprocess("new", preprocessor, row)
 
 
 def test_categories_are_what_training_says_they_are():
     numbers = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     read = table_io.features("f", numbers, categories=["a", "b"])
     assert read["a"].tolist() == ["1", "2"]
-    with pytest.raises(InputError, match=r"f: column 'b' is .*, not numbers"):
+    with pytest.raises(InputError, match=r"f: column 'b' is .*, expected numbers"):
         table_io.features("f", numbers, categories=["a"])
 
 

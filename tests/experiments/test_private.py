@@ -1,11 +1,10 @@
 """`experiments.private`: what it claims is what the accountant says of what it does."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-import dp_accounting as library
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
@@ -14,90 +13,96 @@ import pytest
 from experiments import private
 from experiments.support import datasets, dp_accounting
 from experiments.support.cli import InputError
-from tests.helpers import start
-
-SAMPLING: Any = {"rows": 400, "batch_size": 40, "num_steps": 50}
-TOY: Any = {"num_steps": 10, "seeds": 2, "hidden": (8,), "batch_size": 100}
-
+from experiments.support.config import OptimizerConfig, TrainingConfig
+from experiments.support.dp_accounting import PrivacyConfig
+from tests.experiments.files import odd_keys
+from tests.helpers import run_command, start
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+MOONS = datasets.load(dataset="moons")
+TOY: Any = {"num_steps": 10, "hidden": (8,), "batch_size": 100}
+FLAGS = (
+    *("--dataset=moons", "--epsilon=1,0.5,1", "--max_grad_norm=0.5", "--bounds=-3,3"),
+    *("--num_steps=10", "--hidden=8", "--batch_size=100", "--seeds=2"),
+    "--learning_rate=0.1",
+)
 
-def spent(accountant: Any, noise: float) -> Any:
-    """The same training, said to dp_accounting itself."""
-    event = library.PoissonSampledDpEvent(
-        SAMPLING["batch_size"] / SAMPLING["rows"], library.GaussianDpEvent(noise)
+
+def run(
+    *,
+    privacy: Any = None,
+    optimizer: Any = None,
+    table: datasets.Table = MOONS,
+    seeds: int = 2,
+    bounds: Any = None,
+    **training: Any,
+) -> dict[str, Any]:
+    options: Any = {"learning_rate": 0.1} | (optimizer or {})
+    return private.run(
+        table=table,
+        privacy=PrivacyConfig(**(privacy or {})),
+        optimizer=OptimizerConfig(**options),
+        training=TrainingConfig(**(TOY | training)),
+        seeds=seeds,
+        bounds=bounds,
     )
-    accountant.compose(library.SelfComposedDpEvent(event, SAMPLING["num_steps"]))
-    return accountant.get_epsilon(1e-5)
 
 
-@pytest.mark.parametrize("noise", [0.8, 2.0])
-def test_epsilon_spent_is_dp_accountings(noise):
-    mine = dp_accounting.epsilon_spent(noise, 1e-5, **SAMPLING)
-    direct = spent(library.pld.PLDAccountant(), noise)
-    np.testing.assert_allclose(mine, direct, rtol=1e-6)
-    assert mine <= spent(library.rdp.RdpAccountant(), noise)  # a looser bound
+@pytest.fixture(scope="module", autouse=True)
+def _few_chunks() -> Iterator[None]:
+    """Two chunks of steps, whose batches have one width, so that one compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private, "CHUNKS", 2)
+        yield
 
 
-@pytest.mark.parametrize("epsilon", [0.3, 3.0])
-def test_the_noise_is_the_least_that_keeps_to_epsilon(epsilon):
-    noise = dp_accounting.noise_multiplier(epsilon, 1e-5, **SAMPLING)
-    assert spent(library.pld.PLDAccountant(), noise) <= epsilon
-    assert spent(library.pld.PLDAccountant(), 0.99 * noise) > epsilon
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    """A toy run for two ε, by the real accountant."""
+    privacy = {"epsilons": (0.5, 1.0), "max_grad_norm": 0.5}
+    with jax.numpy_dtype_promotion("standard"):
+        return run(privacy=privacy, bounds=(-3.0, 3.0))
 
 
-def test_batches_are_poisson_samples():
-    batches = list(
-        dp_accounting.poisson_batches(
-            rows=400, batch_size=40, num_steps=2000, seed=(0, 1)
-        )
-    )
-    member = np.zeros((2000, 400))
-    for line, rows in zip(member, batches, strict=True):
-        assert len(np.unique(rows)) == len(rows)
-        line[rows] = 1
-    sizes = member.sum(axis=1)
-    # Of 2000 binomial numbers of variance 36: five standard errors.
-    assert abs(sizes.mean() - 40) < 5 * 6 / 2000**0.5
-    assert abs(sizes.var() - 36) < 5 * 36 * (2 / 2000) ** 0.5
-    assert abs(member.mean(axis=0) - 0.1).max() < 5 * 0.3 / 2000**0.5
-    together = (member[:, ::2] * member[:, 1::2]).mean()
-    assert abs(together - 0.01) < 5 * 0.1 / (2000 * 200) ** 0.5
-    others = dp_accounting.poisson_batches(**SAMPLING, seed=(0, 2))
-    assert not np.array_equal(next(others), batches[0])
+@pytest.fixture
+def known_noise(monkeypatch):
+    """A noise multiplier of 2 in place of the accountant's, which takes seconds."""
+    monkeypatch.setattr(dp_accounting, "noise_multiplier", lambda *_, **__: 2.0)
+    monkeypatch.setattr(dp_accounting, "epsilon_spent", lambda *_, **__: 1.0)
 
 
-def test_the_noise_added_is_that_accounted_for():
-    mean = dp_accounting.noisy_mean(jax.random.key(0), jnp.float32(6.0), 40)
-    zero = {"w": jnp.zeros((300, 300)), "b": jnp.zeros(300)}
-    state = mean.init(zero)
-    first: Any
-    second: Any
-    first, state = mean.update(zero, state)
-    second, _ = mean.update(jax.tree.map(jnp.ones_like, zero), state)
-    np.testing.assert_allclose(np.std(first["w"]), 6 / 40, rtol=0.02)
-    np.testing.assert_allclose(np.std(second["w"]), 6 / 40, rtol=0.02)
-    assert abs(np.corrcoef(np.ravel(first["w"]), np.ravel(second["w"]))[0, 1]) < 0.02
-    assert abs(float(jnp.mean(second["w"] - first["w"])) - 1 / 40) < 0.005
-
-
-def test_a_run_says_what_it_did():
-    table = datasets.load(dataset="digits")
-    result = private.run(table=table, epsilons=(0.5, 2.0), bounds=(0.0, 16.0), **TOY)
-    again = private.run(table=table, epsilons=(0.5, 2.0), bounds=(0.0, 16.0), **TOY)
-    assert result["rows"] == again["rows"]
+def test_a_run_says_what_it_did(result):
     low, high, plain = result["rows"]
-    assert low["noise"] > high["noise"] > plain["noise"] == 0
-    assert low["ε spent"] <= 0.5 < 2 * 0.99 < high["ε spent"] <= 2
-    assert plain["ε"] == np.inf
+    assert low["noise_multiplier"] > high["noise_multiplier"]
+    assert plain["noise_multiplier"] == 0
+    assert low["epsilon_spent"] <= 0.5 < 0.99 < high["epsilon_spent"] <= 1
+    assert plain["epsilon"] == plain["epsilon_spent"] == np.inf
     assert result["clipped"].shape == (3, 2, 10)
     assert result["clipped"][:2].max() > 0.5
     assert result["clipped"][2].max() == 0  # nothing is clipped at an infinite norm
-    assert plain["test accuracy"] > 0.7
-    assert result["configuration"]["rows"] == 1077
+    assert plain["test_accuracy"] > 0.7
+    assert result["configuration"]["rows"] == 600
+    assert result["configuration"]["bounds"] == (-3.0, 3.0)
+    for row, clipped in zip(result["rows"], result["clipped"], strict=True):
+        assert row["clipped_first_tenth"] == clipped[:, 0].mean()
+        assert row["clipped_last_tenth"] == clipped[:, -1].mean()
+    sampling: Any = {"rows": 600, "batch_size": 100, "num_steps": 10}
+    noise = high["noise_multiplier"]
+    assert high["epsilon_spent"] == dp_accounting.epsilon_spent(noise, 1e-5, **sampling)
 
 
+def test_a_mean_has_its_standard_error():
+    accuracies = {"test": np.array([[0.5, 0.7, 0.9]])}
+    (row,) = private.summarize([1.0], [0.9], [2.0], accuracies, np.zeros((1, 3, 4)))
+    assert np.isclose(row["test_accuracy"], 0.7)
+    assert np.isclose(row["test_accuracy_se"], 0.2 / 3**0.5)
+    single = {"test": np.array([[0.5]])}
+    (row,) = private.summarize([1.0], [0.9], [2.0], single, np.zeros((1, 1, 4)))
+    assert row["test_accuracy_se"] == 0
+
+
+@pytest.mark.usefixtures("known_noise")
 def test_nothing_of_a_row_goes_round_the_noise(monkeypatch):
     """With the noisy mean replaced by zeros nothing is left to learn from."""
 
@@ -105,119 +110,218 @@ def test_nothing_of_a_row_goes_round_the_noise(monkeypatch):
         return optax.set_to_zero()
 
     monkeypatch.setattr(dp_accounting, "noisy_mean", nothing)
-    table = datasets.load(dataset="moons")
-    toy = {**TOY, "optimizer": "sgd", "weight_decay": 0.0}
-    first = private.run(table=table, epsilons=(1.0,), **{**toy, "num_steps": 1})
-    later = private.run(table=table, epsilons=(1.0,), **toy)
-    for part in ("validation accuracy", "test accuracy"):
-        assert first["rows"][0][part] == later["rows"][0][part]
+    options: Any = {"privacy": {"epsilons": (1.0,), "max_grad_norm": 0.1}}
+    options["optimizer"] = {"optimizer": "sgd", "weight_decay": 0.0}
+    first, later = (run(num_steps=steps, **options) for steps in (1, 10))
+    for name in ("validation_accuracy", "test_accuracy"):
+        assert first["rows"][0][name] == later["rows"][0][name]
     assert first["clipped"][0, 0, 0] == later["clipped"][0, 0, 0] > 0
 
 
+@pytest.mark.slow
 def test_privacy_3_on_digits_beats_chance_by_far():
-    table = datasets.load(dataset="digits")
-    result = private.run(table=table, epsilons=(3.0,), bounds=(0.0, 16.0), seeds=3)
+    result = run(
+        table=datasets.load(dataset="digits"),
+        optimizer={"learning_rate": private.LEARNING_RATE},
+        bounds=(0.0, 16.0),
+        seeds=3,
+        hidden=(32,),
+        num_steps=300,
+        batch_size=None,
+    )
     some, plain = result["rows"]
-    assert 0.88 < some["test accuracy"] < plain["test accuracy"]
-    assert plain["test accuracy"] > 0.96
-    assert some["clipped at last"] < 0.5 < some["clipped at first"]
+    assert 0.88 < some["test_accuracy"] < plain["test_accuracy"]
+    assert plain["test_accuracy"] > 0.96
+    assert some["clipped_last_tenth"] < 0.5 < some["clipped_first_tenth"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epsilons": (0.0,)}, "--epsilon=0.0"),
-        ({"epsilons": ()}, "--epsilon="),
-        ({"epsilons": (1.0, 21.0)}, "not in"),
-        ({"dtype": "bfloat16"}, "--dtype=bfloat16"),
+        ({"privacy": {"epsilons": (0.0,)}}, r"--epsilon=0\.0"),
+        ({"privacy": {"delta": 1e-300}}, "--delta=1e-300"),
+        ({"privacy": {"max_grad_norm": 0.0}}, r"--max_grad_norm=0\.0"),
+        ({"dtype": "bfloat16"}, "--dtype=bfloat16: its rounding errors exceed"),
         (
-            {"optimizer": "polyak_sgd", "learning_rate": None},
-            "--optimizer=polyak_sgd: needs more",
+            {"optimizer": {"optimizer": "polyak_sgd", "learning_rate": None}},
+            "--optimizer=polyak_sgd: needs more than the private gradient",
         ),
-        ({"delta": 1e-300}, "--delta=1e-300"),
-        ({"epsilons": (float("nan"),)}, "--epsilon=nan"),
-        ({"delta": 0.0}, "--delta=0.0"),
-        ({"delta": 1.0}, "--delta=1.0"),
-        ({"max_grad_norm": 0.0}, "--max_grad_norm=0.0"),
-        ({"max_grad_norm": float("inf")}, "--max_grad_norm=inf"),
-        ({"batch_size": 601}, "has 600 rows to train on"),
-        ({"bounds": (1.0, 0.0)}, "--bounds=1,0"),
-        ({"optimizer": "adamm"}, "--optimizer=adamm"),
+        ({"batch_size": 601}, "--batch_size=601: moons has 600 rows to train on"),
+        ({"bounds": (1.0, 0.0)}, "--bounds=1,0: expected finite numbers LOW < HIGH"),
+        ({"bounds": (0.0, np.inf)}, "--bounds=0,inf: expected finite numbers"),
+        ({"optimizer": {"optimizer": "adamm"}}, "--optimizer=adamm: expected one of"),
     ],
 )
 def test_what_cannot_be_is_refused(change, message):
     with pytest.raises(InputError, match=message):
-        private.run(table=datasets.load(dataset="moons"), **{**TOY, **change})
+        run(**change)
 
 
-def test_a_batch_may_be_empty():
+def test_bounds_of_categories_are_refused():
+    table = MOONS._replace(features=MOONS.features.assign(color="red"))
+    with pytest.raises(
+        InputError, match="numbers only; moons has categories in column"
+    ):
+        run(table=table, bounds=(0.0, 1.0))
+
+
+@pytest.mark.usefixtures("known_noise")
+def test_a_batch_may_be_empty(monkeypatch):
+    monkeypatch.setattr(private, "CHUNKS", 1)
     sampling = {"rows": 600, "batch_size": 1, "num_steps": 5}
     batches = list(dp_accounting.poisson_batches(**sampling, seed=(0, 0)))
     assert min(map(len, batches)) == 0
-    toy = {**TOY, "num_steps": 5, "seeds": 1, "batch_size": 1}
-    result = private.run(table=datasets.load(dataset="moons"), epsilons=(3.0,), **toy)
+    found = run(num_steps=5, seeds=1, batch_size=1)
     empty = [len(rows) == 0 for rows in batches]
-    assert np.all(result["clipped"][:, 0, empty] == 0)
-    assert np.isfinite(result["clipped"]).all()
-    assert result["rows"][0]["test accuracy"] > 0
+    assert np.all(found["clipped"][:, 0, empty] == 0)
+    assert np.isfinite(found["clipped"]).all()
+    assert found["rows"][0]["test_accuracy"] > 0
 
 
+def test_batches_are_padded_and_have_few_widths():
+    sampling = {"rows": 600, "batch_size": 100, "num_steps": 50}
+    chunks = list(private.padded_batches(sampling, seed=4, seeds=2))
+    assert sum(chunk.shape[1] for chunk in chunks) == 50
+    assert len({chunk.shape[2] for chunk in chunks}) <= 3
+    for s in range(2):
+        drawn = dp_accounting.poisson_batches(**sampling, seed=(4, s))
+        lines = [line for chunk in chunks for line in chunk[s]]
+        for rows, line in zip(drawn, lines, strict=True):
+            np.testing.assert_array_equal(line[line >= 0], rows)
+
+
+@pytest.mark.usefixtures("known_noise")
 def test_the_noise_is_in_units_of_the_norm(monkeypatch):
     given = {}
 
-    def train(parts, optimizer, *, levels, **_):
+    def train(data, optimizer, training, *, levels, **_):
         given["levels"] = levels
-        return {"test": np.ones((2, 2))}, np.zeros((2, 2, 10))
+        return (), np.zeros((2, 2, 10))
 
-    monkeypatch.setattr(private, "_train", train)
-    toy = {**TOY, "max_grad_norm": 0.25}
-    result = private.run(table=datasets.load(dataset="moons"), epsilons=(3.0,), **toy)
-    noise = result["rows"][0]["noise"]
-    assert given["levels"] == [(0.25 * noise, 0.25), (0.0, np.inf)]
+    monkeypatch.setattr(private, "train", train)
+    monkeypatch.setattr(private, "accuracy", lambda *_: np.ones((2, 2)))
+    found = run(privacy={"max_grad_norm": 0.25})
+    assert found["rows"][0]["noise_multiplier"] == 2.0
+    assert given["levels"] == [(0.25 * 2.0, 0.25), (0.0, np.inf)]
 
 
 def test_bounds_leave_the_training_rows_out():
     table = datasets.load(dataset="moons")
     table.features.iloc[0, 0] = 1e6  # clipped, and nothing else is changed by it
-    parts, _ = datasets.split(table, 0)
-    scaled = private._scaled(table, parts, (-2.0, 2.0))
-    everything = np.concatenate([part.x for part in scaled.values()])
-    rows = np.concatenate([part.rows for part in scaled.values()])
+    splits, _ = datasets.split(table, 0)
+    scaled = private.scale_to_bounds(table, splits, (-2.0, 2.0))
+    everything = np.concatenate([split.x for split in scaled.values()])
+    rows = np.concatenate([split.rows for split in scaled.values()])
     expected = table.features.to_numpy().clip(-2, 2) / 2
     np.testing.assert_allclose(everything[np.argsort(rows)], expected, atol=1e-15)
 
 
-def test_the_command_writes_its_files(tmp_path):
-    process = start(
-        "private",
-        *("--dataset=moons", "--epsilon=1,3", "--num_steps=6", "--seeds=2"),
-        *("--hidden=8", "--batch_size=64", f"--output_dir={tmp_path}"),
-    )
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "which ε does not cover" in out
+# ------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory, result):
+    """The folder of the toy run by the command, and its output."""
+    spent = {row["noise_multiplier"]: row["epsilon_spent"] for row in result["rows"]}
+    noise = {row["epsilon"]: row["noise_multiplier"] for row in result["rows"]}
+    folder = tmp_path_factory.mktemp("private")
+    with pytest.MonkeyPatch.context() as patch:  # the accountant's numbers are known
+        patch.setattr(dp_accounting, "noise_multiplier", lambda e, *_, **__: noise[e])
+        patch.setattr(dp_accounting, "epsilon_spent", lambda n, *_, **__: spent[n])
+        status, out, err = run_command("private", *FLAGS, f"--output_dir={folder}")
+    assert (status, err) == (0, "")
+    return folder, out
+
+
+def test_the_command_prints_and_writes_the_same_as_run(printed, result):
+    folder, out = printed
     assert "not private" in out
-    document = json.loads((tmp_path / "private.json").read_text(encoding="utf-8"))
-    assert [row["ε"] for row in document["rows"]] == [1, 3, np.inf]
-    assert document["configuration"]["batch_size"] == 64
-    assert len(pd.read_csv(tmp_path / "private.csv")) == 3
-    shares = pd.read_csv(tmp_path / "clipped.csv")
-    assert list(shares) == ["step", "ε = 1", "ε = 3"]
-    assert len(shares) == 6
-    assert (tmp_path / "private.png").read_bytes().startswith(b"\x89PNG")
+    assert "600 rows to train on, each in a batch with probability 0.167; 10 st" in out
+    assert "which ε does not cover" not in out  # the bounds are known
+    assert "Warning" not in out
+    document = json.loads((folder / "private.json").read_text(encoding="utf-8"))
+    assert document["rows"] == result["rows"]
+    assert [row["epsilon"] for row in document["rows"]] == [0.5, 1, np.inf]
+    assert document["configuration"]["batch_size"] == 100
+    assert list(pd.read_csv(folder / "private.csv")) == [
+        *("epsilon", "epsilon_spent", "noise_multiplier", "validation_accuracy"),
+        *("validation_accuracy_se", "test_accuracy", "test_accuracy_se"),
+        *("clipped_first_tenth", "clipped_last_tenth"),
+    ]
+    assert len(pd.read_csv(folder / "private.csv")) == 3
+    fractions = pd.read_csv(folder / "clipped.csv")
+    assert list(fractions) == ["step", "epsilon_0.5", "epsilon_1"]
+    assert len(fractions) == 10
+    np.testing.assert_allclose(fractions["epsilon_1"], result["clipped"][1].mean(0))
+    assert (folder / "private.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_keys_of_results_are_snake_case(printed):
+    assert odd_keys(printed[0], ignored=r"epsilon_[0-9.]+") == {}
+
+
+def test_what_epsilon_does_not_cover_is_said(result, capsys):
+    configuration = {**result["configuration"], "bounds": None, "delta": 1 / 600}
+    private._report({**result, "configuration": configuration})
+    out = capsys.readouterr().out
+    assert "standardized by the training rows, which ε does not cover" in out
+    assert "Warning: δ is at least 1 / rows" in out
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "bounds", "rate"),
     [
-        ("--epsilon=1,x", "--epsilon=1,x: not numbers"),
-        ("--bounds=1", "--bounds=1: not LOW,HIGH"),
-        ("--delta=2", "--delta"),
+        ((), (0.0, 16.0), 0.01),  # digits, whose pixels are known
+        (("--dataset=moons",), None, 0.01),
+        (("--data=x.csv",), None, 0.01),
+        (("--bounds=-1,2.5", "--learning_rate=0.2"), (-1.0, 2.5), 0.2),
+        (("--optimizer=sgd",), (0.0, 16.0), None),
     ],
 )
+def test_flags_that_are_not_set_have_the_defaults_in_help(
+    flags, bounds, rate, monkeypatch
+):
+    given = {}
+
+    def stopped(**options):
+        given.update(options)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(private, "run", stopped)
+    monkeypatch.setattr(datasets, "from_flags", lambda seed: MOONS)
+    finished = run_command("private", *flags)
+    assert (finished.status, finished.err) == (2, "private: stopped\n")
+    assert given["bounds"] == bounds
+    assert given["optimizer"].learning_rate == rate
+    assert given["training"].batch_size is None
+    assert given["privacy"].epsilons == (0.5, 1, 2, 3, 5, 8)
+    assert given["seeds"] == 5
+    assert [private.default_batch_size(n) for n in (5, 600, 2000)] == [2, 150, 256]
+
+
+BAD_FLAGS = [
+    ("--epsilon=1,x", "--epsilon=1,x: expected comma-separated numbers"),
+    ("--bounds=1", "--bounds=1: expected LOW,HIGH"),
+    ("--bounds=1,y", "--bounds=1,y: expected comma-separated numbers"),
+    ("--delta=2", "--delta=2"),
+    ("--epochs=3", "epochs"),
+]
+
+
+@pytest.mark.parametrize(("flag", "message"), BAD_FLAGS)
 def test_a_bad_flag_is_one_line(flag, message):
-    process = start("private", flag)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert message in err
-    assert len(err.strip().splitlines()) == 1
+    finished = run_command("private", flag)
+    assert finished.status == 2
+    assert finished.err.startswith("private: ")
+    assert message in finished.err
+    assert finished.err.count("\n") == 1
+
+
+def test_a_bad_flag_is_one_line_of_a_process():
+    flag, message = BAD_FLAGS[0]
+    with start("private", flag) as process:
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (2, "", f"private: {message}\n")

@@ -1,62 +1,99 @@
-"""experiments.sweep: axes, the table, and runs that are killed, resumed and shared."""
+"""`experiments.sweep`: its table, and runs that are interrupted, killed and shared."""
 
+import contextlib
+import json
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
 import jaxbce
 from experiments import sweep
-from experiments.support import datasets, optimizers, resumable, sweep_axes
+from experiments.support import datasets, optimizers
 from experiments.support.cli import InputError
-from tests.helpers import start
+from experiments.support.config import OptimizerConfig, TrainingConfig
+from experiments.support.sweep_axes import Search, parse_axis
+from tests.experiments.files import odd_keys
+from tests.helpers import run_command, start
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+MOONS = datasets.load(dataset="moons")
+TEXTS = ("learning_rate=log:1e-2:1e2:4", "weight_decay=0,0.1")
+AXES = tuple(map(parse_axis, TEXTS))
+SGD = sweep.Program((4,), "sgd")
+FLAGS = (
+    *(f"--axis={text}" for text in TEXTS),
+    *("--dataset=moons", "--hidden=4", "--optimizer=sgd", "--seeds=3"),
+    *("--num_steps=60", "--batch_size=0", "--cpu_devices=2"),
+)
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    import jax
-
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+def plan(*, axes=AXES, programs=(SGD,), seeds=3, search=None, **training):
+    options: Any = {"num_steps": 60, "batch_size": 0} | training
+    return sweep.Plan(
+        table=MOONS,
+        search=search or Search(axes),
+        programs=list(programs),
+        seeds=seeds,
+        optimizer=OptimizerConfig(optimizer="sgd"),
+        training=TrainingConfig(**options),
+    )
 
 
 @pytest.fixture(scope="module")
-def table():
-    return datasets.load(dataset="moons")
+def members() -> Any:
+    """The table of the toy sweep, computed in one piece."""
+    with jax.numpy_dtype_promotion("standard"):
+        return sweep.run(plan())["members"]
 
 
-AXES = [
-    sweep_axes.axis("learning_rate=log:1e-2:1e2:4"),
-    sweep_axes.axis("weight_decay=0,0.1"),
-]
-TOY: Any = {"hidden": [(4,)], "num_steps": 60, "optimizers": ("sgd",), "seeds": 3}
-
-
-def test_rows_are_the_members_and_the_best_are_on_top(table):
-    result = sweep.run(table=table, axes=AXES, **TOY)
-    members: Any = pd.DataFrame(result["members"])
+def test_rows_are_the_members_and_the_best_are_on_top(members):
     assert len(members) == 4 * 2 * 3
     assert not members[["point", "seed"]].duplicated().any()
     best = members.groupby("point")["validation_loss"].mean()
-    top: Any = pd.DataFrame(result["top"])
-    assert top["validation_loss"][0].startswith(f"{best.min():.4f} ± ")
+    top = sweep.best_points(members, ["learning_rate", "weight_decay"], 5)
+    assert len(top) == 5
+    assert top[0]["validation_loss"].startswith(f"{best.min():.4f} ± ")
+    shown = [float(row["validation_loss"].split()[0]) for row in top]
+    assert shown == sorted(shown)
     point = members[members["point"] == best.idxmin()]
-    assert top["learning_rate"][0] == point["learning_rate"].iloc[0]
+    assert top[0]["learning_rate"] == point["learning_rate"].iloc[0]
     assert point["test_accuracy"].mean() > 0.8
 
 
-def test_a_row_is_the_solo_run_of_its_member(table):
-    import jax
+def test_points_that_diverged_are_last(members):
+    changed = members.assign(diverged_at=np.where(members["point"] == 5, 7, -1))
+    changed["validation_loss"] += members["point"] != 5  # the smallest loss
+    names = ["learning_rate", "weight_decay"]
+    *others, last = sweep.best_points(changed, names, 8)
+    assert last["diverged"] == 3
+    assert [row["diverged"] for row in others] == [0] * 7
+    point = changed[changed["point"] == 5]
+    assert last["learning_rate"] == point["learning_rate"].iloc[0]
 
-    result = sweep.run(table=table, axes=AXES, dtype="float64", **TOY)
-    row = next(r for r in result["members"] if (r["point"], r["seed"]) == (3, 2))
+
+def test_one_seed_has_no_standard_error(members):
+    (top,) = sweep.best_points(members[members["seed"] == 0], ["learning_rate"], 1)
+    assert "±" not in top["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    "batch_size", [0, pytest.param(32, marks=pytest.mark.slow)], ids=["all", "batches"]
+)
+def test_a_row_is_the_solo_run_of_its_member(batch_size):
+    options: Any = {"batch_size": batch_size, "evaluate_every": 19}
+    found = sweep.run(plan(dtype="float64", hidden=(4,), **options))["members"]
+    row = next(r for r in found.to_dict("records") if (r["point"], r["seed"]) == (3, 2))
     assert row["weight_decay"] == 0.1
-    parts: Any = datasets.split(table, 0)[0]
+    splits: Any = datasets.split(MOONS, 0)[0]
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 2))
         params = jaxbce.init(keys[0], (2, 4, 1))
@@ -67,110 +104,252 @@ def test_a_row_is_the_solo_run_of_its_member(table):
         run = jaxbce.fit(
             keys[1],
             params,
-            parts["train"].x,
-            parts["train"].y,
+            splits["train"].x,
+            splits["train"].y,
             optimizer=optimizer,
             loss=optimizers.penalized(jaxbce.loss, penalty),
             num_steps=60,
-            batch_size=32,
-            validation=parts["validation"][1:],
+            batch_size=batch_size or None,
+            validation=splits["validation"][1:],
             evaluate_every=19,
         )
         assert run.best_step == row["best_step"]
         assert np.isclose(run.best_loss, row["validation_loss"], rtol=1e-10)
-        test = parts["test"]
+        test = splits["test"]
         loss = jaxbce.loss(run.best_params, test.x, test.y)
         assert np.isclose(loss, row["test_loss"], rtol=1e-10)
+        accuracy = ((jaxbce.logits(run.best_params, test.x) > 0) == test.y).mean()
+        assert accuracy == row["test_accuracy"]
 
 
-def test_parts_are_the_whole_and_a_lost_part_is_made_anew(table, tmp_path, monkeypatch):
-    whole = sweep.run(table=table, axes=AXES, **TOY)
-    monkeypatch.setattr(sweep, "PART_MEMBERS", (5, 5))  # no divisor of 8 points or 3
-    options = TOY | {"make_folder": lambda: tmp_path, "csv": True}
-    found = sweep.run(table=table, axes=AXES, **options)
-    a, b = (
-        pd.DataFrame(r["members"]).sort_values(["point", "seed"], ignore_index=True)
-        for r in (whole, found)
-    )
-    pd.testing.assert_frame_equal(a, b, rtol=1e-4)
-    first = (tmp_path / "sweep.parquet").read_bytes()
-    lost = sorted((tmp_path / "parts").iterdir())
-    assert len(lost) == 6
-    lost[3].unlink()
-    sweep.run(table=table, axes=AXES, **options)
-    assert (tmp_path / "sweep.parquet").read_bytes() == first
-    csv = pd.read_csv(tmp_path / "sweep.csv")
-    assert len(csv) == 24
-    assert (tmp_path / "sweep.png").stat().st_size > 1000
-    with pytest.raises(InputError, match=r"has another run, with seeds=3 there, not 2"):
-        sweep.run(table=table, axes=AXES, **(options | {"seeds": 2}))
+def by_member(table: Any) -> pd.DataFrame:
+    return table.sort_values(["point", "seed"], ignore_index=True)
 
 
-def test_choices_are_programs_and_a_random_search_draws(table):
-    axes = [*AXES[:1], sweep_axes.axis("b1=0.5,0.9")]
-    options: Any = {"search": "random", "num_points": 3, "optimizers": ("adam",)}
-    options = TOY | options | {"hidden": [(4,), (3, 2)], "num_steps": 5}
-    members = pd.DataFrame(sweep.run(table=table, axes=axes, **options)["members"])
-    assert len(members) == 3 * 3 * 2
-    assert set(members["hidden"]) == {"4", "3×2"}
-    assert members["learning_rate"].between(1e-2, 1e2).all()
-    assert set(members["b1"]) <= {0.5, 0.9}
+def test_interrupted_and_resumed_it_ends_with_the_same_table(
+    members, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sweep, "CHUNK_MEMBERS", (5, 5))  # no divisor of 8 points or 3
+    divided = plan()
+    assert sum(divided.sizes) == 24
+    assert len(divided.sizes) == 6
+    trained, interrupt_at = [], {3}
+    honest = sweep.Plan.train
+
+    def interrupted(self, chunk, *args):
+        if len(trained) in interrupt_at:
+            interrupt_at.clear()
+            raise KeyboardInterrupt
+        trained.append(chunk)
+        return honest(self, chunk, *args)
+
+    monkeypatch.setattr(sweep.Plan, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(divided, tmp_path)
+    assert trained == divided.chunks[:3]
+    stored = sorted((tmp_path / "parts").iterdir())
+    assert [path.name for path in stored] == ["0.parquet", "1.parquet", "2.parquet"]
+    found = sweep.run(divided, tmp_path)["members"]
+    assert trained == divided.chunks
+    size = sum(divided.sizes[:3])
+    assert capsys.readouterr().out == f"Resuming: {size} of 24 networks are done.\n"
+    pd.testing.assert_frame_equal(by_member(members), by_member(found), rtol=1e-4)
+    whole = sweep.run(divided)["members"]  # never interrupted
+    pd.testing.assert_frame_equal(whole, found, check_exact=True)
+    del trained[:]
+    (tmp_path / "parts" / "3.parquet").unlink()
+    again = sweep.run(divided, tmp_path)["members"]
+    assert trained == [divided.chunks[3]]
+    pd.testing.assert_frame_equal(again, found, check_exact=True)
+    with pytest.raises(InputError, match=r"another run, with seeds=3 there, 2 here"):
+        sweep.run(plan(seeds=2), tmp_path)
 
 
-def test_a_dry_run_says_what_it_would_take(table):
-    cost = sweep.run(table=table, axes=AXES, dry_run=True, **TOY)["cost"]
-    assert cost[0]["networks"] == 24
-    assert 0 < cost[0]["network-steps/s"] < 1e9
-    assert cost[0]["on all devices at a time"] <= 24
+def test_processes_after_the_first_leave_the_folder_alone(tmp_path, monkeypatch):
+    shared = plan()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert sweep.run(shared, tmp_path) == {"configuration": shared.configuration}
+    assert list(tmp_path.iterdir()) == []
 
 
-BAD = {
-    "learning_rate": "not NAME",
-    "learning_rate=log:0:1:3": "positive ends",
-    "learning_rate=log:1:2": "log:FROM:TO:COUNT",
-    "learning_rate=1,x": "could not convert",
-    "learning_rate=1,1": "comes twice",
-    "learning_rate=-1": ">= 0",
-    "learning_rate=nan": "not finite",
-    "label_smoothing=2": "from 0 to 1",
-    "b1=lin:0:1:0": "a count from 1",
-}
+def test_choices_are_programs_and_a_random_search_draws():
+    axes = (AXES[0], parse_axis("b1=0.5,0.9"))
+    programs = [sweep.Program(widths, "adam") for widths in ((4,), ())]
+    search = Search(axes, "random", 3)
+    found = sweep.run(plan(search=search, programs=programs, num_steps=5))["members"]
+    assert len(found) == 3 * 3 * 2
+    assert set(found["hidden"]) == {"4", "none"}
+    assert found["learning_rate"].between(1e-2, 1e2).all()
+    assert set(found["b1"]) <= {0.5, 0.9}
+    assert sweep.Program((3, 2), "adam").layers == "3×2"
 
 
-@pytest.mark.parametrize(("text", "message"), BAD.items(), ids=BAD)
-def test_a_bad_axis_is_one_line(text, message):
-    with pytest.raises(InputError, match=message):
-        sweep_axes.axis(text)
+def test_a_dry_run_says_what_it_would_take(monkeypatch, tmp_path):
+    costs = []
+    honest = sweep.dry_run
+    monkeypatch.setattr(sweep, "dry_run", lambda p: costs.extend(honest(p)) or costs)
+    folder = tmp_path / "new"
+    command = (*FLAGS, "--dry_run", f"--output_dir={folder}")
+    status, out, err = run_command("sweep", *command)
+    assert (status, err) == (0, "")
+    assert "network-steps/s" in out
+    assert not folder.exists()
+    (cost,) = costs
+    assert cost["networks"] == 24
+    assert 0 < cost["network_steps_per_second"] < 1e9
+    assert 0 < cost["networks_at_a_time"] <= 24
+    assert set(sweep.COST_HEADINGS) < set(cost)
 
 
-def test_what_does_not_fit_together_is_refused(table):
-    for axes, options, message in [
-        ([], {}, "--axis is needed"),
-        (AXES[:1] * 2, {}, "given twice"),
-        ([sweep_axes.axis("b7=1,2")], {}, "--axis=b7: sgd takes"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": ()}, "expected --axis"),
+        ({"axes": AXES[:1] * 2}, "is given twice"),
+        ({"axes": (parse_axis("b7=1,2"),)}, "--axis=b7: sgd takes"),
         (
-            [sweep_axes.axis("nesterov=0,1")],
-            {"optimizers": ("adam",)},
+            {
+                "axes": (parse_axis("nesterov=0,1"),),
+                "programs": [sweep.Program((4,), "adam")],
+            },
             "adam: cannot be swept over nesterov",
         ),
-        (AXES, {"num_points": 3}, "--search=random"),
-        (AXES, {"search": "random"}, "--num_points"),
-        (AXES, {"batch_size": 10**6}, "--batch_size"),
-        (AXES, {"optimizers": ("sgd", "sgd")}, "the same one twice"),
-        (AXES, {"optimizers": ("sgdd",)}, "not one of"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            sweep.run(table=table, axes=axes, **(TOY | options))
+        ({"search": Search(AXES, "grid", 3)}, "--num_points needs --search=random"),
+        ({"search": Search(AXES, "random")}, "--search=random needs --num_points"),
+        ({"batch_size": 10**6}, "--batch_size=1000000: moons has 600 rows"),
+        ({"programs": [SGD, SGD]}, "--hidden or --optimizer repeats a value"),
+        ({"programs": [sweep.Program((4,), "sgdd")]}, "--optimizer=sgdd: expected one"),
+        ({"pos_weight": "balanced"}, "--pos_weight=balanced: expected a number in a"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        plan(**options)
 
 
-def test_a_damaged_part_is_named(tmp_path):
+# ------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The folder of a run of the command in a process of its own, and its output."""
+    folder = tmp_path_factory.mktemp("swept")
+    out, err = finish(start("sweep", *FLAGS, "--csv", f"--output_dir={folder}"))
+    assert err == ""
+    return folder, out
+
+
+def test_a_process_writes_the_table_and_prints_the_best(swept, members):
+    folder, out = swept
+    assert "24 networks, of which" in out
+    assert (
+        f"In {folder}: config.json, parts, sweep.csv, sweep.parquet, sweep.png" in out
+    )
+    found = pd.read_parquet(folder / "sweep.parquet")
+    pd.testing.assert_frame_equal(found, members, check_exact=True)
+    csv = pd.read_csv(folder / "sweep.csv", dtype={"hidden": str})
+    pd.testing.assert_frame_equal(csv, members, check_dtype=False)
+    assert (folder / "sweep.png").stat().st_size > 1000
+    document = json.loads((folder / "top.json").read_text())
+    best = sweep.best_points(members, ["learning_rate", "weight_decay"], 10)
+    assert document["top"] == best
+    assert document["configuration"]["optimizer"] == ["sgd"]
+    assert document["configuration"]["points"] == 8
+    assert len(pd.read_csv(folder / "top.csv")) == 8
+    assert best[0]["validation_loss"] in out
+
+
+def test_keys_of_results_are_snake_case(swept):
+    assert odd_keys(swept[0]) == {}
+
+
+def test_a_finished_sweep_is_written_again_from_its_parts(swept):
+    folder, _ = swept
+    first = (folder / "sweep.parquet").read_bytes()
+    (folder / "sweep.parquet").unlink()
+    status, out, err = run_command("sweep", *FLAGS, "--csv", f"--output_dir={folder}")
+    assert (status, err) == (0, "")
+    assert "Resuming: 24 of 24 networks are done." in out
+    assert (folder / "sweep.parquet").read_bytes() == first
+
+
+def test_without_a_folder_the_best_are_printed(members, monkeypatch):
+    monkeypatch.setattr(sweep, "run", lambda plan, folder: {"members": members})
+    status, out, err = run_command("sweep", *FLAGS, "--top=2")
+    assert (status, err) == (0, "")
+    best = sweep.best_points(members, ["learning_rate", "weight_decay"], 3)
+    shown = [row["validation_loss"] in out for row in best]
+    assert shown == [True, True, False]
+    assert "24 networks, of which" in out
+
+
+def test_processes_after_the_first_print_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(sweep, "run", lambda plan, folder: {"configuration": {}})
+    monkeypatch.setattr(sweep, "dry_run", lambda plan: [])
+    assert run_command("sweep", *FLAGS) == (0, "", "")
+    assert run_command("sweep", *FLAGS, "--dry_run") == (0, "", "")
+
+
+def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path):
+    earlier = {
+        "data": "moons",
+        "data_digest": datasets.digest(MOONS),
+        "classes": {"moon": ["upper", "lower"]},
+        "axes": {axis.name: [axis.spacing, *axis.values.tolist()] for axis in AXES},
+        "search": "grid",
+        "points": 8,
+        "seeds": 3,
+        "seed": 0,
+        "hidden": [[4]],
+        "optimizer": ["sgd"],
+        "optimizer_args": {},
+        "learning_rate": None,
+        "schedule": "constant",
+        "weight_decay": 0.001,
+        "batch_size": None,
+        "num_steps": 60,
+        "evaluate_every": 1,
+        "patience": None,
+        "pos_weight": 1.0,
+        "dtype": "float32",
+        "devices": 2,
+    }
+    now = json.loads(json.dumps(plan(hidden=(4,)).configuration))
+    assert now == earlier  # they differ by the format alone
+    (tmp_path / "config.json").write_text(json.dumps(earlier))
     (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "0.parquet").write_bytes(b"not parquet")
-    options: Any = {"configuration": {}, "unit": "n"}
-    with pytest.raises(InputError, match=r"0\.parquet: cannot be read"):
-        resumable.compute_chunks(
-            1, lambda i: pd.DataFrame(), [1], folder=tmp_path, **options
-        )
+    (tmp_path / "parts" / "0.parquet").write_bytes(b"of the earlier version")
+    status, _, err = run_command("sweep", *FLAGS, f"--output_dir={tmp_path}")
+    assert status == 2
+    assert err == (
+        f"sweep: --output_dir={tmp_path}: holds a run of another version of these "
+        "experiments (format 1, expected 2); use another folder\n"
+    )
+    assert json.loads((tmp_path / "config.json").read_text()) == earlier
+    assert not (tmp_path / "sweep.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--axis=learning_rate=1,x",), "--axis=learning_rate=1,x: could not convert"),
+        (("--search=all",), "search"),
+        (("--hidden=0",), "--hidden=0: expected comma-separated integers >= 1"),
+        (("--process_id=0",), "expected --coordinator, --num_processes and --process"),
+        (("--num_points=3",), "--num_points needs --search=random"),
+        (("--num_points=0",), "num_points"),
+        (("--hidden=4",), "--hidden or --optimizer repeats a value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tmp_path):
+    folder = tmp_path / "new"
+    finished = run_command("sweep", *FLAGS, f"--output_dir={folder}", *flags)
+    assert finished.status == 2
+    assert finished.err.startswith("sweep: ")
+    assert message in finished.err
+    assert finished.err.count("\n") == 1
+    assert not folder.exists()
 
 
 # ------------------------------------------------------- as processes, and killed
@@ -179,8 +358,27 @@ PROCESSES = ("--dataset=breast_cancer", "--axis=learning_rate=log:1e-3:1:192")
 PROCESSES += ("--seeds=4", "--hidden=4", "--num_steps=300")
 
 
+def finish(process: Any) -> tuple[str, str]:
+    """What a process printed, which must succeed."""
+    with ended(process):
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@contextlib.contextmanager
+def ended(*processes: Any) -> Iterator[None]:
+    """Ends the processes that are still running at the end of a block."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def together(count: int, folder: Path) -> list[Any]:
-    """Starts the processes of one sweep, a device each."""
+    """Starts the processes of one sweep, one device for each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -189,10 +387,9 @@ def together(count: int, folder: Path) -> list[Any]:
     return [start("sweep", *flags, f"--process_id={i}") for i in range(count)]
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 120
+def wait_for(path: Path, *processes: Any) -> None:
     while not path.exists():
-        assert time.monotonic() < end, f"no {path}"
+        assert all(process.poll() is None for process in processes), f"no {path}"
         time.sleep(0.05)
 
 
@@ -200,36 +397,38 @@ def wait_for(path: Path) -> None:
 def alone(tmp_path_factory):
     """The file of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
-    process = start("sweep", *PROCESSES, f"--output_dir={folder}", "--cpu_devices=4")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    flags = (*PROCESSES, f"--output_dir={folder}", "--cpu_devices=4")
+    out, _ = finish(start("sweep", *flags))
     assert "768 networks" in out
     return (folder / "sweep.parquet").read_bytes()
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_file(alone, tmp_path):
+@pytest.mark.slow
+def test_killed_in_the_middle_it_resumes_to_the_same_file(alone, tmp_path):
     flags = (*PROCESSES, f"--output_dir={tmp_path}", "--cpu_devices=4")
     process = start("sweep", *flags)
-    wait_for(tmp_path / "parts" / "0.parquet")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with ended(process):
+        wait_for(tmp_path / "parts" / "0.parquet", process)
+        process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "sweep.parquet").exists()
-    process = start("sweep", *flags)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "Going on" in out
+    out, _ = finish(start("sweep", *flags))
+    assert "Resuming" in out
     assert (tmp_path / "sweep.parquet").read_bytes() == alone
 
 
+@pytest.mark.slow
 def test_four_processes_of_which_one_is_killed_end_with_the_same_file(alone, tmp_path):
     processes = together(4, tmp_path)
-    wait_for(tmp_path / "parts" / "0.parquet")
-    processes[2].send_signal(signal.SIGKILL)
-    for process in processes:  # the others notice, and end
-        process.communicate(timeout=120)
-        assert process.returncode != 0
+    with ended(*processes):
+        wait_for(tmp_path / "parts" / "0.parquet", *processes)
+        processes[2].send_signal(signal.SIGKILL)
+        for process in processes:  # the others notice, and end
+            process.communicate(timeout=600)
+            assert process.returncode != 0
     assert not (tmp_path / "sweep.parquet").exists()
-    for process in together(4, tmp_path):
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    processes = together(4, tmp_path)
+    with ended(*processes):
+        for process in processes:
+            _, err = process.communicate(timeout=600)
+            assert process.returncode == 0, err
     assert (tmp_path / "sweep.parquet").read_bytes() == alone
