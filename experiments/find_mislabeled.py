@@ -77,7 +77,12 @@ _RANK_BY = flags.DEFINE_enum(
 )
 
 DEFAULTS = {"batch_size": 32, "num_steps": 400, "dtype": "float32", "seeds": 10}
-HELP = {"seeds": "Networks per fold, which differ only by their seed."}
+HELP = {
+    "seeds": "Networks per fold, which differ only by their seed.",
+    "target": "Column of --data that holds the labels, which may be any two values. "
+    "All other columns are features: numbers are standardized, text is one-hot "
+    "encoded.",
+}
 DEFAULT_FLIP_FRACTION = 0.05
 SHOWN = 10  # rows of the table in the terminal
 IMAGES = {"digits": (8, 8)}  # datasets whose examples are images, and their shapes

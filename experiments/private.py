@@ -82,6 +82,7 @@ DEFAULTS = {"num_steps": 300, "dtype": "float32", "seeds": 5}
 HELP = {
     "batch_size": "Expected examples per batch; 0 is all of them. If not set, a "
     "quarter of the training rows, at most 256.",
+    "dtype": "<float64|float32>: Floating-point type to compute in.",
     "learning_rate": "The learning rate. If not set, 0.01 for adam; for others the "
     "optimizer's own default, or 0.003 if it has none.",
     "seeds": "Networks per ε, which differ only by their seed.",

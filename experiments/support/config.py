@@ -45,6 +45,8 @@ WEIGHT_DECAY = flags.DEFINE_float(
 HIDDEN = flags.DEFINE_multi_string(
     "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
 )
+# Drops absl's hint that the flag may be repeated, which only `sweep` allows.
+flags.FLAGS["hidden"].help = flags.FLAGS["hidden"].help.partition(";\n")[0]
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Examples per batch; 0 is all of them.", lower_bound=0
 )
