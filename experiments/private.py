@@ -281,7 +281,7 @@ def train(
     """
     x, y = jnp.asarray(data.x, training.dtype), jnp.asarray(data.y, training.dtype)
     sizes = (x.shape[1], *training.hidden, y.shape[1])
-    columns = NoiseLevel(*(jnp.asarray(t, x.dtype) for t in zip(*levels, strict=True)))
+    stacked = NoiseLevel(*(jnp.asarray(t, x.dtype) for t in zip(*levels, strict=True)))
     keys = jax.random.split(jax.random.key(training.seed), (seeds, 2))
 
     def private(key: jax.Array, stddev: Any) -> optax.GradientTransformation:
@@ -317,13 +317,13 @@ def train(
         return jax.lax.scan(step, state, batches)
 
     per_level = jax.vmap(begin, in_axes=(0, None))
-    state = jax.jit(jax.vmap(per_level, in_axes=(None, 0)))(columns, keys)
+    state = jax.jit(jax.vmap(per_level, in_axes=(None, 0)))(stacked, keys)
     per_level = jax.vmap(steps, in_axes=(0, 0, None, None))
     advance = jax.jit(jax.vmap(per_level, in_axes=(0, None, 0, 0)))
     clipped = []
     with tqdm(total=sampling["num_steps"], unit="step", disable=None) as bar:
         for batches in padded_batches(sampling, training.seed, seeds):
-            state, fraction = advance(state, columns, keys, jnp.asarray(batches))
+            state, fraction = advance(state, stacked, keys, jnp.asarray(batches))
             clipped.append(np.asarray(fraction))
             bar.update(batches.shape[1])
     fractions = np.concatenate(clipped, axis=2)  # [seeds, levels, steps]

@@ -135,7 +135,7 @@ class ChunkedFit:
         return run, np.array(history), int(done)
 
     def _taken(self, evaluations: int) -> int:
-        """Number of steps taken before the last of that many evaluations."""
+        """Number of steps taken when that many evaluations are done."""
         return int(self._steps[evaluations - 1]) if evaluations else 0
 
     def _stopped(self, run: jaxbce.FitResult) -> bool:

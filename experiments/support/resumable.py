@@ -118,7 +118,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves a pytree of arrays, which is on disk when this returns.
+        """Saves a pytree of arrays; the checkpoint is complete when this returns.
 
         Raises:
           InputError: If it cannot be written, for example because the disk is full.
