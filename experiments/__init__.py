@@ -1,1 +1,1 @@
-"""Experiments on jaxbce: one question a script, `python -m experiments.NAME`."""
+"""Experiments on jaxbce: one question per command, `python -m experiments.NAME`."""

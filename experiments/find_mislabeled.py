@@ -4,18 +4,19 @@ r"""Which training labels are wrong?
     python -m experiments.find_mislabeled --data mine.csv --target label \
         --output_dir results
 
-Every row is scored by --seeds networks, which jaxbce.sweep trains on the other folds.
-The scores are means over the networks of EL2N and GraNd (jaxbce.per_example.scores),
-self-influence (the square of GraNd, which is TracIn of a row on itself) and the loss.
-With --flip_fraction, that fraction of the labels, drawn at random, is flipped
-beforehand, and the table shows how well each score finds them, next to chance, the norm
-of the input, and, if it is installed, cleanlab's confident learning on the same folds
-and networks. Expect a ROC AUC on digits of about 0.99 for EL2N and the loss.
+Splits the examples into --folds folds, and scores every example by --seeds networks
+that jaxbce.sweep trains on the other folds. The scores are means over the networks of
+EL2N and GraNd (jaxbce.per_example.scores), self-influence (the square of GraNd, which
+is TracIn of an example on itself) and the loss. --flip_fraction flips that fraction of
+the labels at random beforehand. The table then shows how well each score finds them,
+compared with chance, the norm of the input, and cleanlab's confident learning (if it is
+installed) on the same folds and networks. Expect a ROC AUC on digits of about 0.99 for
+EL2N and the loss.
 
-Features are standardized over all rows, without looking at the labels. A duplicated row
-may have its copy in another fold. Without flips, which is the default with --data, rows
-are ranked as they are. In both cases suspicious.csv in --output_dir lists all rows, the
-most suspicious first.
+Features are standardized over all examples, without looking at the labels. A duplicated
+example may have its copy in another fold. With --data, no labels are flipped unless
+--flip_fraction is set. suspicious.csv in --output_dir lists all examples, the most
+suspicious first.
 """
 
 from pathlib import Path
@@ -50,17 +51,17 @@ for _name in (
 _FLIP_FRACTION = flags.DEFINE_float(
     "flip_fraction",
     None,
-    "Fraction of labels to flip; 0 for none. If not set, 0.05, or 0 with --data.",
+    "Fraction of labels to flip; 0 for none. If not set, 0 with --data, else 0.05.",
     lower_bound=0.0,
     upper_bound=0.5,
 )
 _FOLDS = flags.DEFINE_integer(
     "folds",
     5,
-    "Number of folds; each is scored by networks trained on the others.",
+    "Number of folds; each is scored by networks trained on the other folds.",
     2,
 )
-SCORES = {  # their keys in files, and their names
+SCORES = {  # keys in files, and names
     "el2n": "EL2N",
     "grand": "GraNd",
     "self_influence": "self-influence",
@@ -72,7 +73,7 @@ _RANK_BY = flags.DEFINE_enum(
     "rank_by",
     "EL2N",
     list(SCORES.values()),
-    "The score by which suspicious.csv and the picture are ordered.",
+    "The score by which the examples in all output are ordered.",
 )
 
 DEFAULTS: dict[str, Any] = {
@@ -81,10 +82,15 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "seeds": 10,
 }
-HELP = {"seeds": "Networks per fold, which differ only by their seed."}
+HELP = {
+    "seeds": "Networks per fold, which differ only by their seed.",
+    "target": "Column of --data that holds the labels, which may be any two values. "
+    "All other columns are features: numbers are standardized, text is one-hot "
+    "encoded.",
+}
 DEFAULT_FLIP_FRACTION = 0.05
-SHOWN = 10  # rows in the terminal
-IMAGES = {"digits": (8, 8)}  # datasets whose rows are images, and their shapes
+SHOWN = 10  # rows of the table in the terminal
+IMAGES = {"digits": (8, 8)}  # datasets whose examples are images, and their shapes
 HEADINGS = {
     **SCORES,
     "roc_auc": "ROC AUC",
@@ -104,7 +110,7 @@ def run(
     flip_fraction: float = 0.0,
     rank_by: str = "EL2N",
 ) -> dict[str, Any]:
-    """Scores every row by networks that have not seen it.
+    """Scores every example by networks that were not trained on it.
 
     Args:
       table: The data, with one target.
@@ -113,12 +119,12 @@ def run(
       seeds: Networks per fold.
       folds: Number of folds.
       flip_fraction: Fraction of labels to flip beforehand.
-      rank_by: Name of the score by which to order rows.
+      rank_by: Name of the score by which to order examples.
 
     Returns:
-      "configuration"; "rows", a table of all rows, the most suspicious first; "found",
-      a row per score if labels were flipped; and "confident_learning", what cleanlab
-      marks, or None if it is not installed.
+      "configuration"; "rows", a table of all examples, the most suspicious first;
+      "found", one row per score if labels were flipped; and "confident_learning", the
+      number of labels that cleanlab marks, or None if it is not installed.
 
     Raises:
       InputError: If an argument cannot be used, or a network diverges.
@@ -139,7 +145,7 @@ def run(
         x, given, optimizer, training, seeds=seeds, folds=folds
     )
 
-    # Compare the scores, and rank the rows.
+    # Compare the scores, and rank the examples.
     quality = confident_learning(given, probability)
     return {
         "configuration": {
@@ -161,10 +167,10 @@ def run(
 
 
 def flip(rows: int, fraction: float, seed: int) -> np.ndarray:
-    """Which labels to flip, `[rows]`, drawn at random.
+    """Draws at random which labels to flip, a boolean array `[rows]`.
 
     Raises:
-      InputError: If the fraction is positive and too small to flip any.
+      InputError: If the fraction is positive but too small to flip any.
     """
     flipped = np.zeros(rows, bool)
     chosen = np.random.default_rng(seed).choice(
@@ -185,7 +191,7 @@ def score_folds(
     seeds: int,
     folds: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Scores by key, each `[N]`, and mean probabilities of label 1, `[N]`.
+    """Scores examples; returns scores by key and mean probabilities of label 1, `[N]`.
 
     Args:
       x: Features `[N, n_0]`.
@@ -199,7 +205,7 @@ def score_folds(
       InputError: If a network diverges.
     """
     make_optimizer = optimizer.build_family(training.num_steps or 1)
-    split = StratifiedKFold(folds, shuffle=True, random_state=training.seed)
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=training.seed)
     scores = {name: np.zeros(len(x)) for name in (*SCORES, *CONTROL)}
     probability = np.zeros(len(x))
 
@@ -212,7 +218,7 @@ def score_folds(
             )
 
         for fold, (others, held_out) in enumerate(
-            tqdm(list(split.split(x, given)), unit="fold", disable=None)
+            tqdm(list(splitter.split(x, given)), unit="fold", disable=None)
         ):
             networks = jaxbce.sweep(
                 jax.random.fold_in(jax.random.key(training.seed), fold),
@@ -260,7 +266,7 @@ def rank(
     scores: dict[str, np.ndarray],
     rank_by: str,
 ) -> pd.DataFrame:
-    """All rows, the most suspicious first."""
+    """A table of all examples, the most suspicious first."""
     ((target, classes),) = table.classes.items()
     labels = np.array([f"{target}={value}" for value in classes])[given.astype(int)]
     rows = pd.DataFrame({"row": np.arange(len(given)), "label": labels})
@@ -280,7 +286,7 @@ def _score_key(name: str) -> str:
 def confident_learning(
     given: np.ndarray, probability: np.ndarray
 ) -> dict[str, np.ndarray] | None:
-    """Cleanlab's marks, and a score that puts marked rows first, if it is installed."""
+    """Cleanlab's marks, and a score that puts them first; None if not installed."""
     try:
         from cleanlab import filter as cleanlab_filter
         from cleanlab import rank as cleanlab_rank
@@ -311,7 +317,7 @@ def compare_scores(
 
 
 def _detection(wrong: np.ndarray, score: np.ndarray) -> Row:
-    """ROC AUC, and precision among as many rows as are wrong."""
+    """ROC AUC, and precision among as many examples as are wrong."""
     first = np.argsort(-score, kind="stable")[: wrong.sum()]
     return {
         "roc_auc": float(roc_auc_score(wrong, score)),
@@ -382,7 +388,7 @@ def save(folder: Path, table: datasets.Table, result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Scores, prints and draws as the flags say."""
+    """Scores the examples, prints the results and writes the files."""
     cli.use_devices()
     folder = cli.output_dir()
     optimizer = OptimizerConfig.from_flags()

@@ -4,18 +4,18 @@ r"""What does differential privacy cost here?
     python -m experiments.private --epsilon 1,3 --delta 1e-6 --output_dir results
     python -m experiments.private --data mine.csv --target label --bounds 0,100
 
-DP-SGD: each step draws its rows by Poisson sampling, sums their gradients, each clipped
-to --max_grad_norm by jaxbce's clipped_value_and_grad, adds Gaussian noise, and divides
-by --batch_size, the expected number of rows. Sampling and noise are jax_privacy's. The
-noise is the smallest for which dp_accounting's privacy loss distributions give (ε, δ)
-for adding or removing one row. For every ε, and without privacy, --seeds networks are
-trained, all in one program. Expect a test accuracy on digits of about 0.91 at ε = 3,
-and 0.98 without privacy.
+Trains with DP-SGD. Each step draws examples by Poisson sampling, clips their gradients
+to --max_grad_norm and sums them (jaxbce's clipped_value_and_grad), adds Gaussian noise,
+and divides by --batch_size, the expected number of examples. Sampling and noise are
+jax_privacy's. The noise is the smallest for which dp_accounting's privacy loss
+distributions give (ε, δ) for adding or removing one example. For every ε, and without
+privacy, --seeds networks are trained, all in one program. Expect a test accuracy on
+digits of about 0.91 at ε = 3, and 0.98 without privacy.
 
 ε covers the parameters of one network, released alone. It does not cover the accuracies
-printed here, choosing among rows of the table, or standardizing by the training rows.
-With --bounds, which must be known without looking at the data, nothing is standardized.
-The noise is only as secret as --seed.
+printed here, choosing among rows of the table, or standardizing by the training
+examples. With --bounds, which must be known without looking at the data, nothing is
+standardized. The noise is only as secret as --seed.
 """
 
 import dataclasses
@@ -61,31 +61,36 @@ _EPSILON = flags.DEFINE_list(
     "Privacy budgets ε to train with, comma-separated, each above 0 and at most 20.",
 )
 _DELTA = flags.DEFINE_float(
-    "delta", 1e-5, "δ, at least 1e-15; usually less than 1 / rows.", 0.0, 1.0
+    "delta",
+    1e-5,
+    "δ, at least 1e-15; usually less than 1 / the number of training examples.",
+    0.0,
+    1.0,
 )
 _MAX_GRAD_NORM = flags.DEFINE_float(
-    "max_grad_norm", 1.0, "Norm to which each row's gradient is clipped."
+    "max_grad_norm", 1.0, "Norm to which each example's gradient is clipped."
 )
 _BOUNDS = flags.DEFINE_list(
     "bounds",
     None,
     "LOW,HIGH of all features, known without looking at the data. Features are clipped "
     "to them and scaled to [-1, 1]. If not set, 0,16 for digits; other data are "
-    "standardized by the training rows, which ε does not cover.",
+    "standardized by the training examples, which ε does not cover.",
 )
 
 DEFAULTS: dict[str, Any] = {"num_steps": 300, "dtype": "float32", "seeds": 5}
 HELP = {
-    "batch_size": "Expected rows per batch; 0 is all of them. If not set, a quarter of "
-    "the training rows, at most 256.",
+    "batch_size": "Expected examples per batch; 0 is all of them. If not set, a "
+    "quarter of the training rows, at most 256.",
+    "dtype": "<float64|float32>: Floating-point type to compute in.",
     "learning_rate": "The learning rate. If not set, 0.01 for adam; for others the "
     "optimizer's own default, or 0.003 if it has none.",
     "seeds": "Networks per ε, which differ only by their seed.",
 }
-LEARNING_RATE = 0.01  # of adam
+LEARNING_RATE = 0.01  # default for adam
 MAX_BATCH_SIZE = 256
 BOUNDS = {"digits": (0.0, 16.0)}
-CHUNKS = 20  # of the steps, between which progress is shown
+CHUNKS = 20  # of steps; each moves the progress bar
 
 Row = dict[str, Any]
 
@@ -94,8 +99,8 @@ class NoiseLevel(NamedTuple):
     """Noise and clipping of one privacy budget.
 
     Attributes:
-      stddev: Standard deviation of the noise, a scalar.
-      max_norm: Norm to which each row's gradient is clipped, a scalar.
+      stddev: Standard deviation of the noise in a summed gradient, a scalar.
+      max_norm: Norm to which each example's gradient is clipped, a scalar.
     """
 
     stddev: Any
@@ -117,14 +122,15 @@ def run(
       table: The data.
       privacy: Privacy budgets and clipping norm.
       optimizer: The optimizer.
-      training: How to train; `batch_size` is the expected number of rows per batch,
-        and None is a quarter of the rows, at most 256.
+      training: How to train; `batch_size` is the expected number of examples per batch,
+        and None is a quarter of the training examples, at most 256.
       seeds: Networks per ε.
-      bounds: Bounds of all features, known beforehand; None is to standardize.
+      bounds: Bounds of all features, known beforehand; None standardizes the features.
 
     Returns:
       "configuration"; "rows", one per ε, and a last one without privacy; and "clipped",
-      the fraction of each batch that was clipped, `[ε, seeds, steps]`.
+      the fraction of each batch that was clipped, `[levels, seeds, steps]`, where the
+      last level is without privacy.
 
     Raises:
       InputError: If an argument cannot be used.
@@ -200,17 +206,17 @@ def run(
 
 
 def default_batch_size(rows: int) -> int:
-    """A quarter of the rows, at most 256."""
+    """A quarter of the training examples, at most 256."""
     return min(MAX_BATCH_SIZE, -(-rows // 4))
 
 
 def build_optimizer(
     optimizer: OptimizerConfig, training: TrainingConfig
 ) -> optax.GradientTransformation:
-    """The optimizer, with the decay of the weights as a part of the transformation.
+    """The optimizer, with weight decay as a part of the transformation.
 
     Raises:
-      InputError: If it needs more than the gradient.
+      InputError: If the optimizer needs more than the gradient.
     """
     transformation = optimizer.build_family(training.num_steps or 1)({})
     params = (jaxbce.Layer(jnp.zeros((1, 1)), jnp.zeros(1)),)
@@ -231,7 +237,7 @@ def scale_to_bounds(
     splits: dict[str, datasets.Split],
     bounds: tuple[float, float],
 ) -> dict[str, datasets.Split]:
-    """The splits with features scaled from `bounds` to [−1, 1]."""
+    """The splits, with features clipped to `bounds` and scaled to [−1, 1]."""
     low, high = bounds
     if not -np.inf < low < high < np.inf:
         raise cli.InputError(
@@ -262,7 +268,7 @@ def train(
     Networks of one seed start from the same parameters and see the same batches.
 
     Args:
-      data: The training rows.
+      data: The training split.
       optimizer: The optimizer of the private gradient.
       training: How to train.
       levels: Noise levels.
@@ -275,7 +281,7 @@ def train(
     """
     x, y = jnp.asarray(data.x, training.dtype), jnp.asarray(data.y, training.dtype)
     sizes = (x.shape[1], *training.hidden, y.shape[1])
-    columns = NoiseLevel(*(jnp.asarray(t, x.dtype) for t in zip(*levels, strict=True)))
+    stacked = NoiseLevel(*(jnp.asarray(t, x.dtype) for t in zip(*levels, strict=True)))
     keys = jax.random.split(jax.random.key(training.seed), (seeds, 2))
 
     def private(key: jax.Array, stddev: Any) -> optax.GradientTransformation:
@@ -311,13 +317,13 @@ def train(
         return jax.lax.scan(step, state, batches)
 
     per_level = jax.vmap(begin, in_axes=(0, None))
-    state = jax.jit(jax.vmap(per_level, in_axes=(None, 0)))(columns, keys)
+    state = jax.jit(jax.vmap(per_level, in_axes=(None, 0)))(stacked, keys)
     per_level = jax.vmap(steps, in_axes=(0, 0, None, None))
     advance = jax.jit(jax.vmap(per_level, in_axes=(0, None, 0, 0)))
     clipped = []
     with tqdm(total=sampling["num_steps"], unit="step", disable=None) as bar:
         for batches in padded_batches(sampling, training.seed, seeds):
-            state, fraction = advance(state, columns, keys, jnp.asarray(batches))
+            state, fraction = advance(state, stacked, keys, jnp.asarray(batches))
             clipped.append(np.asarray(fraction))
             bar.update(batches.shape[1])
     fractions = np.concatenate(clipped, axis=2)  # [seeds, levels, steps]
@@ -348,12 +354,12 @@ def padded_batches(
 
 
 def accuracy(params: Any, split: datasets.Split, dtype: str) -> np.ndarray:
-    """Accuracy of each network, `[ε, seeds]`; NaN if its logits are not finite."""
+    """Accuracy of each network, `[levels, seeds]`; NaN if its logits are not finite."""
 
     @jax.jit
     def fraction_correct(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         each = jax.vmap(jax.vmap(jaxbce.logits, (0, None)), (0, None))
-        a = each(params, x)  # [seeds, ε, N, n_L]
+        a = each(params, x)  # [seeds, levels, N, n_L]
         correct = jnp.mean((a > 0) == (y > 0.5), axis=(2, 3))
         return jnp.where(jnp.isfinite(a).all(axis=(2, 3)), correct, jnp.nan)
 
@@ -367,7 +373,7 @@ def summarize(
     accuracies: dict[str, np.ndarray],
     clipped: np.ndarray,
 ) -> list[Row]:
-    """A row per ε: what was spent, the mean accuracies and their standard errors."""
+    """One row per level: ε spent, noise, mean accuracies and their standard errors."""
     seeds, num_steps = clipped.shape[1:]
     tenth = -(-num_steps // 10)
     rows = []
@@ -439,8 +445,9 @@ def _report(result: dict[str, Any]) -> None:
         )
     print(output.table(shown))
     print(
-        f"\nMeans over {configuration['seeds']} networks ± their standard error; the "
-        "fraction of rows clipped in the first and the last tenth of the steps."
+        f"\nAccuracies are means over {configuration['seeds']} networks ± their "
+        "standard error. The last two columns are the fractions of rows clipped in the "
+        "first and the last tenth of the steps."
     )
     if configuration["bounds"] is None:
         print(
@@ -453,7 +460,7 @@ def _report(result: dict[str, Any]) -> None:
 
 def save(folder: Path, result: dict[str, Any]) -> None:
     """Writes the table, the fractions clipped over steps, and the picture."""
-    rows, clipped = result["rows"], result["clipped"].mean(axis=1)  # [ε, steps]
+    rows, clipped = result["rows"], result["clipped"].mean(axis=1)  # [levels, steps]
     document = {"configuration": result["configuration"], "rows": rows}
     output.write_results(folder, "private", document, rows)
     columns = {
@@ -475,7 +482,7 @@ def _optimizer() -> OptimizerConfig:
 
 
 def main() -> int:
-    """Trains, prints and draws as the flags say."""
+    """Trains the networks, prints the table and writes the files."""
     folder = cli.output_dir()
     privacy = dp_accounting.PrivacyConfig(
         epsilons=tuple(sorted(set(_numbers("epsilon", _EPSILON.value)))),

@@ -5,18 +5,18 @@ r"""Which hyperparameters are good, over thousands of networks at once?
         --axis weight_decay=0,1e-4,1e-2 --seeds 16 --hidden 16 --hidden 64,32 \
         --optimizer adamw --output_dir results/sweep
 
-Trains every point of the axes with every seed by jaxbce.sweep, on the training split of
-a 60/20/20 split that all share. Each --hidden and each of the comma-separated
---optimizer is a program of its own. The table shows the points with the smallest
-validation loss, as the mean over seeds ± its standard error, and how those networks,
-with the parameters of their smallest validation loss, do on the test split. An axis is
-a hyperparameter of the optimizer (learning_rate, weight_decay, b1, ...), or init_scale,
-pos_weight or label_smoothing. Expect tens of thousands of network-steps per second at
-64→32→1.
+Trains one network per point and seed with jaxbce.sweep. All are trained on the same
+training set, from a 60/20/20 split. A point is a combination of the values of all axes.
+Each combination of --hidden and the comma-separated --optimizer is a separate program.
+The table shows the points with the lowest validation loss (mean over seeds ± its
+standard error). Their test results are those of the parameters with the lowest
+validation loss. An axis is a hyperparameter of the optimizer (learning_rate,
+weight_decay, b1, ...), or init_scale, pos_weight or label_smoothing. Expect tens of
+thousands of network-steps per second at 64→32→1.
 
-With --output_dir, if the command is interrupted, even killed, running it again resumes
-it and ends with the same sweep.parquet. Several processes, each started with the same
-flags and its own --process_id, share the work; the first one writes the files.
+With --output_dir, if the command is interrupted, even killed, rerun it to resume; it
+ends with the same sweep.parquet. Several processes, each started with the same flags
+and its own --process_id, share the work; the first one writes the files.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ _NUM_POINTS = flags.DEFINE_integer(
     "num_points", None, "Number of points of --search=random.", lower_bound=1
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Train a few steps only, and print what the sweep would cost."
+    "dry_run", False, "Only train a few steps, and print what the sweep would cost."
 )
 _CSV = flags.DEFINE_bool("csv", False, "Write sweep.csv as well as sweep.parquet.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of points in the table.", lower_bound=1)
@@ -76,7 +76,7 @@ HELP = {
     "seeds": "Networks per point, which differ only by their seed.",
 }
 CHUNK_MEMBERS = (256, 4096)  # fewest and most networks per chunk
-CHUNKS = 20  # within those bounds
+CHUNKS = 20  # if they stay within those bounds
 DRY_RUN_STEPS = 200
 SCORES = ("validation_loss", "test_loss", "test_accuracy")
 COST_HEADINGS = {
@@ -90,7 +90,7 @@ Row = dict[str, Any]
 
 
 class Program(NamedTuple):
-    """What cannot be an axis, because it changes the compiled program."""
+    """Choices that cannot be axes, because they change the compiled program."""
 
     hidden: tuple[int, ...]
     optimizer: str
@@ -161,7 +161,7 @@ class Plan:
             **self.training.as_dict(),
             "hidden": [p.hidden for p in programs],
             "optimizer": [p.optimizer for p in programs],
-            "devices": jax.device_count(),  # with others the last digits would differ
+            "devices": jax.device_count(),  # the last digits depend on it
         }
         self.chunks = self._chunks()
 
@@ -197,10 +197,11 @@ class Plan:
     def train(
         self, chunk: Chunk, num_steps: int, evaluate_every: int | None
     ) -> tuple[np.ndarray, np.ndarray, jaxbce.SweepResult]:
-        """Trains a chunk; returns its points, its seeds and their results.
+        """Trains a chunk; returns the indices of its points, its seeds and the results.
 
-        Every chunk is trained with the same shapes, so that the program is compiled
-        once: a short one repeats its last point, and begins with an earlier seed.
+        All chunks are trained with the same shapes, so that the program is compiled
+        once. A short chunk repeats the last point and begins with an earlier seed, and
+        the surplus results are dropped.
         """
         offsets = np.arange(self.chunk_points)
         chosen = np.minimum(chunk.first_point + offsets, self.num_points - 1)
@@ -235,8 +236,8 @@ def run(plan: Plan, folder: Path | None = None) -> dict[str, Any]:
       folder: Where to store chunks and resume from, or None.
 
     Returns:
-      "configuration", and "members", a table with a row per network. Processes after
-      the first return the configuration only.
+      "configuration", and "members", a table with one row per network. Only the first
+      process returns "members".
 
     Raises:
       InputError: If the folder is in use or holds another run.
@@ -274,7 +275,7 @@ def member_table(
     found: jaxbce.SweepResult,
     test: tuple[jax.Array, jax.Array],
 ) -> pd.DataFrame:
-    """A row per network, ordered by point and then by seed."""
+    """A table with one row per network, ordered by point and then by seed."""
     loss, accuracy = (np.asarray(t, float) for t in _scores(found.best_params, *test))
     point, seed = (t.ravel() for t in np.meshgrid(chosen, seeds, indexing="ij"))
     columns = {
@@ -306,7 +307,7 @@ def _scores(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def best_points(members: Any, names: list[str], count: int) -> list[Row]:
-    """The points with the smallest mean validation loss; points that diverged are last.
+    """The points with the lowest mean validation loss; points that diverged come last.
 
     Args:
       members: The table that `run` returns.
@@ -335,7 +336,7 @@ def _with_error(mean: Any, error: Any) -> str:
 
 
 def dry_run(plan: Plan) -> list[Row]:
-    """What each program would cost, from training its first chunk for a few steps."""
+    """Estimates the cost of each program from a few steps of its first chunk."""
     with jax.enable_x64(plan.training.dtype == "float64"):
         return [_cost(plan, program) for program in plan.programs]
 
@@ -374,7 +375,7 @@ def _cost(plan: Plan, program: Program) -> Row:
 def save(
     folder: Path, result: dict[str, Any], search: Search, best: list[Row], csv: bool
 ) -> None:
-    """Writes the table of members, the best points and the picture."""
+    """Writes the table of networks, the best points and the picture."""
     members = result["members"]
     with output.atomic_write(folder / "sweep.parquet") as path:
         members.to_parquet(path, index=False)
@@ -388,7 +389,7 @@ def save(
 
 
 def main() -> int:
-    """Sweeps as the flags say."""
+    """Runs the sweep, or estimates its cost, as the flags say."""
     cli.use_devices()
     search = Search(
         tuple(map(sweep_axes.parse_axis, _AXIS.value)), _SEARCH.value, _NUM_POINTS.value

@@ -4,16 +4,16 @@ r"""How well does one network do on this data, with this optimizer?
     python -m experiments.train --data mine.csv --target label --output_dir results
     python -m experiments.train --predict new.csv --output_dir results
 
-Splits the rows 60/20/20, trains with jaxbce.fit on the first split, and keeps the
-parameters with the smallest loss on the second. Prints scikit-learn's metrics on all
-three, next to logistic regression and MLPClassifier on the same splits. MLPClassifier
-has the same hidden layers and otherwise scikit-learn's defaults; with several targets,
-each has its own. Expect a test accuracy on digits of about 0.98, and 0.91 for logistic
-regression.
+Splits the examples 60/20/20 into training, validation and test sets, trains with
+jaxbce.fit, and keeps the parameters with the lowest validation loss. Prints
+scikit-learn's metrics on all three sets, also for logistic regression and
+MLPClassifier, with one model per target. MLPClassifier has the same hidden layers and
+otherwise scikit-learn's defaults. Expect a test accuracy on digits of about 0.98, and
+0.91 for logistic regression.
 
-With --output_dir everything is saved as files, and if the command is interrupted, even
-killed, running it again resumes it. --predict scores new rows and ignores the other
-flags. A model is a pickle: score only with models you trust.
+With --output_dir everything is saved as files. If the command is interrupted, even
+killed, rerun it to resume. --predict scores new rows with the model in --output_dir and
+ignores the other flags. A model is a pickle: score only with models you trust.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _GRADIENT = flags.DEFINE_enum(
     "gradient",
     "manual",
     ["manual", "autodiff"],
-    "Train with the hand-derived gradient, or with JAX's own of the plain loss.",
+    "Train with the hand-derived gradient, or with JAX's gradient of a plain loss.",
 )
 _PREDICT = flags.DEFINE_string(
     "predict",
@@ -59,7 +59,7 @@ _PREDICT = flags.DEFINE_string(
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
     "pos_weight": "Weight of label 1 in the loss, or 'balanced': the number of "
-    "training rows of label 0 over the number of those of label 1.",
+    "training examples with label 0 divided by the number with label 1.",
 }
 LOSSES = {"manual": jaxbce.loss, "autodiff": baselines.plain_objective}
 
@@ -85,9 +85,9 @@ def run(
         in which to save the run and from which to resume it, or None.
 
     Returns:
-      "configuration"; "metrics", a row per model, split and target; "history", a row
-      per evaluation; "best_step" and "params", those with the smallest validation loss;
-      "steps" taken; and whether the run "diverged".
+      "configuration"; "metrics", one row per model, split and target; "history", one
+      row per evaluation; "best_step" and "params", those with the lowest validation
+      loss; "steps", the number taken; and "diverged", whether the run did.
 
     Raises:
       InputError: If an argument cannot be used, or the run diverges before its first
@@ -138,7 +138,7 @@ def run(
 
 
 def positive_weights(pos_weight: float | str, y: np.ndarray) -> tuple[float, ...]:
-    """The weight of label 1 for each output: a number, or balancing the labels `y`."""
+    """The weight of label 1 for each output; "balanced" computes it from labels `y`."""
     if pos_weight == "balanced":
         return tuple(((1 - y).sum(axis=0) / y.sum(axis=0)).tolist())
     return (float(pos_weight),) * y.shape[1]
@@ -147,7 +147,7 @@ def positive_weights(pos_weight: float | str, y: np.ndarray) -> tuple[float, ...
 def predict_all(
     trained: Trained, splits: dict[str, datasets.Split]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The network's probabilities on each split, by model and split.
+    """The network's probabilities of label 1, by model and split, each `[n, n_L]`.
 
     Raises:
       InputError: If the run diverged before its first evaluation.
@@ -166,7 +166,7 @@ def predict_all(
 
 
 def summary(trained: Trained) -> dict[str, Any]:
-    """What `run` returns about the run itself."""
+    """The entries of the result of `run` that describe the training run."""
     history = zip(trained.steps, trained.history.tolist(), strict=True)
     return {
         "best_step": int(trained.run.best_step),
@@ -183,7 +183,7 @@ def summary(trained: Trained) -> dict[str, Any]:
 def _predict(file: str) -> None:
     if cli.OUTPUT_DIR.value is None:
         raise cli.InputError("--predict needs --output_dir, the folder of the run")
-    with jax.enable_x64(True):  # whatever dtype the parameters have
+    with jax.enable_x64(True):  # in case the parameters are float64
         rows, path = artifacts.score(file, Path(cli.OUTPUT_DIR.value))
     print(f"{rows} rows scored: {path}")
 
@@ -214,7 +214,7 @@ def _report(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Trains, or scores new rows, as the flags say."""
+    """Trains a network, or scores new rows, as the flags say."""
     if _PREDICT.value is not None:
         _predict(_PREDICT.value)
         return 0

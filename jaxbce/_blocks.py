@@ -2,7 +2,7 @@
 
 The gradient of a sum over examples is the sum of the examples' gradients. Processing
 a batch in blocks makes temporary memory independent of the batch size and keeps the
-activations of a block in cache. The result changes by rounding only.
+activations of a block in cache. The result differs only by rounding.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from jaxbce import _validate
 _SPLIT_ABOVE = {"cpu": 16 << 20}
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_EXAMPLES = {"cpu": (512, 2048)}
-_ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))
+_ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))  # the same three, in this order
 
 
 def examples_per_block(block_size: int | str | None, params: Any, n: int) -> int:
@@ -59,10 +59,10 @@ def sum_over_blocks(
 ) -> tuple[Any, Any]:
     """Sums `fun` over blocks of examples.
 
-    All blocks have the same length, at most `block_size`. If they do not divide the
-    batch evenly, the last block starts early and the examples that it repeats get
-    weight 0. This keeps one program for any batch size, and fewer examples are
-    repeated than there are blocks.
+    All blocks have the same length, at most `block_size`, so that one loop body serves
+    any batch size. If they do not divide the batch evenly, the last block starts early
+    and the examples that it repeats get weight 0. Fewer examples are repeated than
+    there are blocks.
 
     Args:
       fun: Maps `(weight [B], *examples [B, ...])` to `(totals, per_example)`. `totals`
@@ -98,7 +98,7 @@ def sum_over_blocks(
 
 
 def _unblock(t: jax.Array, n: int) -> jax.Array:
-    """`[count, size, ...]` to `[n, ...]`, without the examples that are repeated."""
+    """Joins blocks `[count, size, ...]` to `[n, ...]`, without repeated examples."""
     count, size = t.shape[:2]
     head = t[:-1].reshape((count - 1) * size, *t.shape[2:])
     return jnp.concatenate([head, t[-1, count * size - n :]])

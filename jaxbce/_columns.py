@@ -8,7 +8,7 @@ Parameters are carried transposed, as `w [n_k, n_{k-1}]`, and activations are
 
 In this layout `jax.vmap` over networks that share their examples needs no transposes.
 The first layers of all G networks are one matrix product, `[G n_1, n_0] [n_0, N]`, and
-so are their gradients, with one more column for those of the biases. The later layers
+so are their gradients, with one more column for the biases. The later layers
 are batched products over the networks. A single network is no slower in this layout.
 """
 
@@ -64,7 +64,7 @@ def objective(
 
     Args:
       params: Parameters in the column layout, `w [n_k, n_{k-1}]`.
-      x: Rows of the features returned by `with_ones`.
+      x: Features `[N, ...]` with ones and padding, as `with_ones` returns them.
       y: Labels `[N, n_L]` in the accumulation dtype.
       c: Weights of the examples, `[N]`, in that dtype.
       pos_weight: Scalar or `[n_L]`.

@@ -1,8 +1,8 @@
 """Checks of the arguments of public functions.
 
-Every check reads only static facts (structure, shape, dtype), so it works on tracers
-and costs nothing after compilation. Each message names the argument, what was expected
-and what was passed. Nothing is broadcast silently, or cast to another kind of dtype.
+Checks read only static facts of JAX arrays (structure, shape, dtype), so they work on
+tracers and cost nothing after compilation. Each message names the argument, what was
+expected and what was passed. Nothing is broadcast silently.
 """
 
 import operator
@@ -46,7 +46,7 @@ def _one_of(names: tuple[str, ...]) -> str:
 
 
 def float_dtype(dtype: Any) -> Any:
-    """Checks a dtype; None is JAX's default float dtype."""
+    """Checks a dtype and returns it; None is JAX's default float dtype."""
     dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     if dtype.name not in DTYPES:
         raise TypeError(f"expected dtype to be {_one_of(DTYPES)}, got {dtype.name}")
@@ -54,7 +54,7 @@ def float_dtype(dtype: Any) -> Any:
 
 
 def sizes(value: Any) -> tuple[int, ...]:
-    """Layer sizes (n_0, ..., n_L) as a tuple of at least two positive ints."""
+    """Checks layer sizes (n_0, ..., n_L); returns them as a tuple of ints."""
     try:
         result = tuple(operator.index(n) for n in value)
     except TypeError:
@@ -217,7 +217,7 @@ def vector(v: Any, params_: Any) -> Any:
 
 
 def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
-    """Checks a scalar > 0, or >= 0; its value too if it is a Python or NumPy number."""
+    """Checks that a scalar is real, and if it is not a JAX array, > 0 (or >= 0)."""
     expected = "a number >= 0" if allow_zero else "a number > 0"
     if type(value) not in (int, float):
         _array(name, value, expected)
@@ -262,7 +262,7 @@ def key(value: Any) -> None:
 
 
 def count(name: str, value: Any, *, least: int = 1, examples: int | None = None) -> int:
-    """Checks an integer >= `least`, and at most the number of examples if given."""
+    """Checks an integer from `least` to `examples` (or 2^31 − 1); returns it."""
     expected = f"an integer >= {least}"
     if examples is not None:
         expected = f"an integer from {least} to {examples}, the number of examples in x"

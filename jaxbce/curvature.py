@@ -10,7 +10,7 @@ The loss is convex in the logits, with one second derivative per logit:
 
     S = c ((1−y) + p y) σ(a) σ(−a)
 
-The generalised Gauss-Newton matrix (GGN) is `Jᵀ S J`; for p = 1 it is the Fisher
+The generalized Gauss-Newton matrix (GGN) is `Jᵀ S J`; for p = 1 it is the Fisher
 information. Its nonzero eigenvalues are those of `√S Θ √S`.
 
 A dot denotes the derivative along v = {Ẇ_k, ḃ_k} (Pearlmutter's R-operator):
@@ -368,7 +368,7 @@ def _flat_ggn_vp(params: Params, batch: Batch, block_size: int) -> Any:
 
 
 def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
-    """The smaller of `√S Θ √S` and the GGN; their nonzero eigenvalues agree."""
+    """The smaller of `√S Θ √S` and the GGN, which share their nonzero eigenvalues."""
     size, (n, outputs) = _num_params(params), batch.y.shape
     if n * outputs < size:
         a = forward(params, batch.x).a[-1]
@@ -400,8 +400,8 @@ def log_evidence(
     The prior of all weights and biases is :math:`\theta \sim N(0, I/\tau)`, and the
     Gauss-Newton matrix replaces the Hessian. The approximation is meant for params at
     the maximum of the posterior, which minimize the summed loss plus
-    :math:`\tau/2\,\|\theta\|^2`, but can be computed for any. With soft labels, weights
-    or pos_weight the likelihood is a weighted one.
+    :math:`\tau/2\,\|\theta\|^2`, but can be computed for any params. With soft labels,
+    weights or pos_weight the likelihood is a weighted one.
 
     The result can be differentiated with respect to the prior precision, for example to
     choose τ by gradient ascent. The eigenvalues have absolute errors of the order of
@@ -451,7 +451,7 @@ def log_evidence(
 
 
 class KroneckerFactors(NamedTuple):
-    """Factors of a layer: `A ⊗ G` approximates its block of the Gauss-Newton matrix.
+    """Factors of a layer: `A ⊗ G` approximates its diagonal block of the GGN.
 
     Attributes:
       a: `A = E[h hᵀ]` of the layer's inputs, followed by a 1 for the bias,
@@ -474,7 +474,7 @@ def kfac_factors(
       G_k = \frac1N \sum_i E_{k,i}^\top\, \mathrm{diag}(\hat y (1 - \hat y))\, E_{k,i}
 
     This is an approximation. The mean over examples of a Kronecker product is replaced
-    by the product of the means, which is exact only for a single example, and blocks
+    by the product of the means, which is exact for a single example, and blocks
     between different layers are ignored. :math:`G_k` is the exact expectation of
     :math:`\delta\delta^\top` under the labels that the model predicts, without
     sampling, so no labels are needed.

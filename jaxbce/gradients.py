@@ -10,7 +10,7 @@ with one row per example.
 1.  At the output, softplus′ = σ, so
         δ_L = (1−y) σ(a_L) − p y σ(−a_L).
     For p = 1 this equals ŷ − y in exact arithmetic, but not in floating point. In
-    float32, ŷ − y is 0 for y = 1 and a >= 16.64, where the true derivative is not.
+    float32, ŷ − y is 0 for y = 1 and a >= 16.64, but the true derivative is not.
 2.  In the hidden layers, a_{k+1} = relu(a_k) W_{k+1} + b_{k+1} and relu′(a) = [a > 0]
     (0 at 0), so
         δ_k = (δ_{k+1} W_{k+1}ᵀ) ⊙ [a_k > 0].
@@ -204,7 +204,7 @@ def value_and_grad(
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
       reduction: "mean" or "sum" over examples; outputs are always summed.
       block_size: The largest number of examples per block. Temporary memory grows with
-        it and not with N; the result changes by rounding only. None processes all
+        it and not with N; the result differs only by rounding. None processes all
         examples at once; "auto" chooses from the shapes.
 
     Returns:
@@ -336,8 +336,8 @@ def _loss_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     """The inner product of the hand-derived gradient and the tangents.
 
-    The tangent of an argument that is not differentiated is a symbolic zero. Its part
-    of the gradient is not computed.
+    The tangent of an argument that is not differentiated is a symbolic zero, and the
+    gradient with respect to it is not computed.
     """
     params, batch = primals
     params_dot, dot = tangents

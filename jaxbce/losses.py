@@ -24,8 +24,8 @@ softplus.defjvps(lambda t, _, a: t * sigmoid(a))
 def weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
     """`weight · value`, with a weight of 0 times an infinite value defined as 0.
 
-    Only infinite values are replaced. If every value of weight 0 were, the derivative
-    with respect to the weight would be wrong at 0.
+    Only infinite values are replaced. If all values of weight 0 were replaced, the
+    derivative with respect to the weight would be wrong at 0.
     """
     return weight * jnp.where((weight == 0) & jnp.isinf(value), 0, value)
 

@@ -1,4 +1,4 @@
-"""The network: parameters, initialisation and the forward pass."""
+"""The network: parameters, initialization and the forward pass."""
 
 import functools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Params = tuple[Layer, ...]
 
 
 class Activations(NamedTuple):
-    """The pre-activations and activations of every layer in a forward pass.
+    """Pre-activations and activations of every layer in a forward pass.
 
     Attributes:
       a: Pre-activations `(a_1, ..., a_L)`, each `[N, n_k]`, in the accumulation
@@ -74,7 +74,7 @@ def init(key: jax.Array, sizes: Sequence[int], *, dtype: Any = None) -> Params:
         bfloat16 weights are drawn in float32 and rounded.
 
     Returns:
-      A tuple of L `Layer(w [n_in, n_out], b [n_out])`: an ordinary pytree, as every
+      A tuple of L `Layer(w [n_in, n_out], b [n_out])`: an ordinary pytree, which every
       optax transformation accepts.
 
     Raises:

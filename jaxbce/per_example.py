@@ -11,7 +11,7 @@ product of two outer products is the product of the vectors' inner products. Hen
     ⟨G_i, G_j⟩ = Σ_k (1 + h_{k−1,i}·h_{k−1,j}) (δ_{k,i}·δ_{k,j})
 
 where the 1 comes from the bias. A sum of rescaled `G_i` is a contraction with rescaled
-deltas. Only `grads` stores per-example gradients in memory.
+error signals. Only `grads` stores per-example gradients in memory.
 """
 
 import functools
@@ -131,11 +131,11 @@ def norms(
     .. math::
       \|G_i\|^2 = \sum_k (1 + \|h_{k-1,i}\|^2)\, \|\delta_{k,i}\|^2
 
-    The cost is that of a gradient without the products that give its leaves. The
-    relative error of a norm is small, however small the norm is, as long as δ_L is not
-    subnormal. The norm is 0 where δ_L is 0 (a weight of 0, or an infinite logit that
-    agrees with its label), and infinite where the square of a layer input overflows. It
-    may be NaN for an example with features that are not finite.
+    The cost is that of the forward and backward pass alone, without the products for
+    weight gradients. The relative error of a norm is small, however small the norm is,
+    as long as δ_L is not subnormal. The norm is 0 where δ_L is 0 (a weight of 0, or an
+    infinite logit that agrees with its label), and infinite where the square of a layer
+    input overflows. It may be NaN for an example with features that are not finite.
 
     Args:
       params: A tuple of `Layer`.
@@ -182,15 +182,15 @@ def inner_products(
     pos_weight: jax.Array | float = 1.0,
     block_size: int | str | None = "auto",
 ) -> jax.Array:
-    r"""Inner products of the gradients of two sets of examples: their influence.
+    r"""Inner products between gradients of two sets of examples: their influence.
 
     .. math::
       \langle G_i, G_j \rangle = \sum_k (1 + h_{k-1,i} \cdot h_{k-1,j})\,
       (\delta_{k,i} \cdot \delta_{k,j})
 
     To first order, a gradient step with learning rate η on example i changes the loss
-    of example j by −η times this. TracIn is the sum over checkpoints. For params that
-    are stacked along a leading axis, and their learning rates, it is
+    of example j by −η times this. TracIn is the sum over checkpoints, weighted by their
+    learning rates. For checkpoints stacked along a leading axis it is
     `jnp.tensordot(rates, jax.vmap(inner_products, (0, None, None, None, None))(stacked,
     x, y, x2, y2), 1)`.
 
@@ -243,7 +243,7 @@ def inner_products(
 
 
 class Clipped(NamedTuple):
-    """A loss and a gradient with clipped contributions of the examples.
+    """A loss, and a gradient with each example's contribution clipped.
 
     Attributes:
       value: The loss, as returned by `jaxbce.value_and_grad`. It is not clipped.
@@ -276,7 +276,7 @@ def clipped_value_and_grad(
       \frac1D \sum_i \min\!\left(1, \frac{C}{\|G_i\|}\right) G_i, \qquad
       D = 1 \text{ (sum)},\ \sum_i s_i \text{ (mean)}
 
-    The weights of an example are part of its loss, and so of :math:`G_i`. With "sum",
+    The weight of an example is part of its loss, and so of :math:`G_i`. With "sum",
     removing an example, or giving it weight 0, changes the gradient by at most max_norm
     in the Euclidean norm, up to rounding. This is the sensitivity that differential
     privacy needs. It does not hold for "mean", since D changes too. For a private mean,
@@ -430,7 +430,7 @@ def scores(
 
 
 class NoiseScale(NamedTuple):
-    """The gradient noise scale and the two estimates of which it is the ratio.
+    """The gradient noise scale, and the two estimates whose ratio it is.
 
     Attributes:
       scale: `variance / squared_norm`, a number of examples. It is inf if squared_norm

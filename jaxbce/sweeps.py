@@ -1,9 +1,9 @@
 """Sweeps: thousands of networks in one program, each with its own hyperparameters.
 
-A member of a sweep is one run of `jaxbce.fit`. A sweep applies `jax.vmap` to it twice:
-first over the points of one seed, which share their examples and so are one matrix
-product, then over seeds. This module divides the members into groups that fit the cache
-and the memory, and distributes the groups over devices.
+A member of a sweep is one network, trained by `jaxbce.fit`. A sweep applies `jax.vmap`
+to `fit` twice: first over the points of one seed, which share their examples, so that
+their first layers are one matrix product, and then over seeds. This module divides the
+members into groups that fit in cache and memory, and distributes them over devices.
 """
 
 import functools
@@ -25,8 +25,8 @@ from jaxbce._blocks import examples_per_block
 from jaxbce.network import Layer, Params, init
 from jaxbce.training import fit
 
-# The bytes of a group in the caches of a CPU. In smaller groups most of a step is the
-# overhead of starting operations; in larger ones the arrays no longer fit the caches.
+# The bytes of a group that suit the caches of a CPU. Smaller groups spend most of a
+# step on starting operations; the arrays of larger ones no longer fit the caches.
 _CACHE_BYTES = 3 << 19
 _MAX_MEMBERS = {"cpu": 128}  # per group
 _MAX_MEMBERS_ELSEWHERE = 1 << 16
@@ -35,15 +35,15 @@ _AXIS = "members"
 
 
 class SweepResult(NamedTuple):
-    """Results of all members as NumPy arrays; the fields are as in `FitResult`.
+    """Results of all members as NumPy arrays; the fields correspond to `FitResult`.
 
     Attributes:
       params: Parameters after the last step, leaves `[points, seeds, ...]`; None if
         `keep_params` was False.
       best_params: Parameters at the evaluation with the lowest validation loss, or the
         lowest training loss if there is no validation set; None as above.
-      train_loss: In nats, `[points, seeds, evaluations]`; NaN after a member has
-        stopped.
+      train_loss: Loss of the training set at each evaluation, in nats,
+        `[points, seeds, evaluations]`; NaN after a member has stopped.
       validation_loss: Loss of the validation set, likewise; NaN if there is none.
       diverged_at: The first step whose loss was not finite, or −1, `[points, seeds]`.
       best_loss: The loss of `best_params`, `[points, seeds]`.
@@ -129,9 +129,9 @@ def sweep(
     differ only in their hyperparameters. A member that diverges is frozen and does not
     affect the others.
 
-    There is one compilation per `make_optimizer` object and shape of a group. The shape
-    depends on the number of members only if they do not fill a group. On CPU each JAX
-    device uses one core. To use n cores, call
+    The program is compiled once per `make_optimizer` object and shape of a group. The
+    shape depends on the number of members only if they do not fill a group. On CPU each
+    JAX device uses one core. To use n cores, call
     `jax.config.update("jax_num_cpu_devices", n)` before any other use of JAX.
 
     Args:
@@ -143,10 +143,10 @@ def sweep(
         point, which are traced scalars. Pass the same function object in every call to
         avoid recompilation.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
-        result of `grid`, or random values; empty for one point. Three names have a
-        meaning for the sweep itself: `init_scale` multiplies the initial weights,
-        `pos_weight` is passed to the loss, and with `label_smoothing` ε the training
-        labels, also in `train_loss`, are y (1 − ε) + ε / 2.
+        result of `grid`, or random values; empty for one point. The sweep itself uses
+        three names: `init_scale` multiplies the initial weights, `pos_weight` is passed
+        to the loss, and `label_smoothing` ε replaces the training labels, also in
+        `train_loss`, by y (1 − ε) + ε / 2.
       num_seeds: Number of seeds per point.
       first_seed: The first seed, so that a sweep can be split into several calls.
       num_steps: As for `fit`, like the following arguments up to `pos_weight`.
@@ -171,7 +171,8 @@ def sweep(
       ValueError: If shapes do not match, or a number is out of range.
 
     Warns:
-      RuntimeWarning: If a group does not fit in memory. It is then halved.
+      RuntimeWarning: If a group does not fit in memory. All groups are then halved;
+        with several processes an error is raised instead.
 
     Example:
       >>> import jax, jaxbce, optax
@@ -204,7 +205,7 @@ def sweep(
             pos_weight, sizes[-1], _validate.accumulation_dtype(dtype)
         )
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
-    if jax.process_count() == 1:  # a device without a member would repeat one
+    if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
     plan = _Plan(
         mesh=jax.sharding.Mesh(devices, (_AXIS,)),
@@ -359,7 +360,7 @@ def _groups(points: int, seeds: int, size: int) -> list[_Group]:
 
 
 def _halve_groups(queue: list[_Group], error: Exception) -> list[_Group]:
-    """The same members in groups of half the size, if memory was the error."""
+    """The same members in groups of half the size, if `error` is a lack of memory."""
     points, seeds = (len(indices) for indices in queue[0])
     is_distributed = jax.process_count() > 1  # the other processes may not have failed
     is_memory = "RESOURCE_EXHAUSTED" in str(error)
@@ -426,12 +427,14 @@ def _train(
       The results, with leaves `[devices, seeds, points, ...]`.
     """
 
-    def group(seeds: jax.Array, values: dict[str, Any], shared: Any) -> SweepResult:
+    def train_group(
+        seeds: jax.Array, values: dict[str, Any], shared: Any
+    ) -> SweepResult:
         key, *data = shared
         if impl is not None:
             key = jax.random.wrap_key_data(key, impl=impl)
 
-        def seed(seed: jax.Array) -> SweepResult:
+        def train_seed(seed: jax.Array) -> SweepResult:
             keys = jax.random.split(jax.random.fold_in(key, seed))
             params = init(keys[0], plan.sizes, dtype=plan.dtype)
             member = functools.partial(_member, plan, keys[1], params, data)
@@ -442,13 +445,13 @@ def _train(
             return jax.tree.map(lambda t: t[None], single)
 
         if seeds.shape[1] == 1:
-            trained = jax.tree.map(lambda t: t[None], seed(seeds[0, 0]))
+            trained = jax.tree.map(lambda t: t[None], train_seed(seeds[0, 0]))
         else:
-            trained = jax.vmap(seed)(seeds[0])
+            trained = jax.vmap(train_seed)(seeds[0])
         return jax.tree.map(lambda t: t[None], trained)
 
     specs = {"in_specs": (P(_AXIS), P(_AXIS), P()), "out_specs": P(_AXIS)}
-    return jax.shard_map(group, mesh=plan.mesh, **specs)(seeds, values, shared)
+    return jax.shard_map(train_group, mesh=plan.mesh, **specs)(seeds, values, shared)
 
 
 def _member(
@@ -485,7 +488,7 @@ def _member(
 
 
 def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
-    """Shards arrays, complete in every process, over the devices of all processes."""
+    """Shards arrays, which every process holds whole, over all devices."""
     sharding = jax.sharding.NamedSharding(mesh, spec)
     if jax.process_count() == 1:  # avoids a copy through the host
         return jax.device_put(tree, sharding)
@@ -498,7 +501,7 @@ def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
 
 
 def _to_host(tree: Any) -> Any:
-    """Gathers sharded arrays as NumPy arrays, complete in every process."""
+    """Gathers sharded arrays as NumPy arrays, whole in every process."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils  # slow to import
 

@@ -1,4 +1,4 @@
-"""Training of one network: a whole run as one pure function."""
+"""Training of one network, as a single pure function."""
 
 import functools
 import inspect
@@ -31,7 +31,8 @@ class FitResult(NamedTuple):
       opt_state: State of the optimizer after the last step.
       best_loss: The loss of `best_params`; inf before the first evaluation.
       best_step: Number of steps before the evaluation of `best_params`.
-      step: Number of steps taken, fewer than requested if the run stopped.
+      step: Number of steps taken, also before a resume; fewer than requested if the run
+        stopped.
     """
 
     params: Params
@@ -66,22 +67,22 @@ def fit(
     `fit` works under `jit`, `vmap` and `shard_map`. `vmap` may map keys, params, data,
     and hyperparameters if the optimizer is built inside the mapped function. Under
     `shard_map` the results vary over all axes. Only forward-mode differentiation is
-    supported, because of the loops. There is one compilation per optimizer object and
-    set of shapes and static options.
+    supported, because of the loops. `fit` is compiled once per optimizer object and
+    combination of shapes and static options.
 
     An epoch visits every example once, in an order drawn from the key and the number of
-    the epoch. Its last batch may be shorter than the others, and its loss is the mean
-    over its own examples. With weights :math:`s` the loss of a batch of B examples is
-    :math:`\frac1B \sum_i \frac{s_i}{\bar s}\, \ell_i`, where :math:`\bar s` is the mean
-    weight of all examples. Its mean over an epoch of full batches is the loss of the
-    training set.
+    the epoch. If its last batch is shorter than the others, the loss of that batch is
+    the mean over fewer examples. With weights :math:`s` the loss of a batch of B
+    examples is :math:`\frac1B \sum_i \frac{s_i}{\bar s}\, \ell_i`, where
+    :math:`\bar s` is the mean weight of all examples. The mean of this loss over an
+    epoch of full batches is the loss of the training set.
 
     Args:
       key: A JAX random key for the order of examples; unused for full batches.
       params: A tuple of `Layer` to start from, or the `FitResult` of a call with the
         same key and data to resume it. If `evaluate_every` divides n, two runs of n
-        steps are bitwise equal to one run of 2n steps. Otherwise, without patience,
-        params and opt_state are.
+        steps are bitwise equal to one run of 2n steps. Otherwise only params and
+        opt_state are equal, and only without patience.
       x: Features `[N, n_0]`, floating, N >= 1.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       optimizer: Any optax transformation. `value`, `grad` and `value_fn` of the batch
@@ -89,8 +90,8 @@ def fit(
       num_steps: Number of steps; 0 returns the initial state of a run.
       batch_size: Number of examples per batch, 1 to N; None is N.
       validation: Features `[M, n_0]` and labels `[M, n_L]`.
-      evaluate_every: Number of steps between evaluations. There is always an evaluation
-        after the last step; None is that one alone. Each evaluation costs a forward
+      evaluate_every: Number of steps between evaluations. The last step is always
+        followed by one; with None it is the only one. Each evaluation costs a forward
         pass over all examples.
       patience: Stop at the first evaluation that is at least this many steps after the
         best one; None never stops. Nothing is computed after a stop, except under
@@ -210,8 +211,8 @@ def _fit(
     # custom loss, which expects it.
     by_columns = loss is gradients.loss and (batch_size or n) > 1
     convert = transpose_leaves if by_columns else _identity  # between the layouts
-    # With the barrier a run of one evaluation compiles to the same arithmetic as a
-    # part of a longer run.
+    # The barrier makes a run with one evaluation compile to the same arithmetic as a
+    # section of a longer run.
     run = _varying(lax.optimization_barrier(_convert_run(run, convert)))
     if by_columns:
         x = _columns.with_ones(x)
@@ -364,7 +365,7 @@ def _over_batches(
 
     `indices [size]` are the examples of a batch, and `weight [size]` their weights in
     its mean. The order of an epoch is drawn at its first step, and again if `begin` is
-    within the epoch. In the carry it would be copied at every step.
+    within the epoch. It is not carried, because then every step would copy it.
     """
     per_epoch = -(-n // size)
 
@@ -396,9 +397,9 @@ def _over_batches(
 def _all_across_vmap(stopped: jax.Array) -> jax.Array:
     """Whether all networks of the enclosing `vmap`s have stopped.
 
-    A `cond` on the result remains a branch under `vmap`. On each network's own value it
-    would compute both branches, and `begin`, `end` and the order of examples would be
-    batched too, with one copy per network.
+    A `cond` on the result remains a branch under `vmap`. A `cond` on the network's own
+    value would compute both branches, and `begin`, `end` and the order of examples
+    would be batched too, with one copy per network.
     """
     return stopped
 
@@ -434,8 +435,8 @@ def _select(condition: jax.Array, new: Any, old: Any) -> Any:
 def _varying(tree: Any) -> Any:
     """Marks every leaf as varying over the axes of an enclosing `shard_map`, if any.
 
-    The carry of a loop must keep its type, but a constant initial value is not typed as
-    varying.
+    The carry of a loop must keep its type, but a constant initial value would not be
+    typed as varying.
     """
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if not axes:

@@ -1,1 +1,1 @@
-"""What the commands share: flags, data, files, pictures, timing."""
+"""Modules that the commands share: flags, data, files, pictures, timing."""

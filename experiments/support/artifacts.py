@@ -38,7 +38,7 @@ def save(
       table: The data.
       splits: Its splits.
       preprocessor: The preprocessor, fitted on the training rows.
-      probabilities: By model and split, `[n, n_L]`.
+      probabilities: Probabilities of label 1 by model and split, `[n, n_L]`.
     """
     params = jax.tree.map(np.asarray, result["params"])
     with output.atomic_write(folder / "model.joblib") as path:
@@ -113,7 +113,7 @@ def _draw_boundary(
     preprocessor: ColumnTransformer,
     params: Any,
 ) -> None:
-    """Draws the probability over the plane, if there are two numbers and one target."""
+    """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
     is_plane = len(names) == splits["train"].x.shape[1] == 2
     if not is_plane or table.y.shape[1] != 1:
@@ -133,7 +133,7 @@ def _draw_boundary(
 
 
 def score(file: str, folder: Path) -> tuple[int, Path]:
-    """Writes the probabilities of new rows, by the model in a folder.
+    """Scores the rows of a file with the model in a folder, and writes the result.
 
     Categories that did not occur in training are reported on stderr.
 
@@ -165,7 +165,7 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
 
 
 def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-    """The preprocessor, parameters and classes of the model in a folder."""
+    """Loads the preprocessor, parameters and classes of the model in a folder."""
     path = folder / "model.joblib"
     if not path.exists():
         raise cli.InputError(

@@ -15,15 +15,15 @@ from experiments.support.config import TrainingConfig
 from experiments.support.datasets import Split
 from experiments.support.resumable import Checkpoints
 
-CHUNKS = 20  # at most; after each one a run is checkpointed and its progress shown
+CHUNKS = 20  # at most; each ends with a checkpoint and moves the progress bar
 
 
 class Trained(NamedTuple):
     """Result of a run that has finished or stopped.
 
     Attributes:
-      run: Its `FitResult`, without the losses.
-      history: Train and validation loss in nats at each evaluation,
+      run: `FitResult` of the run, without the losses.
+      history: Training and validation loss in nats at each evaluation,
         `[evaluations, 2]`.
       steps: Number of steps taken at each evaluation, `[evaluations]`.
     """
@@ -34,7 +34,7 @@ class Trained(NamedTuple):
 
 
 class ChunkedFit:
-    """A run of `jaxbce.fit`, checked when it is made, and then trained in chunks."""
+    """A run of `jaxbce.fit`, checked on construction and trained in chunks of steps."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class ChunkedFit:
         loss: Callable[..., Any],
         pos_weight: tuple[float, ...],
     ) -> None:
-        """Checks that the run can be made, without training.
+        """Checks the optimizer and its arguments, without training.
 
         Args:
           splits: The data; "train" and "validation" are used.
-          training: How to train, as `TrainingConfig.check` returned it.
+          training: How to train, as returned by `TrainingConfig.check`.
           optimizer: The optax transformation.
           loss: The objective, as `jaxbce.fit` takes it.
-          pos_weight: Weight of the positive class, for each output.
+          pos_weight: Weight of the positive class for each output, `[n_L]`.
 
         Raises:
           InputError: If the optimizer does not work with its arguments.
@@ -88,15 +88,15 @@ class ChunkedFit:
         try:
             self._start = _without_losses(fit(params, 0))
             jax.eval_shape(lambda: fit(self._start, 1))
-        except Exception as error:  # whatever optax raises of arguments that do not fit
+        except Exception as error:  # optax raises various errors for bad arguments
             raise InputError(f"--optimizer cannot be used like this: {error}") from None
 
     def train(self, checkpoints: Checkpoints | None = None) -> Trained:
-        """Trains to the end.
+        """Trains until all steps are taken, or the run stops early or diverges.
 
         Args:
-          checkpoints: If given, training resumes from the last one, and one is saved
-            after each chunk of steps.
+          checkpoints: If given, training resumes from the last checkpoint, and saves
+            one after each chunk of steps.
         """
         run, history, done = self._restore(checkpoints)
         steps = self._steps
@@ -119,11 +119,11 @@ class ChunkedFit:
                 bar.update(count)
                 train_loss, valid_loss = history[done - 1]
                 bar.set_postfix_str(f"train {train_loss:.4f}, valid {valid_loss:.4f}")
-        made = np.flatnonzero(~np.isnan(history[:, 0]))
-        return Trained(run, history[made], steps[made])
+        evaluated = np.flatnonzero(~np.isnan(history[:, 0]))
+        return Trained(run, history[evaluated], steps[evaluated])
 
     def _restore(self, checkpoints: Checkpoints | None) -> tuple[Any, np.ndarray, int]:
-        """The run, its history and the number of evaluations made so far."""
+        """The run, its history and the number of evaluations so far."""
         history = np.full((len(self._steps), 2), np.nan)
         saved = None
         if checkpoints is not None:
@@ -135,7 +135,7 @@ class ChunkedFit:
         return run, np.array(history), int(done)
 
     def _taken(self, evaluations: int) -> int:
-        """Steps taken by that many evaluations."""
+        """Number of steps taken when that many evaluations are done."""
         return int(self._steps[evaluations - 1]) if evaluations else 0
 
     def _stopped(self, run: jaxbce.FitResult) -> bool:

@@ -1,4 +1,4 @@
-"""What the commands share: flags, devices, and errors of one line."""
+"""Shared flags, CPU devices and processes, and one-line error messages."""
 
 import io
 import os
@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-# JAX's C++ logs warnings of no use to a reader of results; an explicit level stands.
+# Hides warnings of JAX's C++ code that do not help users; a level already set is kept.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of everything random.", lower_bound=0, upper_bound=2**32 - 1
+    "seed", 0, "Seed of all random numbers.", lower_bound=0, upper_bound=2**32 - 1
 )
 SEEDS = flags.DEFINE_integer(
     "seeds",
@@ -41,7 +41,7 @@ CPU_DEVICES = flags.DEFINE_integer(
     upper_bound=4096,
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of the first process, where several share the work."
+    "coordinator", None, "host:port of the first process, if several share the work."
 )
 NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "Number of processes, with --coordinator.", lower_bound=1
@@ -55,20 +55,20 @@ PROCESS_ID = flags.DEFINE_integer(
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Let JAX find the other processes: SLURM, Kubernetes, TPU pods.",
+    "Let JAX find the other processes, as on SLURM, Kubernetes and TPU pods.",
 )
 
 
-COMMON = ("seed", "output_dir")  # flags above that every command takes
+COMMON = ("seed", "output_dir")  # flags that every command takes
 PROCESSES = ("cpu_devices", "coordinator", "num_processes", "process_id", "distributed")
 
 
 class InputError(Exception):
-    """Invalid input from the user; its message is the one line that they see."""
+    """Invalid input from the user, who sees only its one-line message."""
 
 
 def output_dir() -> Path | None:
-    """The folder --output_dir, created, and checked to be writable; None if not set.
+    """Creates the folder --output_dir and returns its path; None if it is not set.
 
     Raises:
       InputError: If it cannot be created or written to.
@@ -124,7 +124,7 @@ def use_devices() -> None:
 
 
 def _check_flags() -> None:
-    """Refuses flags of other commands, which would have no effect here."""
+    """Rejects flags of other commands, which would have no effect here."""
     known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         for flag in defined:
@@ -146,13 +146,13 @@ def launch(
 
     Args:
       main: The command.
-      defaults: The command's own defaults of shared flags, which --help then shows.
-      help_texts: The command's own help for shared flags.
+      defaults: The command's own defaults for shared flags, as --help shows them.
+      help_texts: The command's own help texts for shared flags.
     """
     program = Path(sys.argv[0]).stem
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # the tables are full of ∂ and ŷ
+            stream.reconfigure(encoding="utf-8")  # the tables contain ∂ and ŷ
 
     def fail(error: Exception) -> NoReturn:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -175,7 +175,7 @@ def launch(
             # On a GPU float32 products would otherwise be rounded to TF32's 10 bits.
             jax.config.update("jax_default_matmul_precision", "highest")
             return main()
-        except BrokenPipeError:  # the reader, such as head, has seen enough
+        except BrokenPipeError:  # a reader such as head has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (InputError, OSError) as error:

@@ -1,7 +1,7 @@
 """Configuration of a training run: two dataclasses and the flags that fill them.
 
-A command names its own defaults once, in a dictionary that it gives to `from_flags` and
-to `cli.launch`, so that its `--help` shows them.
+A command states its own defaults once, in a dictionary that it passes to `from_flags`
+and to `cli.launch`, so that its `--help` shows them.
 """
 
 import dataclasses
@@ -38,15 +38,17 @@ SCHEDULE = flags.DEFINE_enum(
 WEIGHT_DECAY = flags.DEFINE_float(
     "weight_decay",
     0.001,
-    "The optimizer's own weight_decay if it has one, as adamw does. Otherwise half of "
-    "this times the sum of squared weights is added to the objective.",
+    "The optimizer's own weight_decay if it has one, as adamw does. Otherwise this "
+    "times the weights is added to their gradient.",
     lower_bound=0.0,
 )
 HIDDEN = flags.DEFINE_multi_string(
     "hidden", ["32"], "Widths of the hidden layers, comma-separated; '' for none."
 )
+# Drops absl's hint that the flag may be repeated, which only `sweep` allows.
+flags.FLAGS["hidden"].help = flags.FLAGS["hidden"].help.partition(";\n")[0]
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Rows per batch; 0 is all of them.", lower_bound=0
+    "batch_size", None, "Examples per batch; 0 is all of them.", lower_bound=0
 )
 NUM_STEPS = flags.DEFINE_integer(
     "num_steps",
@@ -71,8 +73,8 @@ EVALUATE_EVERY = flags.DEFINE_integer(
 PATIENCE = flags.DEFINE_integer(
     "patience",
     None,
-    "Stop at the first evaluation that comes this many steps or more after the best "
-    "one. If not set, never stop early.",
+    "Stop at the first evaluation that is at least this many steps after the best one. "
+    "If not set, never stop early.",
     lower_bound=1,
 )
 POS_WEIGHT = flags.DEFINE_string(
@@ -104,11 +106,12 @@ class OptimizerConfig:
     """An optax optimizer and its hyperparameters.
 
     Attributes:
-      optimizer: Its name in optax or optax.contrib.
-      optimizer_args: Its arguments by name.
+      optimizer: Name of the optimizer in optax or optax.contrib.
+      optimizer_args: Arguments of the optimizer by name.
       learning_rate: None is the optimizer's own default, or 0.003 if it has none.
       schedule: "constant", "cosine", "warmup-cosine" or "exponential".
-      weight_decay: The optimizer's own, or a penalty on the weights.
+      weight_decay: The optimizer's own, or else the strength of an L2 penalty on the
+        weights.
     """
 
     optimizer: str = "adam"
@@ -133,7 +136,7 @@ class OptimizerConfig:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """What the configuration file says of the optimizer."""
+        """The optimizer's entries in the configuration file."""
         return dataclasses.asdict(self) | {"optimizer_args": dict(self.optimizer_args)}
 
     def build(self, num_steps: int) -> tuple[Any, float]:
@@ -161,11 +164,11 @@ class TrainingConfig:
     """How a network is trained.
 
     Attributes:
-      seed: Seed of the split, the parameters and the order of rows.
+      seed: Seed of the split, the parameters and the order of examples.
       hidden: Widths of the hidden layers.
-      batch_size: Rows per batch; 0 is all of them, and so is None unless the command
-        chooses.
-      num_steps: Steps to train for; None is what `epochs` says.
+      batch_size: Examples per batch; 0 and None are all of them, but a command may
+        replace None by its own choice.
+      num_steps: Steps to train for; None is as many as `epochs` takes.
       epochs: Epochs to train for; None is 60.
       evaluate_every: Steps between evaluations; None is an epoch or a hundredth of the
         run, whichever is longer.
@@ -209,15 +212,20 @@ class TrainingConfig:
         )
 
     def check(self, rows: int, name: str = "the data") -> Self:
-        """The same configuration with every duration in steps, and no batch size of 0.
+        """Checks the configuration, and fills in steps for epochs and defaults.
 
         Args:
-          rows: Rows to train on.
-          name: What the data is called in messages.
+          rows: Number of training examples.
+          name: Name of the data in messages.
+
+        Returns:
+          The configuration with `num_steps` and `evaluate_every` set, `epochs` None,
+          and a `batch_size` of None if it was 0.
 
         Raises:
-          InputError: If a batch needs more rows than there are, both `num_steps` and
-            `epochs` are given, the run is too long, or `pos_weight` is out of range.
+          InputError: If a batch needs more examples than there are, `num_steps` and
+            `epochs` are both given, the run is too long, or `pos_weight` is out of
+            range.
         """
         if self.batch_size is not None and self.batch_size > rows:
             raise InputError(
@@ -249,11 +257,11 @@ class TrainingConfig:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """What the configuration file says of training."""
+        """The entries for training in the configuration file."""
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name != "epochs"  # which `check` turns into steps
+            if name != "epochs"  # `check` has converted it to steps
         }
 
 
@@ -269,7 +277,7 @@ def _number_or_text(text: str) -> float | str:
 
 
 def hidden_choices() -> list[tuple[int, ...]]:
-    """The widths that each --hidden names.
+    """The widths that each --hidden gives.
 
     Raises:
       InputError: If one of them is not an integer >= 1.
@@ -278,7 +286,7 @@ def hidden_choices() -> list[tuple[int, ...]]:
 
 
 def hidden_sizes() -> tuple[int, ...]:
-    """The widths of the only --hidden.
+    """The widths that --hidden gives, which must occur only once.
 
     Raises:
       InputError: If there are several, or a width is not an integer >= 1.

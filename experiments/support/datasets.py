@@ -31,7 +31,7 @@ TARGET = flags.DEFINE_list(
     None,
     "Column of --data that holds the labels, which may be any two values. Several "
     "columns, comma-separated, give as many outputs. All other columns are features: "
-    "numbers are standardised, text is one-hot encoded.",
+    "numbers are standardized, text is one-hot encoded.",
 )
 POSITIVE = flags.DEFINE_string(
     "positive",
@@ -39,7 +39,7 @@ POSITIVE = flags.DEFINE_string(
     "The value of every --target that is label 1. If not set, the larger one.",
 )
 GENERATED_ROWS = 1000
-MAX_STANDARDIZED = 1e15  # beyond, no dtype is safe
+MAX_STANDARDIZED = 1e15  # larger values could overflow
 MIN_ROWS_PER_LABEL = 5  # so that each split has one
 
 
@@ -170,13 +170,13 @@ def digest(table: Table) -> str:
 
 
 def fit_preprocessor(name: str, features: pd.DataFrame) -> ColumnTransformer:
-    """Fits a preprocessor: standardised numbers and one-hot categories.
+    """Fits a preprocessor that standardizes numbers and one-hot encodes categories.
 
     Categories that do not occur in these rows become all zeros, and constant columns
     become zero.
 
     Raises:
-      InputError: If numbers are too large to standardise.
+      InputError: If numbers are too large to standardize.
     """
     encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
     transformer = ColumnTransformer(
@@ -193,17 +193,17 @@ def fit_preprocessor(name: str, features: pd.DataFrame) -> ColumnTransformer:
     variances = getattr(scaler, "var_", np.zeros(0))
     if not np.isfinite(variances).all():
         column = scaler.feature_names_in_[np.argmin(np.isfinite(variances))]
-        raise InputError(f"{name}: column {column!r} is too large to standardise")
+        raise InputError(f"{name}: column {column!r} is too large to standardize")
     return transformer
 
 
 def preprocess(
     name: str, transformer: ColumnTransformer, features: pd.DataFrame
 ) -> np.ndarray:
-    """Preprocessed features `[N, n_0]`.
+    """Preprocessed features `[N, n_0]`, float64.
 
     Raises:
-      InputError: If numbers are too large to standardise.
+      InputError: If numbers are too large to standardize.
     """
     with np.errstate(all="ignore"):
         x = np.asarray(transformer.transform(features), np.float64)
@@ -215,11 +215,11 @@ def _check_size(name: str, transformer: ColumnTransformer, x: Any) -> None:
     usable = (np.abs(x) < MAX_STANDARDIZED).all(axis=0)  # and not NaN
     if not usable.all():
         column = transformer.get_feature_names_out()[np.argmin(usable)]
-        raise InputError(f"{name}: column {column!r} is too large to standardise")
+        raise InputError(f"{name}: column {column!r} is too large to standardize")
 
 
 def preprocess_all(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """All rows as `x [N, n_0]` and `y [N, n_L]`, preprocessed together."""
+    """Preprocesses all rows together; returns `x [N, n_0]` and `y [N, n_L]`."""
     transformer = fit_preprocessor(table.name, table.features)
     return preprocess(table.name, transformer, table.features), table.y
 

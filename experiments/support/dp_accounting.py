@@ -9,17 +9,17 @@ import optax
 
 from experiments.support.cli import InputError
 
-MAX_EPSILON = 20.0  # beyond, accounting takes minutes, and little is private
-MIN_DELTA = 1e-15  # below, the accountant's own rounding errors matter
+MAX_EPSILON = 20.0  # larger ε protects little and takes minutes to account for
+MIN_DELTA = 1e-15  # for smaller δ, the accountant's own rounding errors matter
 
 
 class PrivacyConfig(NamedTuple):
-    """Privacy to train with.
+    """Privacy budgets and clipping norm of private training.
 
     Attributes:
       epsilons: Privacy budgets ε, each in (0, 20].
       delta: δ, in [1e-15, 1).
-      max_grad_norm: Norm to which each row's gradient is clipped.
+      max_grad_norm: Norm to which each example's gradient is clipped, > 0.
     """
 
     epsilons: tuple[float, ...] = (3.0,)
@@ -77,15 +77,15 @@ def epsilon_spent(
     num_steps: int,
     interval: float = 1e-4,
 ) -> float:
-    """ε spent by noisy sums over Poisson samples, for adding or removing one row.
+    """ε spent by noisy sums over Poisson samples, for adding or removing one example.
 
     Args:
       noise: Standard deviation of the noise divided by the clipping norm.
       delta: δ.
-      rows: Rows to train on.
-      batch_size: Expected rows per batch; each row is in each batch with probability
-        `batch_size / rows`.
-      num_steps: Steps.
+      rows: Number of training examples.
+      batch_size: Expected examples per batch; each example is in each batch with
+        probability `batch_size / rows`.
+      num_steps: Number of steps.
       interval: Bin width of the privacy loss distribution. ε is an upper bound for any
         width; smaller bins give a tighter bound and take longer.
     """
@@ -104,7 +104,7 @@ def noise_multiplier(
     """The smallest noise multiplier, within 0.1%, that spends at most (ε, δ).
 
     Raises:
-      InputError: If no useful amount of noise is enough.
+      InputError: If even a multiplier of 2^20 is not enough.
     """
     sampling: Any = {"rows": rows, "batch_size": batch_size, "num_steps": num_steps}
     noise = 64.0
@@ -112,8 +112,8 @@ def noise_multiplier(
         noise *= 2
         if noise > 2**20:
             raise InputError(f"--epsilon={epsilon}: no noise is enough")
-    # Search downwards, because less noise takes longer to account for, and in wide
-    # bins first.
+    # Search downwards, because less noise takes longer to account for, and with wide
+    # bins first, because they are faster.
     for interval, ratio in ((1e-3, 1.5), (1e-4, 1.1)):
         less = noise / ratio
         while epsilon_spent(less, delta, **sampling, interval=interval) <= epsilon:
@@ -135,9 +135,10 @@ def noise_multiplier(
 def poisson_batches(
     *, rows: int, batch_size: int, num_steps: int, seed: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
-    """Draws the rows of each batch by Poisson sampling, as the accountant assumes.
+    """Draws the examples of each batch by Poisson sampling, as the accountant assumes.
 
-    Each row is in each batch independently, with probability `batch_size / rows`.
+    Each example is in each batch independently, with probability `batch_size / rows`.
+    Yields the indices of a batch, `[n]`, for each step.
     """
     sampling = _libraries().batch_selection.CyclicPoissonSampling(
         sampling_prob=batch_size / rows, iterations=num_steps

@@ -12,7 +12,7 @@ from sklearn.neural_network import MLPClassifier
 from experiments.support.datasets import Split
 
 CALIBRATION_BINS = 10
-HEADINGS = {  # of the keys of `score` and `table`
+HEADINGS = {  # for the keys of `score`
     "log_loss": "log-loss",
     "roc_auc": "ROC AUC",
     "brier_score": "Brier score",
@@ -56,7 +56,7 @@ def calibration_bins(probability: np.ndarray) -> np.ndarray:
 def fit_baselines(
     splits: dict[str, Split], hidden: tuple[int, ...], seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Fits two scikit-learn models to the training rows, one per output.
+    """Fits two kinds of scikit-learn model to the training split, one per output.
 
     Args:
       splits: The data.
@@ -71,7 +71,7 @@ def fit_baselines(
         "MLPClassifier": lambda: MLPClassifier(hidden, random_state=seed),
     }
     result: dict[str, dict[str, np.ndarray]] = {}
-    with warnings.catch_warnings():  # it may not converge within its default of epochs
+    with warnings.catch_warnings():  # MLPClassifier may stop before it converges
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name, make in models.items():
             fitted = [make().fit(splits["train"].x, y) for y in splits["train"].y.T]
@@ -87,7 +87,7 @@ def table(
     targets: list[str],
     probabilities: dict[str, dict[str, np.ndarray]],
 ) -> list[dict[str, Any]]:
-    """Metrics of every model, split and target, as rows."""
+    """Metrics as rows, one per split, model and target."""
     return [
         {"model": model, "split": split, "target": target}
         | score(data.y[:, column], by_split[split][:, column])

@@ -15,7 +15,7 @@ import jaxbce
 from experiments.support.cli import InputError
 from jaxbce.network import Layer, Params
 
-DEFAULT_LEARNING_RATE = 0.003  # of optimizers that have none
+DEFAULT_LEARNING_RATE = 0.003  # for optimizers without a default of their own
 
 
 def available() -> dict[str, Callable[..., Any]]:
@@ -63,7 +63,7 @@ def parse_args(texts: list[str]) -> dict[str, Any]:
     return found
 
 
-@functools.cache  # equal arguments give the same object, so that fit compiles once
+@functools.cache  # equal arguments return the same object, so that fit compiles once
 def build(
     name: str,
     *,
@@ -131,14 +131,14 @@ def build(
         given["weight_decay"], penalty = weight_decay, 0.0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # of a missing argument
+            warnings.simplefilter("error", UserWarning)  # about a missing argument
             optimizer = make(**given)
     except (TypeError, ValueError, UserWarning) as error:
         raise InputError(f"--optimizer={name}: {error}") from None
     return optimizer, penalty
 
 
-@functools.cache  # as above
+@functools.cache  # as for `build`
 def build_family(
     name: str,
     *,
@@ -152,7 +152,8 @@ def build_family(
     """Builds a function from a point of a sweep to its optimizer, for `jaxbce.sweep`.
 
     Args:
-      name: As in `build`, and so are the others; they hold for what is not swept.
+      name: See `build`, also for the other arguments, which apply if they are not
+        swept.
       swept: Names of the arguments that the points give, which may include
         learning_rate and weight_decay. If the optimizer has no weight_decay, the decay
         of the weights is added to the gradient.
@@ -166,7 +167,6 @@ def build_family(
       InputError: As in `build`, or if the optimizer does not take what is swept.
     """
     rest = tuple((k, v) for k, v in args if k not in swept)
-    options: dict[str, Any] = {"schedule": schedule, "num_steps": num_steps}
     build(name, learning_rate=learning_rate, weight_decay=weight_decay, args=rest)
     make = available()[name]
     accepted = inspect.signature(make).parameters
@@ -188,8 +188,8 @@ def build_family(
         decay = values.get("weight_decay", weight_decay)
         if rate is not None:
             given["learning_rate"] = rate
-        if options["schedule"] != "constant":
-            unit = _schedule(options["schedule"], 1.0, options["num_steps"])
+        if schedule != "constant":
+            unit = _schedule(schedule, 1.0, num_steps)
             given["learning_rate"] = lambda t: jnp.multiply(unit(t), jnp.asarray(rate))
         if "weight_decay" in accepted:
             return make(**given | {"weight_decay": decay})
@@ -210,7 +210,7 @@ def build_family(
             ),
             dict.fromkeys(swept, jnp.zeros(())),
         )
-    except Exception as error:  # whatever optax raises if an argument is static
+    except Exception as error:  # optax raises various errors for static arguments
         what = ", ".join(swept) or "nothing"
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
@@ -234,7 +234,7 @@ def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
 
 @functools.cache
 def penalized(loss: Callable[..., Any], penalty: float) -> Callable[..., Any]:
-    """The loss plus half of `penalty` times the squared weights (biases excluded)."""
+    """The loss plus half of `penalty` times the sum of squared weights (no biases)."""
     if penalty == 0:
         return loss
 

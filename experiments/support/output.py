@@ -1,4 +1,4 @@
-"""Output for people and programs: terminal tables and result files."""
+"""Terminal tables and result files."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ import jaxbce
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, which accompany every result."""
+    """Versions and device, which are recorded with every result."""
     device = jax.devices()[0]
     return {
         "jaxbce": jaxbce.__version__,
@@ -85,7 +85,8 @@ def table(
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces `path` once the block has succeeded.
 
-    Readers see either the old file or the new one, whole, even after a crash.
+    Readers see either the complete old file or the complete new one, even after a
+    crash.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:

@@ -24,12 +24,12 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """The name, escaped so that matplotlib finds no formula in it."""
+    """The name, escaped so that matplotlib does not parse it as a formula."""
     return name.replace("$", r"\$")
 
 
 def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
-    """Draws train and validation loss, `[evaluations, 2]`, and the best step."""
+    """Draws training and validation loss, `[evaluations, 2]`, and the best step."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(steps, history[:, 0], label="train")
     axis.plot(steps, history[:, 1], label="validation")
@@ -100,12 +100,12 @@ def boundary(
 
 
 def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
-    """Draws validation loss over the first one or two axes, a panel per program.
+    """Draws validation loss over the first one or two axes, one panel per program.
 
     Args:
       path: The file to write.
-      members: Table with a row per network, as `experiments.sweep` makes it.
-      axes: By name, the axis's spacing: "log", "lin" or "values".
+      members: Table with one row per network, as `experiments.sweep` makes it.
+      axes: Spacing of each axis by name: "log", "lin" or "values".
     """
     names = list(axes)[:2]
     panels = list(members.groupby(["hidden", "optimizer"], sort=False))
@@ -120,8 +120,8 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
     finite = members["validation_loss"][np.isfinite(members["validation_loss"])]
     low, high = (finite.min(), finite.quantile(0.95)) if len(finite) else (0.1, 1.0)
     norm = LogNorm(max(low, 1e-12), max(high, 1.01 * low, 1.1e-12), clip=True)
-    for axis, ((hidden, optimizer), mine) in zip(rows[0], panels, strict=True):
-        table = mine.groupby(names)["validation_loss"].agg(["mean", "sem"])
+    for axis, ((hidden, optimizer), panel) in zip(rows[0], panels, strict=True):
+        table = panel.groupby(names)["validation_loss"].agg(["mean", "sem"])
         table = table.reset_index().replace(np.inf, np.nan)
         axis.set(xlabel=_plain(names[0]), title=f"{hidden}, {optimizer}")
         if axes[names[0]] == "log":
@@ -159,21 +159,21 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
 
 
 def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None:
-    """Draws test accuracy over ε, and the fraction of rows clipped over steps.
+    """Draws test accuracy over ε, and the fraction of examples clipped over steps.
 
     Args:
       path: The file to write.
       rows: As `experiments.private` makes them; the last one is not private.
-      clipped: Fraction of rows clipped, `[ε, steps]`, in the order of `rows`.
+      clipped: Fraction of examples clipped, `[ε, steps]`, in the order of `rows`.
     """
     figure, (accuracy, share) = plt.subplots(
         1, 2, figsize=(10, 4), layout="constrained"
     )
-    *some, plain = rows
+    *private_rows, plain = rows
     accuracy.errorbar(
-        [row["epsilon"] for row in some],
-        [row["test_accuracy"] for row in some],
-        [row["test_accuracy_se"] for row in some],
+        [row["epsilon"] for row in private_rows],
+        [row["test_accuracy"] for row in private_rows],
+        [row["test_accuracy_se"] for row in private_rows],
         marker="o",
         capsize=3,
         label="private",
@@ -187,15 +187,15 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
         ylabel="test accuracy, mean ± s.e.",
         title="What privacy costs",
     )
-    ticks = [row["epsilon"] for row in some]
+    ticks = [row["epsilon"] for row in private_rows]
     accuracy.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     accuracy.minorticks_off()
     accuracy.legend(loc="lower right")
     window = max(1, clipped.shape[1] // 50)
     steps = np.arange(clipped.shape[1] // window) * window + window / 2
-    for i, row in enumerate(some):
+    for i, row in enumerate(private_rows):
         line = clipped[i, : len(steps) * window].reshape(-1, window).mean(axis=1)
-        color = plt.get_cmap("viridis")(i / max(len(some) - 1, 1) * 0.9)
+        color = plt.get_cmap("viridis")(i / max(len(private_rows) - 1, 1) * 0.9)
         share.plot(steps, line, color=color, label=f"ε = {row['epsilon']:g}")
     share.set(
         xlabel="step",
@@ -210,11 +210,11 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
 def suspicious(
     path: Path, rows: Any, rank_by: str, name: str, images: np.ndarray | None
 ) -> None:
-    """Draws the rows with the highest scores if they are images, else the scores.
+    """Draws the examples with the highest scores if they are images, else all scores.
 
     Args:
       path: The file to write.
-      rows: Table of all rows, highest score first, as `find_mislabeled` makes it.
+      rows: Table of all examples, highest score first, as `find_mislabeled` makes it.
       rank_by: Key of the score.
       name: Name of the score.
       images: `[N, height, width]`, indexed by the column "row", or None.

@@ -22,17 +22,17 @@ from tqdm import tqdm
 from experiments.support import output
 from experiments.support.cli import InputError
 
-FORMAT = 2  # of config.json, and of what it describes
+FORMAT = 2  # version of config.json and of the folder that it describes
 
 
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, configuration: dict[str, Any]) -> Iterator[None]:
-    """Locks a folder for one run, so that no other process writes to it.
+    """Locks a folder for one run, so that no other run writes to it.
 
     Args:
       folder: An existing folder.
       configuration: The configuration of the run, which is written to `config.json`. If
-        the folder has one already, it must be the same.
+        the folder already has that file, it must hold the same configuration.
 
     Raises:
       InputError: If another process uses the folder, or it holds another run.
@@ -60,8 +60,8 @@ def open_checkpoints(
 
 
 def _check_configuration(folder: Path, configuration: dict[str, Any]) -> None:
-    """Writes the configuration, or checks that it is the one that the folder has."""
-    # As it reads back: tuples are lists.
+    """Writes the configuration, or checks that the folder has the same one."""
+    # Encode and decode it, because JSON turns tuples into lists.
     mine = json.loads(json.dumps({"format": FORMAT, **configuration}))
     theirs = _read_configuration(folder)
     if theirs is None:
@@ -106,7 +106,7 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
 
 
 class Checkpoints:
-    """The last checkpoints of a run, each of them complete."""
+    """The last two checkpoints of a run."""
 
     def __init__(self, folder: Path) -> None:
         self._manager = ocp.CheckpointManager(
@@ -119,7 +119,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves a pytree of arrays; once this returns, the checkpoint survives a kill.
+        """Saves a pytree of arrays; the checkpoint is complete when this returns.
 
         Raises:
           InputError: If it cannot be written, for example because the disk is full.
@@ -129,12 +129,12 @@ class Checkpoints:
         }
         try:
             self._manager.save(step, args=ocp.args.StandardSave(leaves))
-        except Exception as error:  # a full disk is a ValueError to Orbax
+        except Exception as error:  # Orbax raises a ValueError for a full disk
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{self._manager.directory}: {reason}") from error
 
     def restore(self, like: Any) -> Any | None:
-        """The last pytree that was saved; None if there is none.
+        """Loads the last pytree that was saved; None if there is none.
 
         Args:
           like: A pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`s.
@@ -151,7 +151,7 @@ class Checkpoints:
         }
         try:
             found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        except Exception as error:  # whatever Orbax, its files and their codecs raise
+        except Exception as error:  # Orbax and its codecs raise various errors
             raise InputError(
                 f"{self._manager.directory}: checkpoint {step} cannot be read ("
                 f"{type(error).__name__}); delete it to start again"
@@ -169,7 +169,7 @@ class Checkpoints:
 
 
 def _to_array(leaf: Any) -> Any:
-    """The array to save: for random keys, their data."""
+    """The array to save; for a random key, its data."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf
@@ -191,16 +191,16 @@ def compute_chunks(
     """Computes tables in chunks, and concatenates them.
 
     Args:
-      compute: Computes the table of one chunk, independently of the others.
+      compute: Computes the table of one chunk, given its index.
       sizes: Number of networks in each chunk.
-      folder: Where to store chunks, as `parts/0.parquet`, so that they are computed
-        once; None stores none.
+      folder: Where to store chunk i, as `parts/i.parquet`, and to resume from; None
+        stores nothing.
       configuration: The configuration of the run; see `lock_output_dir`.
       unit: Unit of the progress bar.
       scale: Units per network.
 
     Returns:
-      The table; in processes after the first, an empty one if there is a folder.
+      The table. With a folder, it is empty in all processes but the first.
 
     Raises:
       InputError: If another process uses the folder, or it holds another run.
@@ -208,7 +208,7 @@ def compute_chunks(
     count = len(sizes)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        error_here = None
+        error_here = None  # raised once all processes know of it
         if folder is not None and first:
             try:
                 stack.enter_context(lock_output_dir(folder, configuration))

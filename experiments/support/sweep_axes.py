@@ -7,7 +7,8 @@ import numpy as np
 import jaxbce
 from experiments.support.cli import InputError
 
-SWEEP_HPARAMS = ("init_scale", "pos_weight", "label_smoothing")  # `jaxbce.sweep`'s own
+# Hyperparameters that `jaxbce.sweep` uses itself; all others belong to the optimizer.
+SWEEP_HPARAMS = ("init_scale", "pos_weight", "label_smoothing")
 MINIMA = {"learning_rate": 0.0, "weight_decay": 0.0, "pos_weight": 0.0}
 MAXIMA = {"label_smoothing": 1.0}
 
@@ -42,11 +43,12 @@ class Search(NamedTuple):
     def points(self, seed: int) -> dict[str, np.ndarray]:
         """The values of each hyperparameter, `[points]`, as `jaxbce.sweep` takes them.
 
-        Random points are uniform between an axis's ends, in the logarithm for a log
-        axis; of listed values one is drawn.
+        Random points are uniform between the ends of an axis (in the logarithm for a
+        log axis), or drawn from its listed values.
 
         Raises:
-          InputError: If an axis is repeated, or `num_points` does not fit the method.
+          InputError: If there is no axis or one is repeated, or `num_points` does not
+            fit the method.
         """
         if not self.axes:
             raise InputError(
@@ -66,7 +68,7 @@ class Search(NamedTuple):
         return {a.name: _draw(a, self.num_points, rng) for a in self.axes}
 
     def as_dict(self) -> dict[str, Any]:
-        """What the configuration file says of the search."""
+        """The entries for the search in the configuration file."""
         axes = {a.name: [a.spacing, *a.values.tolist()] for a in self.axes}
         return {"axes": axes, "search": self.method}
 

@@ -35,7 +35,7 @@ def read(path: Path) -> pd.DataFrame:
             header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].tolist()
     except pd.errors.ParserWarning:
         raise InputError(f"{path}: has rows with more fields than its header") from None
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are either
+    except (OSError, ValueError) as error:  # pandas and pyarrow raise either
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: {reason}") from None
     repeated = [name for i, name in enumerate(header) if name in header[:i]]
@@ -77,10 +77,10 @@ def features(
         column = pd.Series(table[name])
         if categories is None:
             looks_numeric = pd.api.types.is_numeric_dtype(column)
-            read = _numbers if looks_numeric else _new_categories
+            convert = _numbers if looks_numeric else _new_categories
         else:
-            read = _categories if name in categories else _numbers
-        found[name] = read(f"{source}: column {name!r}", column)
+            convert = _categories if name in categories else _numbers
+        found[name] = convert(f"{source}: column {name!r}", column)
     return pd.DataFrame(found)
 
 
@@ -103,7 +103,7 @@ def _categories(where: str, column: pd.Series) -> pd.Series:
 
 
 def _new_categories(where: str, column: pd.Series) -> pd.Series:
-    """The categories of a column that holds neither mistyped numbers nor free text."""
+    """The categories of a column; rejects mistyped numbers and free text."""
     categorical = isinstance(column.dtype, pd.CategoricalDtype)
     if not categorical and not all(isinstance(v, str) for v in column.dropna()):
         raise InputError(f"{where} is {column.dtype}, expected numbers or text")
@@ -139,7 +139,7 @@ def labels(
       Labels `[N]`, float64, and the values that labels 0 and 1 stand for.
 
     Raises:
-      InputError: If there are not two values, or `positive` is neither.
+      InputError: If there are not exactly two values, or `positive` is neither.
     """
     name = f"{source}: target {column.name!r}"
     if column.isna().any():

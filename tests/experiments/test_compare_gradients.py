@@ -149,9 +149,9 @@ def test_a_process_writes_results_and_what_made_them(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("compare_gradients", ("--seeds=3",), "--seeds is not a flag of this script"),
+        ("compare_gradients", ("--seeds=3",), "--seeds is not a flag of this command"),
         ("train", ("--epochs=99999999999",), "--epochs=99999999999: "),
-        ("train", ("--cpu_devices=2",), "--cpu_devices is not a flag of this script"),
+        ("train", ("--cpu_devices=2",), "--cpu_devices is not a flag of this command"),
         ("trainability", ("--batch_size=4",), "--batch_size is not a flag of this"),
         ("sweep", ("--axis=b1=0.9", "--pos_weight=nan"), "a finite number >= 0"),
         ("find_mislabeled", ("--flip_fraction=nan",), "--flip_fraction=nan"),
@@ -169,10 +169,10 @@ def test_a_flag_without_effect_or_sense_is_refused(name, arguments, message):
     [
         ("--no_such_flag", "no_such_flag"),
         ("--hidden=8,x", "--hidden=8,x: "),
-        ("--output_dir=", "--output_dir is empty"),
+        ("--output_dir=", "--output_dir: expected the name of a folder"),
         ("--batch=99999", "--batch=99999: digits has 1797 examples"),
         ("--tolerance=nan", "--tolerance=nan: expected a finite number > 0"),
-        ("stray", "'stray': not a flag"),
+        ("stray", "'stray': expected a flag"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argument, message):

@@ -39,8 +39,8 @@ def test_flags_logging_and_configuration_are_restored():
     [
         (("--no_such_flag",), "no_such_flag"),
         (("--seed=-1",), "--seed=-1"),
-        (("--seeds=3",), "--seeds is not a flag of this script"),
-        (("stray",), "'stray': not a flag"),
+        (("--seeds=3",), "--seeds is not a flag of this command"),
+        (("stray",), "'stray': expected a flag"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
