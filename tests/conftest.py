@@ -1,10 +1,14 @@
-"""Fixtures: strict dtypes everywhere, standard ones where a library needs them.
+"""Fixtures, and a quick compiler: most of the tests' time is compilation.
 
-One run of the tests compiles each program once: its workers, and the processes that
+Each program is compiled once per run of the tests: its workers, and the processes that
 tests start, share a cache of compiled programs, which is removed when the run ends.
+Programs are compiled without XLA's expensive optimizations, unless the environment has
+XLA_FLAGS, which may be empty.
 """
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -23,11 +27,17 @@ CACHE = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets up the cache of compiled programs; workers inherit the environment."""
+    """Sets up the compiler and its cache; workers inherit the environment."""
     environ = pytest.MonkeyPatch()
+    if "XLA_FLAGS" not in os.environ and _xla_accepts(QUICK_COMPILATION):
+        environ.setenv("XLA_FLAGS", QUICK_COMPILATION)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="jaxbce-tests-")
         environ.setenv("JAX_COMPILATION_CACHE_DIR", folder.name)
@@ -38,6 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(environ.undo)
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _xla_accepts(xla_flags: str) -> bool:
+    """Whether the installed XLA knows these flags; it aborts if it does not."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"XLA_FLAGS": xla_flags}
+    return not subprocess.run(command, env=environment, capture_output=True).returncode
 
 
 @pytest.fixture(autouse=True)

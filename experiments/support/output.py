@@ -50,7 +50,7 @@ def table(
     """Formats rows as a table for a terminal; booleans become ok or FAILED.
 
     Args:
-      rows: Rows with the same keys.
+      rows: The rows; a row without a key has an empty cell there.
       floats: Format of all floats; None is three significant digits.
       headings: Headings by key; a key without an entry is its own heading.
     """
@@ -71,10 +71,12 @@ def table(
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    names = {key: (headings or {}).get(key, key) for key in rows[0]}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    names = {key: (headings or {}).get(key, key) for key in keys}
     cells = [{names[key]: text(value) for key, value in row.items()} for row in rows]
     align = [
-        "right" if any(is_number(row[key]) for row in rows) else "left" for key in names
+        "right" if any(is_number(row.get(key)) for row in rows) else "left"
+        for key in names
     ]
     return tabulate(
         cells, headers="keys", tablefmt="simple", colalign=align, disable_numparse=True
