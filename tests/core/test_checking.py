@@ -176,6 +176,14 @@ def test_a_mutant_is_rejected_with_a_reason(fun):
     assert "FAILED" in str(report)
 
 
+def test_a_leaf_is_judged_by_its_own_norm_and_not_by_the_gradients():
+    # Small last weights make the first leaves a small part of the gradient.
+    *first, last = SQUARE.params
+    small = SQUARE._replace(params=(*first, last._replace(w=1e-2 * last.w)))
+    report = check(at(0, w=lambda w: w * (1 + 1e-11)), small)
+    assert {c.leaf for c in report.comparisons if not c.passed} == {"[0].w"}
+
+
 @pytest.mark.parametrize("fun", [jaxbce.value_and_grad, by_hand])
 def test_a_correct_gradient_passes_at_20_seeds(fun):
     # Under one jit, so that its operations are not compiled one by one.

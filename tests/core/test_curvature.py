@@ -108,13 +108,8 @@ def products_and_spectrum(params, x, y, v, reduction="mean", **weights):
     return products, curvature.ggn_eigenvalues(params, x, y, **weights)
 
 
-# Weights are the same whatever the depth: only these pairs are looked at each time.
 PAIRS = [
-    pytest.param(
-        *(sizes, name),
-        marks=[] if name == "weights" or sizes == (4, 3, 3) else pytest.mark.slow,
-        id=f"{sizes}-{name}",
-    )
+    pytest.param(sizes, name, id=f"{sizes}-{name}")
     for sizes in SIZES
     for name in WEIGHTS
 ]
@@ -206,7 +201,7 @@ def test_largest_eigenvalues_come_without_a_matrix():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", ["dead units", "zero", "no weight", "saturated"])
-@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 20])
+@pytest.mark.parametrize("k", [2, 20])
 def test_largest_eigenvalues_of_a_matrix_of_low_rank(case, dtype, k):
     with jax.enable_x64(dtype == "float64"):
         params, x, y = problem((10, 20, 1), rows=400).arguments(dtype)
@@ -359,11 +354,7 @@ MAPPED = {
 
 @pytest.mark.parametrize(
     "fun",
-    [
-        MAPPED["products and kernel"],
-        MAPPED["spectrum and evidence"],
-        pytest.param(MAPPED["largest eigenvalues"], marks=pytest.mark.slow),
-    ],
+    MAPPED.values(),
     ids=MAPPED,
 )
 def test_networks_of_a_sweep_map(fun):

@@ -60,11 +60,12 @@ def test_forward_is_the_textbook_in_numpy(sizes):
 
 
 def test_bfloat16_accumulates_in_float32():
-    # In bfloat16, 1 + 1 + ... stops at 256, where the next float is 258.
-    params = (jaxbce.Layer(jnp.ones((1000, 1), "bfloat16"), jnp.zeros(1, "bfloat16")),)
-    logits = jaxbce.logits(params, jnp.ones((2, 1000), "bfloat16"))
+    # In bfloat16, 1 + 1 + ... stops at 256, where the next float is 258, and 1001 would
+    # be rounded to 1000.
+    params = (jaxbce.Layer(jnp.ones((1001, 1), "bfloat16"), jnp.zeros(1, "bfloat16")),)
+    logits = jaxbce.logits(params, jnp.ones((2, 1001), "bfloat16"))
     assert logits.dtype == jnp.float32
-    np.testing.assert_array_equal(logits, 1000)
+    np.testing.assert_array_equal(logits, 1001)
 
 
 def test_features_are_cast_to_the_parameters_dtype():

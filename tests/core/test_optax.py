@@ -44,7 +44,7 @@ ARGUMENTS = {
     "schedule_free": None,  # wraps another, below
 }
 # One of each kind of state and of arguments that `update` takes.
-FAST = {
+KINDS = {
     *("adafactor", "adamw", "lbfgs", "lion", "momo"),
     *("muon", "noisy_sgd", "prodigy", "rprop", "sgd"),
 }
@@ -66,17 +66,13 @@ def optimizers():
 
 
 def test_the_table_of_optimizers_is_not_empty():
-    assert set(optimizers()) >= FAST
+    assert set(optimizers()) >= KINDS
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
-        for name in optimizers()
-        if ARGUMENTS.get(name, {}) is not None
-    ],
+    [name for name in optimizers() if ARGUMENTS.get(name, {}) is not None],
 )
 def test_a_fit_with_any_optimizer_lowers_the_loss(name):
     params, x, y = batch()

@@ -208,6 +208,23 @@ def test_memory_that_runs_out_halves_the_group_and_keeps_what_is_done(monkeypatc
     assert relative_error(found.params, truth.params) <= 1e-5
 
 
+def test_a_group_of_several_seeds_is_halved_without_losing_one(monkeypatch):
+    x, y = data(dtype="float32")
+    honest = sweeps._train
+
+    def limited(seeds, values, *rest, **options):
+        if values["learning_rate"].shape[1] * seeds.shape[1] > 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return honest(seeds, values, *rest, **options)
+
+    options = SMALL | {"hparams": rates(2), "num_seeds": 6}
+    truth = jaxbce.sweep(KEY, x, y, group_size=2, **options)
+    monkeypatch.setattr(sweeps, "_train", limited)
+    with pytest.warns(RuntimeWarning, match="a group of 6 members does not fit"):
+        found = jaxbce.sweep(KEY, x, y, group_size=6, **options)
+    assert relative_error(found.params, truth.params) <= 1e-5
+
+
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def broken(*args, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: no")

@@ -286,6 +286,14 @@ def test_a_run_ends_when_patience_does():
     assert more.step == run.step
 
 
+def test_an_equal_loss_is_no_better_so_that_patience_ends_on_a_plateau():
+    params, x, y = arguments(dtype="float32")
+    options = {"optimizer": optax.sgd(0.0), "evaluate_every": 5, "num_steps": 50}
+    run = fit(params, x, y, patience=10, **options)
+    assert run.best_step == 5
+    assert run.step == 15
+
+
 @pytest.mark.parametrize("batch_size", [None, 8])
 def test_a_run_that_diverges_is_frozen_and_says_when(batch_size):
     params, x, y = arguments(dtype="float32", sizes=(5, 4, 4, 1))

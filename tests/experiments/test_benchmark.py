@@ -127,13 +127,11 @@ def test_results_that_cannot_be_compared_are_mismatches():
             "fit_case",
             (12, 12, (3, 2, 1), "sgd"),
             ["plain loop"],
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             "sweep_case",
             (3, 12, 4, (3, 2, 1), "adam"),
             ["vmap"],
-            marks=pytest.mark.slow,
         ),
     ],
 )

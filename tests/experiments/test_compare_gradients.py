@@ -29,11 +29,11 @@ def toy(rows=20, **kwargs):
     [
         ((4,), "float64"),
         ((), "bfloat16"),
-        pytest.param((3, 2), "float32", marks=pytest.mark.slow),
-        pytest.param((4,), "float32", marks=pytest.mark.slow),
-        pytest.param((4,), "bfloat16", marks=pytest.mark.slow),
-        pytest.param((), "float64", marks=pytest.mark.slow),
-        pytest.param((3, 2), "float64", marks=pytest.mark.slow),
+        ((3, 2), "float32"),
+        ((4,), "float32"),
+        ((4,), "bfloat16"),
+        ((), "float64"),
+        ((3, 2), "float64"),
     ],
 )
 def test_every_depth_and_dtype_passes(hidden, dtype):

@@ -85,9 +85,7 @@ def test_one_seed_has_no_standard_error(members):
     assert "±" not in top["validation_loss"]
 
 
-@pytest.mark.parametrize(
-    "batch_size", [0, pytest.param(32, marks=pytest.mark.slow)], ids=["all", "batches"]
-)
+@pytest.mark.parametrize("batch_size", [0, 32], ids=["all", "batches"])
 def test_a_row_is_the_solo_run_of_its_member(batch_size):
     options: Any = {"batch_size": batch_size, "evaluate_every": 19}
     found = sweep.run(plan(dtype="float64", hidden=(4,), **options))["members"]

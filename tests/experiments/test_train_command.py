@@ -60,7 +60,6 @@ def copied(finished, tmp_path):
 # ------------------------------------------------------------------ what it reaches
 
 
-@pytest.mark.slow
 def test_five_seeds_of_digits_reach_98_percent():
     table = datasets.load(dataset="digits")
     accuracy = [
@@ -78,9 +77,7 @@ def test_five_seeds_of_digits_reach_98_percent():
     assert np.mean(accuracy) >= 0.98
 
 
-@pytest.mark.parametrize(
-    "batch_size", [0, pytest.param(32, marks=pytest.mark.slow)], ids=["all", "batches"]
-)
+@pytest.mark.parametrize("batch_size", [0, 32], ids=["all", "batches"])
 def test_manual_and_autodiff_have_one_loss_curve(batch_size):
     rows = np.flatnonzero((MOONS.y[:, 0] == 0) | (np.arange(1000) % 3 == 0))
     table = MOONS._replace(features=MOONS.features.iloc[rows], y=MOONS.y[rows])
