@@ -180,7 +180,7 @@ def test_a_leaf_is_judged_by_its_own_norm_and_not_by_the_gradients():
     # Small last weights make the first leaves a small part of the gradient.
     *first, last = SQUARE.params
     small = SQUARE._replace(params=(*first, last._replace(w=1e-2 * last.w)))
-    report = check(at(0, w=lambda w: w * (1 + 1e-11)), small)
+    report = check(at(0, w=lambda w: w * (1 + 2e-12)), small)
     assert {c.leaf for c in report.comparisons if not c.passed} == {"[0].w"}
 
 
