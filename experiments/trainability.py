@@ -27,17 +27,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import pandas as pd
 from absl import flags
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 
 import jaxbce
-from experiments.support import cli, config, output, resumable
+from experiments.support import cli, config, output, plots, resumable
 
 for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "num_steps"):
     flags.declare_key_flag(_name)
@@ -307,71 +304,6 @@ def dimension(boxes: list[Row]) -> dict[str, float | None]:
     }
 
 
-def draw(
-    path: Path, measures: np.ndarray, center: tuple[float, float], span: float
-) -> None:
-    """Draws measures `[n, n]` in shades of blue and red, by their ranks.
-
-    Args:
-      path: The file to write.
-      measures: As in `measure`; rows and columns from the smallest learning rate.
-      center: Learning rates at the center, of columns and of rows.
-      span: Decades per side.
-    """
-    n = len(measures)
-    converged = measures > 0
-    image = np.zeros((n, n, 3))
-    for mask, name in ((converged, "Blues"), (~converged, "Reds")):
-        if mask.any():
-            shade = 0.95 - 0.75 * _ranks(measures[mask])
-            image[mask] = matplotlib.colormaps[name](shade)[:, :3]
-    # The axes span a whole number of dots per network.
-    inches, side = 7.1, 6.0
-    dpi = n * max(1, round(1000 / n)) / side
-    figure = Figure(figsize=(inches, inches))
-    axis = figure.add_axes(
-        (0.8 / inches, 0.6 / inches, side / inches, side / inches),
-        xlabel="learning rate, hidden layer",
-        ylabel="learning rate, output layer",
-    )
-    x, y = (math.log10(rate) for rate in center)
-    axis.imshow(
-        image,
-        origin="lower",
-        interpolation="nearest",
-        extent=(x - span / 2, x + span / 2, y - span / 2, y + span / 2),
-    )
-    digits = max(2, 2 - math.floor(math.log10(span)))
-
-    def text(exponent: float, _: int) -> str:
-        if span >= 2:
-            return f"$10^{{{exponent:g}}}$"
-        rate = 10**exponent
-        if not 1e-4 <= rate < 1e6:
-            return f"{rate:.{digits}g}"
-        return np.format_float_positional(
-            rate, precision=digits, fractional=False, trim="-"
-        )
-
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_locator(MaxNLocator(6 if span >= 2 else 4, integer=span >= 2))
-        ticks.set_major_formatter(FuncFormatter(text))
-    if span < 2:  # the numbers are long
-        for label in axis.get_yticklabels():
-            label.set(rotation=90, verticalalignment="center")
-    axis.set_title(
-        "blue: converged, darker the faster;  red: diverged, darker the later",
-        fontsize=11,
-    )
-    with output.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=dpi)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Fraction of the values that are at most each value, in (0, 1]."""
-    return stats.rankdata(values, method="average") / len(values)
-
-
 def _rates(
     resolution: int, center: tuple[float, float], span: float, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -416,7 +348,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
     pixels, configuration = result["pixels"], result["configuration"]
     with output.atomic_write(folder / "trainability.npy") as path:
         np.save(path, pixels)
-    draw(
+    plots.trainability(
         folder / "trainability.png",
         pixels[..., 0],
         configuration["center"],

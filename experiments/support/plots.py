@@ -1,5 +1,6 @@
-"""Pictures of networks, sweeps, private training and suspicious labels."""
+"""Pictures of networks, sweeps, trainability, private training and labels."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
@@ -243,3 +246,69 @@ def suspicious(
     known = ", flipped ones in red" if "flipped" in rows else ""
     figure.suptitle(f"Labels as given, of the rows with the highest {name}{known}")
     _save(figure, path)
+
+
+def trainability(
+    path: Path, measures: np.ndarray, center: tuple[float, float], span: float
+) -> None:
+    """Draws measures `[n, n]` in shades of blue and red, by their ranks.
+
+    Args:
+      path: The file to write.
+      measures: As `experiments.trainability.measure` returns them; rows and columns go
+        from the smallest learning rate up.
+      center: Learning rates at the center, of columns and of rows.
+      span: Decades per side.
+    """
+    n = len(measures)
+    converged = measures > 0
+    image = np.zeros((n, n, 3))
+    for mask, name in ((converged, "Blues"), (~converged, "Reds")):
+        if mask.any():
+            shade = 0.95 - 0.75 * _ranks(measures[mask])
+            image[mask] = plt.get_cmap(name)(shade)[:, :3]
+    # The axes span a whole number of dots per network.
+    inches, side = 7.1, 6.0
+    dpi = n * max(1, round(1000 / n)) / side
+    figure = Figure(figsize=(inches, inches))
+    axis = figure.add_axes(
+        (0.8 / inches, 0.6 / inches, side / inches, side / inches),
+        xlabel="learning rate, hidden layer",
+        ylabel="learning rate, output layer",
+    )
+    x, y = (math.log10(rate) for rate in center)
+    axis.imshow(
+        image,
+        origin="lower",
+        interpolation="nearest",
+        extent=(x - span / 2, x + span / 2, y - span / 2, y + span / 2),
+    )
+    digits = max(2, 2 - math.floor(math.log10(span)))
+
+    def text(exponent: float, _: int) -> str:
+        if span >= 2:
+            return f"$10^{{{exponent:g}}}$"
+        rate = 10**exponent
+        if not 1e-4 <= rate < 1e6:
+            return f"{rate:.{digits}g}"
+        return np.format_float_positional(
+            rate, precision=digits, fractional=False, trim="-"
+        )
+
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(MaxNLocator(6 if span >= 2 else 4, integer=span >= 2))
+        ticks.set_major_formatter(FuncFormatter(text))
+    if span < 2:  # the numbers are long
+        for label in axis.get_yticklabels():
+            label.set(rotation=90, verticalalignment="center")
+    axis.set_title(
+        "blue: converged, darker the faster;  red: diverged, darker the later",
+        fontsize=11,
+    )
+    with output.atomic_write(path) as partial:
+        figure.savefig(partial, dpi=dpi)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Fraction of the values that are at most each value, in (0, 1]."""
+    return stats.rankdata(values, method="average") / len(values)
