@@ -156,15 +156,7 @@ def run(
         "batch_size": training.batch_size or rows,
         "num_steps": training.num_steps or 1,
     }
-    bar = tqdm(privacy.epsilons, desc="accounting", unit="ε", disable=None)
-    noise = [
-        dp_accounting.noise_multiplier(epsilon, privacy.delta, **sampling)
-        for epsilon in bar
-    ]
-    spent = [
-        dp_accounting.epsilon_spent(multiplier, privacy.delta, **sampling)
-        for multiplier in noise
-    ]
+    noise, spent = find_noise(privacy, sampling)
 
     # Train networks for all of them, and without noise or clipping.
     norm = privacy.max_grad_norm
@@ -203,6 +195,21 @@ def run(
         ),
         "clipped": clipped,
     }
+
+
+def find_noise(
+    privacy: dp_accounting.PrivacyConfig, sampling: dict[str, int]
+) -> tuple[list[float], list[float]]:
+    """The noise multiplier for each ε, and the ε that it spends."""
+    noise = [
+        dp_accounting.noise_multiplier(epsilon, privacy.delta, **sampling)
+        for epsilon in tqdm(privacy.epsilons, desc="accounting", unit="ε", disable=None)
+    ]
+    spent = [
+        dp_accounting.epsilon_spent(multiplier, privacy.delta, **sampling)
+        for multiplier in noise
+    ]
+    return noise, spent
 
 
 def default_batch_size(rows: int) -> int:
