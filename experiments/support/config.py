@@ -229,8 +229,7 @@ class TrainingConfig:
         """
         if self.batch_size is not None and self.batch_size > rows:
             raise InputError(
-                f"--batch_size={self.batch_size}: expected at most {rows}; {name} has "
-                f"{rows} rows to train on"
+                f"--batch_size={self.batch_size}: {name} has {rows} rows to train on"
             )
         weight = self.pos_weight
         if weight != "balanced" and not (
