@@ -26,9 +26,9 @@ The suites:
     scaling      how time grows with examples, widths, networks and batches
 
 Expect about 1 for a plain gradient in cache and more beyond it, 1 to 2.5 for sweeps,
-and 20 to 200 for per-example quantities unless the network is tiny. The share of the
-limit is relative to the rate of large matrix products or copies on the same machine,
-which is measured first.
+and tens for per-example quantities against vmap, unless the network is tiny. The share
+of the limit is relative to the rate of large matrix products or copies on the same
+machine, which is measured first.
 """
 
 import importlib.metadata

@@ -184,6 +184,7 @@ def run(
             **privacy._asdict(),
             **optimizer.as_dict(),
             **training.as_dict(),
+            "batch_size": sampling["batch_size"],
             "bounds": bounds,
         },
         "rows": summarize(
@@ -392,9 +393,8 @@ def summarize(
         }
         for split, values in accuracies.items():
             row[f"{split}_accuracy"] = float(values[i].mean())
-            row[f"{split}_accuracy_se"] = float(
-                values[i].std(ddof=seeds > 1) / seeds**0.5
-            )
+            error = values[i].std(ddof=1) / seeds**0.5 if seeds > 1 else None
+            row[f"{split}_accuracy_se"] = None if error is None else float(error)
         row["clipped_first_tenth"] = float(np.mean(clipped[i, :, :tenth]))
         row["clipped_last_tenth"] = float(np.mean(clipped[i, :, -tenth:]))
         rows.append(row)
@@ -425,9 +425,7 @@ def _bounds() -> tuple[float, float] | None:
 
 def _report(result: dict[str, Any]) -> None:
     configuration, rows = result["configuration"], result["rows"]
-    probability = (configuration["batch_size"] or configuration["rows"]) / (
-        configuration["rows"]
-    )
+    probability = configuration["batch_size"] / configuration["rows"]
     print(
         f"\n{configuration['rows']} rows to train on, each in a batch with probability "
         f"{probability:.3f}; {configuration['num_steps']} steps, δ = "
@@ -445,7 +443,8 @@ def _report(result: dict[str, Any]) -> None:
                 if row["noise_multiplier"]
                 else "0",
                 "validation accuracy": f"{row['validation_accuracy']:.4f}",
-                "test accuracy": f"{row['test_accuracy']:.4f} ± {error:.4f}",
+                "test accuracy": f"{row['test_accuracy']:.4f}"
+                + ("" if error is None else f" ± {error:.4f}"),
                 "clipped at first": f"{row['clipped_first_tenth']:.2f}",
                 "at last": f"{row['clipped_last_tenth']:.2f}",
             }

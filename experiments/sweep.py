@@ -77,6 +77,7 @@ HELP = {
 }
 CHUNK_MEMBERS = (256, 4096)  # fewest and most networks per chunk
 CHUNKS = 20  # if they stay within those bounds
+MAX_MEMBERS = 10**8
 DRY_RUN_STEPS = 200
 SCORES = ("validation_loss", "test_loss", "test_accuracy")
 COST_HEADINGS = {
@@ -133,12 +134,21 @@ class Plan:
         training: TrainingConfig,
     ) -> None:
         """Checks the arguments, which are those of `run`."""
+        weight = training.pos_weight
+        if isinstance(weight, str) or not 0 <= weight < np.inf:
+            raise cli.InputError(
+                f"--pos_weight={weight}: expected a finite number >= 0"
+            )
         self.splits, _ = datasets.split(table, training.seed)
         self.training = training.check(len(self.splits["train"].x), table.name)
-        if training.pos_weight == "balanced":
-            raise cli.InputError("--pos_weight=balanced: expected a number in a sweep")
         if len(set(programs)) < len(programs):
             raise cli.InputError("--hidden or --optimizer repeats a value")
+        count = search.size() * seeds * len(programs)
+        if count > MAX_MEMBERS:
+            raise cli.InputError(
+                f"expected at most {MAX_MEMBERS} networks (points times seeds times "
+                f"programs), got {count}"
+            )
         self.points = search.points(training.seed)
         self.num_points = len(next(iter(self.points.values())))
         self.num_seeds = seeds

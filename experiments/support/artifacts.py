@@ -177,7 +177,14 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
     keys = ("preprocessor", "params", "classes")
-    if not isinstance(model, dict) or not set(keys) <= set(model):
+    if not (
+        isinstance(model, dict)
+        and set(keys) <= set(model)
+        and isinstance(model["preprocessor"], ColumnTransformer)
+        and isinstance(model["params"], tuple)
+        and model["params"]
+        and model["classes"]
+    ):
         raise cli.InputError(
             f"{path}: is not a model of this version of experiments.train; train again"
         )

@@ -180,6 +180,8 @@ def launch(
             return 1
         except (InputError, OSError) as error:
             fail(error)
+        except MemoryError as error:
+            fail(InputError(f"not enough memory: {error}"))
         except KeyboardInterrupt:
             print(f"{program}: interrupted", file=sys.stderr)
             sys.stdout.flush()

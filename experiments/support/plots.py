@@ -176,12 +176,12 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
     accuracy.errorbar(
         [row["epsilon"] for row in private_rows],
         [row["test_accuracy"] for row in private_rows],
-        [row["test_accuracy_se"] for row in private_rows],
+        [row["test_accuracy_se"] or 0.0 for row in private_rows],
         marker="o",
         capsize=3,
         label="private",
     )
-    mean, error = plain["test_accuracy"], plain["test_accuracy_se"]
+    mean, error = plain["test_accuracy"], plain["test_accuracy_se"] or 0.0
     accuracy.axhline(mean, color="C1", label="not private")
     accuracy.axhspan(mean - error, mean + error, color="C1", alpha=0.2, lw=0)
     accuracy.set(

@@ -213,7 +213,7 @@ def compute_chunks(
             try:
                 stack.enter_context(lock_output_dir(folder, configuration))
                 (folder / "parts").mkdir(exist_ok=True)
-            except InputError as error:
+            except (InputError, OSError) as error:
                 error_here = error
         known = [
             error_here is None and folder is not None and _path(folder, i).exists()

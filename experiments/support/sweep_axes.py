@@ -1,5 +1,6 @@
 """The axes of a sweep: hyperparameters and their values, on a grid or at random."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,12 @@ class Search(NamedTuple):
     axes: tuple[Axis, ...]
     method: str = "grid"
     num_points: int | None = None
+
+    def size(self) -> int:
+        """The number of points, if the search is valid."""
+        if self.method == "random":
+            return self.num_points or 0
+        return math.prod(len(axis.values) for axis in self.axes)
 
     def points(self, seed: int) -> dict[str, np.ndarray]:
         """The values of each hyperparameter, `[points]`, as `jaxbce.sweep` takes them.

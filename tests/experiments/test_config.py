@@ -225,13 +225,22 @@ def test_help_shows_the_defaults_of_the_command(command):
     assert default_in_help(finished.out, "learning_rate") is None
 
 
-@pytest.mark.parametrize("command", ["benchmark", "compare_gradients", "trainability"])
+EXPECTED_DEFAULTS = {
+    "benchmark": {},
+    "compare_gradients": {"dtype": "float64"},
+    "trainability": {"dtype": "float32", "num_steps": "200"},
+}
+
+
+@pytest.mark.parametrize("command", EXPECTED_DEFAULTS)
 def test_help_of_the_other_commands_is_printed(command):
     module = importlib.import_module(f"experiments.{command}")
     finished = run_command(command, "--help")
     assert (finished.status, finished.err) == (0, "")
     assert finished.out.startswith(str(module.__doc__).split("\n")[0])
     assert default_in_help(finished.out, "seed") == "0"
+    for name, value in EXPECTED_DEFAULTS[command].items():
+        assert default_in_help(finished.out, name) == value
 
 
 def test_a_default_of_one_command_is_not_one_of_another():
