@@ -217,7 +217,7 @@ def test_a_dry_run_says_what_it_would_take(monkeypatch, tmp_path):
         ({"batch_size": 10**6}, "--batch_size=1000000: moons has 600 rows"),
         ({"programs": [SGD, SGD]}, "--hidden or --optimizer repeats a value"),
         ({"programs": [sweep.Program((4,), "sgdd")]}, "--optimizer=sgdd: expected one"),
-        ({"pos_weight": "balanced"}, "--pos_weight=balanced: expected a number in a"),
+        ({"pos_weight": "balanced"}, "--pos_weight=balanced: expected a finite number"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):
