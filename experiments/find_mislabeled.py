@@ -204,7 +204,7 @@ def score_folds(
     Raises:
       InputError: If a network diverges.
     """
-    make_optimizer = optimizer.build_family(training.num_steps or 1)
+    make_optimizer = optimizer.build_family(training.steps)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=training.seed)
     scores = {name: np.zeros(len(x)) for name in (*SCORES, *CONTROL)}
     probability = np.zeros(len(x))
@@ -227,7 +227,7 @@ def score_folds(
                 make_optimizer=make_optimizer,
                 hparams={},
                 num_seeds=seeds,
-                num_steps=training.num_steps or 1,
+                num_steps=training.steps,
                 batch_size=training.batch_size,
                 dtype=training.dtype,
             )

@@ -154,7 +154,7 @@ def run(
     sampling = {
         "rows": rows,
         "batch_size": training.batch_size or rows,
-        "num_steps": training.num_steps or 1,
+        "num_steps": training.steps,
     }
     noise, spent = find_noise(privacy, sampling)
 
@@ -226,7 +226,7 @@ def build_optimizer(
     Raises:
       InputError: If the optimizer needs more than the gradient.
     """
-    transformation = optimizer.build_family(training.num_steps or 1)({})
+    transformation = optimizer.build_family(training.steps)({})
     params = (jaxbce.Layer(jnp.zeros((1, 1)), jnp.zeros(1)),)
     try:
         jax.eval_shape(

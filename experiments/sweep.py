@@ -133,7 +133,19 @@ class Plan:
         optimizer: OptimizerConfig,
         training: TrainingConfig,
     ) -> None:
-        """Checks the arguments, which are those of `run`."""
+        """Checks the arguments.
+
+        Args:
+          table: The data.
+          search: Which points to train.
+          programs: Hidden widths and optimizers, each a program of its own.
+          seeds: Networks per point.
+          optimizer: Hyperparameters of the optimizers that the points do not give.
+          training: How to train; the programs give the hidden widths.
+
+        Raises:
+          InputError: If an argument cannot be used.
+        """
         weight = training.pos_weight
         if isinstance(weight, str) or not 0 <= weight < np.inf:
             raise cli.InputError(
@@ -156,7 +168,7 @@ class Plan:
         swept = tuple(n for n in self.points if n not in sweep_axes.SWEEP_HPARAMS)
         self.families = {
             name: dataclasses.replace(optimizer, optimizer=name).build_family(
-                self.training.num_steps or 1, swept
+                self.training.steps, swept
             )
             for name in dict.fromkeys(p.optimizer for p in programs)
         }
@@ -174,6 +186,7 @@ class Plan:
             "devices": jax.device_count(),  # the last digits depend on it
         }
         self.chunks = self._chunks()
+        self._arrays: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def _chunks(self) -> list[Chunk]:
         members = self.num_points * self.num_seeds * len(self.programs)
@@ -201,8 +214,10 @@ class Plan:
 
     def arrays(self, split: str) -> tuple[jax.Array, jax.Array]:
         """Features and labels of a split in the sweep's dtype."""
-        data, dtype = self.splits[split], self.training.dtype
-        return jnp.asarray(data.x, dtype), jnp.asarray(data.y, dtype)
+        if split not in self._arrays:
+            data, dtype = self.splits[split], self.training.dtype
+            self._arrays[split] = jnp.asarray(data.x, dtype), jnp.asarray(data.y, dtype)
+        return self._arrays[split]
 
     def train(
         self, chunk: Chunk, num_steps: int, evaluate_every: int | None
@@ -259,9 +274,7 @@ def run(plan: Plan, folder: Path | None = None) -> dict[str, Any]:
 
         def compute(i: int) -> pd.DataFrame:
             chunk = plan.chunks[i]
-            trained = plan.train(
-                chunk, training.num_steps or 1, training.evaluate_every
-            )
+            trained = plan.train(chunk, training.steps, training.evaluate_every)
             return member_table(chunk.program, plan.points, *trained, test)
 
         members = resumable.compute_chunks(
@@ -270,7 +283,7 @@ def run(plan: Plan, folder: Path | None = None) -> dict[str, Any]:
             folder=folder,
             configuration=plan.configuration,
             unit="network-steps",
-            scale=training.num_steps or 1,
+            scale=training.steps,
         )
     if jax.process_index() > 0:
         return {"configuration": plan.configuration}
@@ -378,7 +391,7 @@ def _cost(plan: Plan, program: Program) -> Row:
         "networks_at_a_time": min(group, per_device) * len(devices),
         "result_mb": round(2e-6 * weights * dtype.itemsize * first, 1),
         "network_steps_per_second": round(1 / per_step),
-        "seconds": round(per_step * members * (plan.training.num_steps or 1), 1),
+        "seconds": round(per_step * members * plan.training.steps, 1),
     }
 
 

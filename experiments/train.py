@@ -106,7 +106,7 @@ def run(
         "pos_weight": weight,
         "gradient": gradient,
     }
-    transformation, penalty = optimizer.build(training.num_steps or 1)
+    transformation, penalty = optimizer.build(training.steps)
     with jax.enable_x64(training.dtype == "float64"), contextlib.ExitStack() as stack:
         fit = ChunkedFit(
             splits,

@@ -75,7 +75,7 @@ def run_command(name: str, *arguments: str) -> Finished:
     Flags, logging and JAX's configuration are as before once it returns. JAX's devices
     are those of this process: `--cpu_devices` with another number is an error, as are
     all exceptions that a process would end with a traceback. Flags of commands that
-    other tests have imported are refused as flags of another script.
+    other tests have imported are refused as flags of another command.
     """
     module = importlib.import_module(f"experiments.{name}")
     program = str(Path(module.__file__ or "").resolve())

@@ -146,11 +146,9 @@ class ChunkedFit:
 
 def _evaluation_steps(training: TrainingConfig) -> np.ndarray:
     """Number of steps taken at each evaluation, `[evaluations]`."""
-    num_steps, every = training.num_steps, training.evaluate_every
-    if num_steps is None or every is None:
-        raise ValueError("expected a TrainingConfig that `check` returned")
-    evaluations = -(-num_steps // every)
-    return np.minimum(np.arange(1, evaluations + 1) * every, num_steps)
+    every = training.evaluate_every or training.steps
+    evaluations = -(-training.steps // every)
+    return np.minimum(np.arange(1, evaluations + 1) * every, training.steps)
 
 
 def _without_losses(run: jaxbce.FitResult) -> Any:

@@ -90,14 +90,6 @@ OPTIMIZER_FLAGS = (
     "schedule",
     "weight_decay",
 )
-TRAINING_FLAGS = (
-    "batch_size",
-    "num_steps",
-    "epochs",
-    "evaluate_every",
-    "patience",
-    "pos_weight",
-)
 DEFAULT_EPOCHS = 60
 
 
@@ -137,7 +129,7 @@ class OptimizerConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The optimizer's entries in the configuration file."""
-        return dataclasses.asdict(self) | {"optimizer_args": dict(self.optimizer_args)}
+        return dataclasses.asdict(self)
 
     def build(self, num_steps: int) -> tuple[Any, float]:
         """The optax transformation, and the penalty that its objective needs."""
@@ -255,6 +247,13 @@ class TrainingConfig:
             epochs=None,
             evaluate_every=min(every, num_steps),
         )
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, which `check` has set."""
+        if self.num_steps is None:
+            raise ValueError("expected a TrainingConfig that `check` returned")
+        return self.num_steps
 
     def as_dict(self) -> dict[str, Any]:
         """The entries for training in the configuration file."""

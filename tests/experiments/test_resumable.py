@@ -181,6 +181,25 @@ def test_processes_agree_on_what_is_known(tmp_path, monkeypatch):
     assert sent == [True, [False, False], True, [False, True]]
 
 
+def test_other_processes_hear_of_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        resumable.multihost_utils,
+        "broadcast_one_to_all",
+        lambda value: sent.append(value.tolist()) or value,
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    resumable.compute_chunks(chunk, [2], folder=folder, **OPTIONS)
+    (folder / "parts" / "0.parquet").unlink()
+    (folder / "parts").rmdir()
+    (folder / "parts").write_text("a file")
+    with pytest.raises(FileExistsError):
+        resumable.compute_chunks(chunk, [2], folder=folder, **OPTIONS)
+    assert sent == [True, [False], False]
+
+
 def test_a_damaged_part_is_named(tmp_path):
     resumable.compute_chunks(chunk, [2], folder=tmp_path, **OPTIONS)
     (tmp_path / "parts" / "0.parquet").write_bytes(b"not parquet")

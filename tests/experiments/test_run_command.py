@@ -66,6 +66,18 @@ def test_a_failure_is_status_1_and_an_error_is_raised(monkeypatch):
         run_command("compare_gradients", "--explain")
 
 
+def test_memory_that_runs_out_is_one_line_and_status_2(monkeypatch):
+    def exhausted():
+        raise MemoryError("8 EB")
+
+    monkeypatch.setattr(walkthrough, "walk", exhausted)
+    assert run_command("compare_gradients", "--explain") == (
+        2,
+        "",
+        "compare_gradients: not enough memory: 8 EB\n",
+    )
+
+
 def test_an_interrupt_is_status_130(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt

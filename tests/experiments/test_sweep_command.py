@@ -217,7 +217,16 @@ def test_a_dry_run_says_what_it_would_take(monkeypatch, tmp_path):
         ({"batch_size": 10**6}, "--batch_size=1000000: moons has 600 rows"),
         ({"programs": [SGD, SGD]}, "--hidden or --optimizer repeats a value"),
         ({"programs": [sweep.Program((4,), "sgdd")]}, "--optimizer=sgdd: expected one"),
-        ({"pos_weight": "balanced"}, "--pos_weight=balanced: expected a finite number"),
+        (
+            {"pos_weight": "balanced"},
+            "--pos_weight=balanced: expected a finite .*0$",
+        ),
+        ({"pos_weight": -1.0}, "--pos_weight=-1.0: expected a finite number >= 0$"),
+        ({"seeds": 10**12}, "expected at most 100000000 networks"),
+        (
+            {"search": Search(AXES, "random", 10**12)},
+            "expected at most 100000000 networks",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):

@@ -403,8 +403,14 @@ def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(copied):
 
 @pytest.mark.parametrize(
     "model",
-    [{"preparation": None, "params": None, "classes": {}}, {"params": None}, [1], None],
-    ids=["earlier", "part", "list", "none"],
+    [
+        {"preparation": None, "params": None, "classes": {}},
+        {"preprocessor": None, "params": None, "classes": {}},
+        {"params": None},
+        [1],
+        None,
+    ],
+    ids=["earlier", "empty", "part", "list", "none"],
 )
 def test_a_model_of_an_earlier_version_is_refused(copied, model):
     joblib.dump(model, copied / "model.joblib")
