@@ -2,17 +2,11 @@
 
 from jaxbce import curvature, per_example
 from jaxbce.checking import check_gradients
-from jaxbce.gradients import (
-    ChainRule,
-    chain_rule,
-    deltas,
-    grad,
-    loss,
-    value_and_grad,
-)
+from jaxbce.gradients import deltas, grad, loss, value_and_grad
 from jaxbce.losses import bce, bce_with_logits
 from jaxbce.network import Activations, Layer, forward, init, logits, predict_proba
 from jaxbce.sweeps import SweepResult, grid, sweep
+from jaxbce.textbook import ChainRule, chain_rule
 from jaxbce.training import FitResult, fit
 
 __version__ = "0.1.0"

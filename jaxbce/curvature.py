@@ -31,15 +31,15 @@ from jax.flatten_util import ravel_pytree
 
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._layouts import ROWS, matmul
 from jaxbce.gradients import (
     Batch,
     check_batch,
     contract,
     deltas,
     pull_back,
-    weight_gradient,
 )
-from jaxbce.network import Activations, Layer, Params, forward, matmul, sigmoid
+from jaxbce.network import Activations, Layer, Params, forward, sigmoid
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
@@ -236,7 +236,7 @@ def _curvature_vp(
         grads = []
         for k, dot in enumerate(reversed(dots)):
             if k == 0:
-                w = weight_gradient(activations.h[0], dot)  # [n_1, n_0]
+                w = ROWS.gradient(1, activations.h[0], dot)[0].T  # [n_1, n_0]
             else:  # a sum of two products, which XLA does not rewrite
                 h, h_k_dot = activations.h[k], h_dot[k - 1]
                 w = matmul(dot.astype(h.dtype).T, h)  # [n_{k+1}, n_k]

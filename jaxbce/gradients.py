@@ -21,8 +21,9 @@ with one row per example.
 
 `deltas` computes steps 1 and 2. It applies example weights to δ_L, since everything
 below is linear in δ_L. `pull_back` is step 2 alone and `contract` is step 3.
-`value_and_grad`, `grad` and the derivative rule of `loss` all use these functions.
-`chain_rule` returns the factors that a textbook derives for one hidden layer.
+`value_and_grad`, `grad`, the derivative rule of `loss` and the training loops of `fit`
+and `sweep` all use these two functions. Both are written over a layout (see
+`_layouts.py`), with examples as rows or as columns.
 """
 
 import functools
@@ -34,11 +35,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxbce import _validate
 from jaxbce._blocks import examples_per_block, sum_over_blocks
-from jaxbce.losses import bce_with_logits, output_delta, softplus, weighted
-from jaxbce.network import Activations, Layer, Params, forward, matmul
-
-# The number of multiplications above which `weight_gradient` splits a product.
-_LARGE_PRODUCT = 1 << 20
+from jaxbce._layouts import ROWS, Layout
+from jaxbce.losses import elementwise, output_delta, softplus, weighted
+from jaxbce.network import Activations, Layer, Params, propagate
 
 
 @jax.jit
@@ -85,16 +84,24 @@ def deltas(
     a_last = activations.a[-1]
     y = _validate.labels(y, a_last.shape, a_last.dtype)
     p = _validate.pos_weight(pos_weight, a_last.shape[1], a_last.dtype)
-    p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
-    delta = output_delta(a_last, p * y, 1 - y)  # [N, n_L]
-    if sample_weight is not None:  # every δ_k below is linear in δ_L
-        c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
-        delta = c[:, None] * delta  # after the division: XLA keeps fewer arrays
+    c = jnp.ones((), a_last.dtype)
+    if sample_weight is not None:
+        c = _validate.sample_weight(sample_weight, y.shape[0], a_last.dtype)[:, None]
+    positive, negative = label_weights(y, p)  # [N, n_L]
+    delta = output_delta(a_last, c * positive, c * negative)  # [N, n_L]
     return pull_back(params, activations, delta)
 
 
+def label_weights(y: jax.Array, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`p y` and `1 − y`, the weights of the two terms of ℓ, each `[N, n_L]`."""
+    return jnp.broadcast_to(pos_weight, y.shape) * y, 1 - y
+
+
 def pull_back(
-    params: Params, activations: Activations, delta: jax.Array
+    params: Params,
+    activations: Activations,
+    delta: jax.Array,
+    layout: Layout = ROWS,
 ) -> tuple[jax.Array, ...]:
     """Step 2 of the derivation: from any δ_L `[N, n_L]` to `(δ_1, ..., δ_L)`.
 
@@ -102,45 +109,29 @@ def pull_back(
     """
     result = [delta]
     for k in range(len(params) - 1, 0, -1):
-        w = params[k].w  # W_{k+1}, [n_k, n_{k+1}]
-        back = matmul(delta.astype(w.dtype), w.T)  # [N, n_k]
+        back = layout.back(delta, params[k].w)  # δ_{k+1} W_{k+1}ᵀ, [N, n_k]
         delta = jnp.where(activations.h[k] > 0, back, 0)  # [N, n_k]; same as a_k > 0
         result.append(delta)
     return tuple(reversed(result))
 
 
-def contract(h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...]) -> Params:
+def contract(
+    h: tuple[jax.Array, ...], delta: tuple[jax.Array, ...], layout: Layout = ROWS
+) -> Params:
     """Step 3, the sum of per-example gradients: `h_{k−1}ᵀ δ_k` and `Σ_i δ_{k,i}`.
 
     Args:
       h: Layer inputs `(h_0, ..., h_{L-1})`, each `[N, n_k]`.
       delta: `(δ_1, ..., δ_L)`, each `[N, n_k]`, with the examples' weights applied.
+      layout: The layout of both and of the result.
 
     Returns:
       One `Layer` per k, in the accumulation dtype.
     """
+    layers = enumerate(zip(h, delta, strict=True), start=1)
     return tuple(
-        Layer(w=weight_gradient(h_k, delta_k).T, b=jnp.sum(delta_k, axis=0))
-        for h_k, delta_k in zip(h, delta, strict=True)
+        Layer(*layout.gradient(k, h_k, delta_k)) for k, (h_k, delta_k) in layers
     )
-
-
-def weight_gradient(h: jax.Array, delta: jax.Array) -> jax.Array:
-    """One layer's `δ_kᵀ h_{k−1}`, `[n_k, n_{k−1}]`, the transpose of ∂/∂W_k.
-
-    On CPU `h.T @ δ` can be twice as slow as `δ.T @ h`, and XLA rewrites `(δ.T @ h).T`
-    into it. This is avoided where a layer narrows, so that the result is cheap to
-    transpose, and the product is large: there the examples are split into a few chunks
-    of equal size, and the products of the chunks are added. Equal chunks need no copy.
-    """
-    d = delta.astype(h.dtype)
-    n, n_out, n_in = len(h), d.shape[1], h.shape[1]
-    chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)
-    narrows = 1 < n_out < n_in
-    if narrows and chunks > 1 and n * n_out * n_in >= _LARGE_PRODUCT:
-        d, h = d.reshape(chunks, -1, n_out), h.reshape(chunks, -1, n_in)
-        return jnp.sum(matmul(d.swapaxes(1, 2), h), axis=0)
-    return matmul(d.T, h)
 
 
 class Batch(NamedTuple):
@@ -168,10 +159,6 @@ def check_batch(
         s = _validate.sample_weight(sample_weight, n, dtype)
         c = s / jnp.sum(s) if reduction == "mean" else s
     return Batch(x, y, c, p)
-
-
-def _weighted_sum(c: jax.Array, ell: jax.Array) -> jax.Array:
-    return jnp.sum(weighted(c, jnp.sum(ell, axis=1)))
 
 
 @functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
@@ -229,35 +216,100 @@ def value_and_grad(
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     size = examples_per_block(block_size, params, x.shape[0])
-    (value, grads), _ = _accumulate(size, params, batch)
-    return value, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
+    total, _ = accumulate(params, batch, size)
+    return total.value, cast_like(total.grads, params)
 
 
-def _accumulate(
-    block_size: int,
+class Objective(NamedTuple):
+    """The loss of a batch, Σ c ℓ, and its gradient.
+
+    Attributes:
+      value: The loss, a scalar in the accumulation dtype.
+      linear_part: The piecewise-linear part of the loss, without exponentials. The
+        remainder is bounded, so the loss is finite exactly if this part is.
+      grads: The gradient, like params but in the accumulation dtype.
+    """
+
+    value: jax.Array
+    linear_part: jax.Array
+    grads: Params
+
+
+def accumulate(
     params: Params,
     batch: Batch,
+    block_size: int,
+    layout: Layout = ROWS,
     *,
     with_x: bool = False,
     with_logits: bool = False,
-) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
-    """Σ c ℓ and its gradient, in blocks; optionally ∂/∂X and the logits."""
-    p = batch.pos_weight
+) -> tuple[Objective, dict[str, jax.Array]]:
+    """The loss Σ c ℓ and its gradient, in blocks; optionally ∂/∂X and the logits.
+
+    Args:
+      params: Parameters in the layout.
+      batch: Checked arguments, with examples as rows; features as `layout.pad` returns
+        them.
+      block_size: The largest number of examples per block.
+      layout: The layout of params and of the gradient.
+      with_x: Whether to return ∂/∂X in the dict, as "x".
+      with_logits: Whether to return the logits in the dict, as "logits".
+    """
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
-        activations = forward(params, x)
-        ell = bce_with_logits(activations.a[-1], y, pos_weight=p)
-        delta = deltas(params, activations, y, sample_weight=c, pos_weight=p)
-        grads = contract(activations.h[:-1], delta)
+        activations, positive, negative = _forward(params, x, y, batch, layout)
+        a, c = activations.a[-1], jnp.expand_dims(c, layout.feature_axis)
+        delta = output_delta(a, c * positive, c * negative)
+        delta = pull_back(params, activations, delta, layout)
+        grads = contract(activations.h[:-1], delta, layout)
         per_example = {}
         if with_x:
-            w = params[0].w
-            per_example["x"] = matmul(delta[0].astype(w.dtype), w.T)  # [N, n_0]
+            per_example["x"] = layout.back(delta[0], params[0].w)  # [N, n_0]
         if with_logits:
-            per_example["logits"] = activations.a[-1]
-        return (_weighted_sum(c, ell), grads), per_example
+            per_example["logits"] = a
+        ell = elementwise(a, positive, negative)
+        linear = elementwise(a, positive, negative, jax.nn.relu)
+        value, linear_part = (_weighted_sum(c, t, layout) for t in (ell, linear))
+        return Objective(value, linear_part, grads), per_example
 
     return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)
+
+
+def cast_like(grads: Params, params: Params) -> Params:
+    """Gradients in the dtype of the parameters."""
+    return jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
+
+
+def weighted_loss(
+    params: Params, batch: Batch, block_size: int, layout: Layout = ROWS
+) -> jax.Array:
+    """The value of `accumulate` alone."""
+
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
+        activations, *labels = _forward(params, x, y, batch, layout)
+        ell = elementwise(activations.a[-1], *labels)
+        c = jnp.expand_dims(c, layout.feature_axis)
+        return _weighted_sum(c, ell, layout), None
+
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
+
+
+def _forward(
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    batch: Batch,
+    layout: Layout,
+) -> tuple[Activations, jax.Array, jax.Array]:
+    """The forward pass of a block, and the weights of the two terms of its loss."""
+    activations = propagate(params, layout.arrange(x), layout)
+    positive, negative = label_weights(y, batch.pos_weight)
+    return activations, layout.arrange(positive), layout.arrange(negative)
+
+
+def _weighted_sum(c: jax.Array, ell: jax.Array, layout: Layout) -> jax.Array:
+    ell = jnp.sum(ell, axis=layout.feature_axis, keepdims=True)
+    return jnp.sum(weighted(c, ell))
 
 
 def grad(
@@ -321,13 +373,7 @@ def loss(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(block_size: int, params: Params, batch: Batch) -> jax.Array:
-    p = batch.pos_weight
-
-    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
-        a = forward(params, x).a[-1]
-        return _weighted_sum(c, bce_with_logits(a, y, pos_weight=p)), None
-
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
+    return weighted_loss(params, batch, block_size)
 
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
@@ -343,8 +389,8 @@ def _loss_jvp(
     params_dot, dot = tangents
     with_x = _nonzero(dot.x)
     with_logits = any(map(_nonzero, (dot.y, dot.c, dot.pos_weight)))
-    (value, grads), per_example = _accumulate(
-        block_size, params, batch, with_x=with_x, with_logits=with_logits
+    (value, _, grads), per_example = accumulate(
+        params, batch, block_size, with_x=with_x, with_logits=with_logits
     )
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True))
     if with_x:
@@ -354,7 +400,7 @@ def _loss_jvp(
         c = batch.c[:, None]
         dy = jnp.broadcast_to(p, a.shape) * softplus(-a) - softplus(a)
         dy = weighted(c, dy)  # [N, n_L]
-        dc = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)  # [N]
+        dc = jnp.sum(elementwise(a, *label_weights(y, p)), axis=1)  # [N]
         dp = weighted(c, weighted(y, softplus(-a)))  # [N, n_L]
         dp = jnp.sum(dp, axis=0) if p.ndim else jnp.sum(dp)
         pairs += [(dy, dot.y), (dc, dot.c), (dp, dot.pos_weight)]
@@ -369,87 +415,3 @@ def _nonzero(tangent: Any) -> bool:
 
 def _inner(gradient: jax.Array, tangent: jax.Array) -> jax.Array:
     return jnp.sum(gradient * tangent.astype(gradient.dtype))
-
-
-class ChainRule(NamedTuple):
-    """The factors of the textbook chain rule for one hidden layer.
-
-    BCE is the sum over the batch. The attributes are in the order of the derivation.
-
-    Attributes:
-      dbce_dyhat: ∂BCE/∂ŷ = (ŷ − y) / (ŷ (1 − ŷ)), `[N, n_2]`.
-      dyhat_da2: ∂ŷ/∂a₂ = ŷ (1 − ŷ), `[N, n_2]`.
-      da2_dw2: ∂a₂/∂w₂ = h₁ᵀ, `[n_1, N]`.
-      dbce_dw2: ∂BCE/∂w₂ = h₁ᵀ (ŷ − y), `[n_1, n_2]`.
-      dbce_db2: ∂BCE/∂b₂ = ŷ − y, summed over the batch, `[n_2]`.
-      dbce_dh1: ∂BCE/∂h₁ = (ŷ − y) w₂ᵀ, `[N, n_1]`.
-      dh1_da1: ∂h₁/∂a₁ = [a₁ > 0], `[N, n_1]`.
-      da1_dw1: ∂a₁/∂w₁ = Xᵀ, `[n_0, N]`.
-      dbce_dw1: ∂BCE/∂w₁ = Xᵀ ((ŷ − y) w₂ᵀ ⊙ [a₁ > 0]), `[n_0, n_1]`.
-      dbce_db1: ∂BCE/∂b₁ = (ŷ − y) w₂ᵀ ⊙ [a₁ > 0], summed over the batch, `[n_1]`.
-    """
-
-    dbce_dyhat: jax.Array
-    dyhat_da2: jax.Array
-    da2_dw2: jax.Array
-    dbce_dw2: jax.Array
-    dbce_db2: jax.Array
-    dbce_dh1: jax.Array
-    dh1_da1: jax.Array
-    da1_dw1: jax.Array
-    dbce_dw1: jax.Array
-    dbce_db1: jax.Array
-
-
-@jax.jit
-def chain_rule(params: Params, x: jax.Array, y: jax.Array) -> ChainRule:
-    """The factors of the textbook chain rule for one hidden layer.
-
-    Meant for teaching and for checks: ŷ − y loses all its digits where ŷ rounds to y,
-    and ∂BCE/∂ŷ is NaN or infinite where ŷ rounds to 0 or 1. `value_and_grad` computes
-    the same gradient without these factors.
-
-    Args:
-      params: A tuple of two `Layer`, so that there is one hidden layer.
-      x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
-      y: Labels in [0, 1], `[N, n_2]`, real or boolean.
-
-    Returns:
-      A `ChainRule`, with gradients of the loss summed over the batch.
-
-    Raises:
-      TypeError: If an argument has an unsupported type or dtype.
-      ValueError: If there is not exactly one hidden layer, or shapes do not match.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxbce
-      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
-      >>> factors = jaxbce.chain_rule(params, jnp.ones((8, 2)), jnp.ones((8, 1)))
-      >>> factors.dbce_dw1.shape
-      (2, 3)
-    """
-    activations = forward(params, x)
-    if len(params) != 2:
-        raise ValueError(
-            f"expected params to have 2 layers (one hidden layer), got {len(params)}"
-        )
-    a_1, _ = activations.a
-    h_0, h_1, y_hat = activations.h
-    y = _validate.labels(y, y_hat.shape, y_hat.dtype)
-    error = y_hat - y  # [N, n_2]
-    w_2 = params[1].w
-    dbce_dh1 = matmul(error.astype(w_2.dtype), w_2.T)  # [N, n_1]
-    dh1_da1 = (a_1 > 0).astype(a_1.dtype)  # [N, n_1]
-    delta_1 = dbce_dh1 * dh1_da1  # [N, n_1]
-    return ChainRule(
-        dbce_dyhat=error / (y_hat * (1 - y_hat)),
-        dyhat_da2=y_hat * (1 - y_hat),
-        da2_dw2=h_1.T,
-        dbce_dw2=matmul(h_1.T, error.astype(h_1.dtype)),
-        dbce_db2=jnp.sum(error, axis=0),
-        dbce_dh1=dbce_dh1,
-        dh1_da1=dh1_da1,
-        da1_dw1=h_0.T,
-        dbce_dw1=matmul(h_0.T, delta_1.astype(h_0.dtype)),
-        dbce_db1=jnp.sum(delta_1, axis=0),
-    )

@@ -1,5 +1,7 @@
 """Binary cross-entropy, elementwise: on probabilities and on logits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlog1py, xlogy
@@ -101,9 +103,21 @@ def bce_with_logits(
     outputs = logits.shape[-1] if logits.ndim else None
     p = _validate.pos_weight(pos_weight, outputs, dtype)
     p = jnp.broadcast_to(p, logits.shape)
-    a = logits.astype(dtype)
-    ell = weighted(p * y, softplus(-a)) + weighted(1 - y, softplus(a))
+    ell = elementwise(logits.astype(dtype), p * y, 1 - y)
     return ell.astype(logits.dtype)
+
+
+def elementwise(
+    a: jax.Array,
+    positive: jax.Array,
+    negative: jax.Array,
+    function: Any = softplus,
+) -> jax.Array:
+    """`p y softplus(−a) + (1−y) softplus(a)`, given `p y` and `1 − y`.
+
+    `function` is softplus, or relu for the piecewise-linear part.
+    """
+    return weighted(positive, function(-a)) + weighted(negative, function(a))
 
 
 @jax.custom_jvp

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbce import _validate
+from jaxbce._layouts import ROWS, Layout
 
 
 class Layer(NamedTuple):
@@ -52,12 +53,6 @@ def sigmoid(a: jax.Array) -> jax.Array:
 
 
 sigmoid.defjvps(lambda t, y_hat, a: t * y_hat * sigmoid(-a))
-
-
-def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`left @ right`, accumulated and returned in the accumulation dtype."""
-    dtype = _validate.accumulation_dtype(left.dtype)
-    return jnp.matmul(left, right, preferred_element_type=dtype)
 
 
 def init(key: jax.Array, sizes: Sequence[int], *, dtype: Any = None) -> Params:
@@ -131,10 +126,14 @@ def forward(params: Params, x: jax.Array) -> Activations:
       >>> [a.shape for a in activations.a], [h.shape for h in activations.h]
       ([(5, 3), (5, 1)], [(5, 2), (5, 3), (5, 1)])
     """
-    a, h = [], [_validate.features(x, params)]
+    return propagate(params, _validate.features(x, params), ROWS)
+
+
+def propagate(params: Params, x: jax.Array, layout: Layout) -> Activations:
+    """The forward pass, with params, features and activations in a layout."""
+    a, h = [], [x]
     for k, (w, b) in enumerate(params, start=1):
-        a_k = matmul(h[-1], w)  # [N, n_k]
-        a.append(a_k + b.astype(a_k.dtype)[None, :])
+        a.append(layout.affine(h[-1], w, b))
         if k < len(params):
             h.append(jax.nn.relu(a[-1]).astype(w.dtype))
     h.append(sigmoid(a[-1]))

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 
 from jaxbce import _validate
 from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._layouts import matmul
 from jaxbce.gradients import check_batch, contract, deltas, pull_back
 from jaxbce.losses import bce_with_logits, weighted
-from jaxbce.network import Activations, Layer, Params, forward, matmul
+from jaxbce.network import Activations, Layer, Params, forward
 
 
 class _Examples(NamedTuple):

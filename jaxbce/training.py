@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxbce import _columns, _validate, gradients
+from jaxbce import _layouts, _validate, gradients
 from jaxbce._blocks import examples_per_block
-from jaxbce._columns import transpose_leaves
+from jaxbce.gradients import Batch
 from jaxbce.network import Params
 
 
@@ -60,7 +60,7 @@ def fit(
     patience: int | None = None,
     sample_weight: jax.Array | None = None,
     pos_weight: jax.Array | float = 1.0,
-    loss: Callable[..., jax.Array] = gradients.loss,
+    loss: Callable[..., jax.Array] | None = None,
 ) -> FitResult:
     r"""Trains one network. The whole run is one pure function of the arguments.
 
@@ -99,9 +99,10 @@ def fit(
       sample_weight: Weights s >= 0 of the training examples, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`. It also
         applies to the validation loss.
-      loss: The training objective, with the signature of `jaxbce.loss`; for example,
-        one with a penalty. It is called with `sample_weight`, `pos_weight` and
-        `reduction="sum"`. The reported losses are those of `jaxbce.loss`.
+      loss: A training objective in place of `jaxbce.loss`, with its signature; for
+        example, one with a penalty. JAX differentiates it. It is called with
+        `sample_weight`, `pos_weight` and `reduction="sum"`. The reported losses are
+        those of `jaxbce.loss`.
 
     Returns:
       A `FitResult`.
@@ -182,7 +183,7 @@ def _fit(
     batch_size: int | None,
     evaluate_every: int,
     patience: int | None,
-    loss: Callable[..., jax.Array],
+    loss: Callable[..., jax.Array] | None,
 ) -> FitResult:
     x, y, sample_weight = data
     n, n_in = x.shape
@@ -198,50 +199,49 @@ def _fit(
         relative_weight = s / jnp.mean(s)
     block_size = examples_per_block("auto", run.params, n)
     c = jnp.full(n, 1 / n, dtype)
-    datasets = [(x, y, c if relative_weight is None else relative_weight / n)]
+    layout = _layouts.for_training(batch_size or n, n_in)
+    datasets = [Batch(x, y, c if relative_weight is None else relative_weight / n, p)]
     if validation is not None:
         valid_x = _validate.features(validation[0], run.params)
         valid_y = _validate.labels(validation[1], (len(valid_x), outputs), dtype)
         weight = jnp.full(len(valid_x), 1 / len(valid_x), dtype)
-        datasets.append((valid_x, valid_y, weight))
+        datasets.append(Batch(valid_x, valid_y, weight, p))
+    datasets = [data._replace(x=layout.pad(data.x)) for data in datasets]
+    x = datasets[0].x
 
     # The loops carry the run, with only the losses of its last evaluation and with
-    # every leaf in the column layout, so that no step transposes data under vmap. The
-    # row layout is used for batches of one example, where it is faster, and for a
-    # custom loss, which expects it.
-    by_columns = loss is gradients.loss and (batch_size or n) > 1
-    convert = transpose_leaves if by_columns else _identity  # between the layouts
-    # The barrier makes a run with one evaluation compile to the same arithmetic as a
-    # section of a longer run.
+    # every leaf in the layout. The barrier makes a run with one evaluation compile to
+    # the same arithmetic as a section of a longer run.
+    convert = layout.convert
     run = _varying(lax.optimization_barrier(_convert_run(run, convert)))
-    if by_columns:
-        x = _columns.with_ones(x)
 
-    def step(t: jax.Array, run: FitResult, x: Any, y: Any, c: jax.Array) -> FitResult:
-        """One update on examples (x, y) with weights c in the loss of the batch."""
+    def step(t: jax.Array, run: FitResult, batch: Batch) -> FitResult:
+        """One update on a batch, whose weights are those in its loss."""
 
         def objective(params: Params) -> jax.Array:
-            weights = {"sample_weight": c, "pos_weight": pos_weight}
-            return loss(params, x[:, :n_in], y, **weights, reduction="sum")
+            x, y, c, p = batch
+            weights = {"sample_weight": c, "pos_weight": p}
+            function = loss or gradients.loss
+            return function(params, x[:, :n_in], y, **weights, reduction="sum")
 
         # The value and gradient in the state of a line search are not reused: they may
         # belong to another batch, or to other parameters if a transformation follows
         # the search.
         params, state = convert((run.params, run.opt_state))
-        if by_columns:
-            value, linear_part, grads = _columns.objective(
-                run.params, x, y, c, p, block_size=block_size
-            )
-            grads = convert(grads)
+        if loss is None:
+            total, _ = gradients.accumulate(run.params, batch, block_size, layout)
+            value, linear_part = total.value, total.linear_part
+            grads = convert(gradients.cast_like(total.grads, run.params))
         else:
             value, grads = jax.value_and_grad(objective)(params)
             linear_part = value
         updates, state = _update(optimizer, params, state, objective, value, grads)
+        params = optax.apply_updates(params, updates)
         is_finite = (run.diverged_at < 0) & jnp.isfinite(linear_part)
-        params = convert(optax.apply_updates(params, updates))
+        params, state = convert((params, state))
         return run._replace(
             params=_select(is_finite, params, run.params),
-            opt_state=convert(state),
+            opt_state=state,
             diverged_at=jnp.where(
                 is_finite | (run.diverged_at >= 0), run.diverged_at, t
             ),
@@ -250,21 +250,20 @@ def _fit(
     def advance(begin: jax.Array, end: jax.Array, run: FitResult) -> FitResult:
         """Takes the steps from `begin` to `end`, and evaluates."""
         if batch_size is None:
-            c = datasets[0][2]
-            run = lax.fori_loop(begin, end, lambda t, run: step(t, run, x, y, c), run)
+            full = datasets[0]
+            run = lax.fori_loop(begin, end, lambda t, run: step(t, run, full), run)
         else:
 
             def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
                 c = weight.astype(dtype)
                 if relative_weight is not None:
                     c = c * relative_weight[indices]
-                return step(t, run, x[indices], y[indices], c)
+                return step(t, run, Batch(x[indices], y[indices], c, p))
 
             run = _over_batches(batch, key, n, batch_size, begin, end, run)
-        columns = run.params if by_columns else transpose_leaves(run.params)
         train_loss, *validation_loss = [
-            _columns.loss(columns, *dataset, p, block_size=block_size)
-            for dataset in datasets
+            gradients.weighted_loss(run.params, data, block_size, layout)
+            for data in datasets
         ]
         selection_loss = validation_loss[0] if validation_loss else train_loss
         diverged_at = jnp.where(
@@ -340,10 +339,6 @@ def _initial_run(
         best_step=jnp.int32(0),
         step=jnp.int32(0),
     )
-
-
-def _identity(tree: Any) -> Any:
-    return tree
 
 
 def _convert_run(run: FitResult, convert: Callable[[Any], Any]) -> FitResult:

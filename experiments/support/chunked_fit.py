@@ -42,7 +42,7 @@ class ChunkedFit:
         training: TrainingConfig,
         *,
         optimizer: optax.GradientTransformation,
-        loss: Callable[..., Any],
+        loss: Callable[..., Any] | None,
         pos_weight: tuple[float, ...],
     ) -> None:
         """Checks the optimizer and its arguments, without training.

@@ -233,13 +233,21 @@ def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
 
 
 @functools.cache
-def penalized(loss: Callable[..., Any], penalty: float) -> Callable[..., Any]:
-    """The loss plus half of `penalty` times the sum of squared weights (no biases)."""
+def penalized(
+    loss: Callable[..., Any] | None, penalty: float
+) -> Callable[..., Any] | None:
+    """The loss plus half of `penalty` times the sum of squared weights (no biases).
+
+    Args:
+      loss: The loss; None is `jaxbce.loss`, differentiated by hand.
+      penalty: The strength. If it is 0, the loss is returned unchanged.
+    """
     if penalty == 0:
         return loss
+    function = loss or jaxbce.loss
 
     def objective(params: Params, *data: Any, **options: Any) -> Any:
-        value = loss(params, *data, **options)
+        value = function(params, *data, **options)
         squares = [jnp.sum(jnp.square(layer.w.astype(value.dtype))) for layer in params]
         return value + 0.5 * penalty * jnp.sum(jnp.stack(squares))
 

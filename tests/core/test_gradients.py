@@ -152,9 +152,9 @@ def test_second_derivatives_are_exact_in_the_tail():
         np.testing.assert_allclose(h[0].b[0].b, truth, rtol=1e-6)
 
 
-def test_corrupting_deltas_corrupts_every_derivative_of_loss(monkeypatch):
+def test_corrupting_pull_back_corrupts_every_derivative_of_loss(monkeypatch):
     params, x, y = problem((5, 4, 1)).arguments(np.float32)
-    honest = gradients.deltas
+    honest = gradients.pull_back
 
     def derivatives(v):
         # Under a jit of its own: the library's would keep the trace it has.
@@ -171,7 +171,7 @@ def test_corrupting_deltas_corrupts_every_derivative_of_loss(monkeypatch):
 
     value, right, _ = derivatives(params)
     with monkeypatch.context() as patched:
-        patched.setattr(gradients, "deltas", corrupt)
+        patched.setattr(gradients, "pull_back", corrupt)
         same_value, wrong, (_, tangent) = derivatives(right)
     assert relative_error(wrong, jax.tree.map(lambda g: 3 * g, right)) <= 1e-6
     squared = sum(np.sum(np.square(g)) for g in jax.tree.leaves(right))

@@ -53,13 +53,13 @@ def test_every_depth_and_dtype_passes(hidden, dtype):
 
 
 def test_a_wrong_derivation_fails(monkeypatch):
-    honest = gradients.deltas
+    honest = gradients.pull_back
 
     def wrong(*args, **kwargs):
         first, *rest = honest(*args, **kwargs)
         return (first * 1.001, *rest)
 
-    monkeypatch.setattr(gradients, "deltas", wrong)
+    monkeypatch.setattr(gradients, "pull_back", wrong)
     monkeypatch.setattr(comparisons, "cost", lambda *args, **kwargs: [])
     # No other test may have 23 examples: JAX keeps the wrong programs by shape.
     parts = toy(rows=23, hidden=())

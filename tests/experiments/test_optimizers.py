@@ -53,6 +53,7 @@ def test_a_schedule_is_followed_over_the_run():
 
 def test_a_penalty_is_of_the_weights_alone():
     loss = optimizers.penalized(jaxbce.loss, 0.2)
+    assert loss is not None
     data = (PARAMS, np.ones((2, 3), np.float32), np.ones((2, 1)))
     extra = loss(*data) - jaxbce.loss(*data)
     assert np.isclose(extra, 0.1 * np.sum(np.square(PARAMS[0].w)))
