@@ -88,7 +88,7 @@ def deltas(
     p = jnp.broadcast_to(p, a_last.shape)  # [N, n_L]
     delta = output_delta(a_last, p * y, 1 - y)  # [N, n_L]
     if sample_weight is not None:  # every δ_k below is linear in δ_L
-        c = _validate.sample_weight(sample_weight, len(y), a_last.dtype)
+        c = _validate.sample_weight(sample_weight, y.shape[0], a_last.dtype)
         delta = c[:, None] * delta  # after the division: XLA keeps fewer arrays
     return pull_back(params, activations, delta)
 
@@ -134,7 +134,7 @@ def weight_gradient(h: jax.Array, delta: jax.Array) -> jax.Array:
     of equal size, and the products of the chunks are added. Equal chunks need no copy.
     """
     d = delta.astype(h.dtype)
-    n, n_out, n_in = len(h), d.shape[1], h.shape[1]
+    n, n_out, n_in = h.shape[0], d.shape[1], h.shape[1]
     chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)
     narrows = 1 < n_out < n_in
     if narrows and chunks > 1 and n * n_out * n_in >= _LARGE_PRODUCT:
