@@ -22,9 +22,9 @@ A dot denotes the derivative along v = {Ẇ_k, ḃ_k} (Pearlmutter's R-operator)
 `pull_back` is linear in δ_L and in each W_k, so its derivative along (v, δ̇_L) has both
 terms of δ̇_k. The product GGN·v omits the two terms that contain δ itself.
 
-An example of weight 0 contributes nothing to products, eigenvalues and evidence,
-whatever its features. To eigenvalues and evidence, neither does one whose δ_L and S are
-both 0. For other examples, features that are not finite make the result not finite.
+An example of weight 0 contributes exactly nothing, whatever its features. The same holds
+for eigenvalues and evidence if its δ_L and S are both 0. For other examples, features
+that are not finite make the result not finite.
 """
 
 import functools
@@ -149,7 +149,8 @@ def hvp(
 ) -> Params:
     """The Hessian of the loss times a vector, `H v`.
 
-    The second derivative of relu is taken to be 0 everywhere, as in JAX.
+    The second derivative of relu is taken to be 0 everywhere, as in JAX. Examples of
+    weight 0 contribute exactly nothing, whatever their features.
 
     Args:
       params: A tuple of `Layer`.
@@ -284,7 +285,11 @@ def ggn_eigenvalues(
     parameters. They are computed from the smaller of two matrices with the same nonzero
     eigenvalues: :math:`\sqrt S \Theta \sqrt S`, `[N n_L, N n_L]`, and the Gauss-Newton
     matrix itself, `[P, P]`. If `k` is given and `5 k < P <= N n_L`, neither matrix is
-    formed: LOBPCG finds the eigenvalues from the products of `ggn_vp`.
+    formed: LOBPCG finds the eigenvalues from the products of `ggn_vp`, and their second
+    derivatives are NaN.
+
+    Examples of weight 0, or whose δ_L and S are 0, contribute exactly nothing, whatever
+    their features.
 
     Args:
       params: A tuple of `Layer`.

@@ -148,9 +148,10 @@ def norms(
 
     The cost is that of the forward and backward pass alone, without the products for
     weight gradients. The relative error of a norm is small, however small the norm is,
-    as long as δ_L is not subnormal. The norm is 0 where δ_L is 0 (a weight of 0, or an
-    infinite logit that agrees with its label), and infinite where the square of a layer
-    input overflows. It may be NaN for an example with features that are not finite.
+    as long as δ_L is not subnormal. The norm is exactly 0, whatever the features, where
+    the weight is 0 or δ_L is 0 (as for an infinite logit that agrees with its label).
+    Otherwise it is infinite where the square of a layer input overflows, and infinite
+    or NaN where a layer input is not finite.
 
     Args:
       params: A tuple of `Layer`.
@@ -301,6 +302,10 @@ def clipped_value_and_grad(
     divide the sum by a number that does not depend on the data, such as the expected
     batch size.
 
+    An example of weight 0, or whose δ_L is 0, contributes exactly nothing to the
+    gradient, whatever its features. Otherwise layer inputs that are not finite make the
+    gradient not finite; an example of infinite norm contributes 0 if they are finite.
+
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
@@ -309,7 +314,8 @@ def clipped_value_and_grad(
         gradient is that of `jaxbce.value_and_grad` up to rounding. With 0 it is 0.
         Gradients of norm 0 stay 0.
       sample_weight: Factors s of the examples' losses, `[N]`; None is all ones.
-        Examples of weight 0 are ignored, so they can pad a batch.
+        Examples of weight 0 are ignored, whatever their features and labels, so they
+        can pad a batch.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
       reduction: "mean" or "sum" over examples.
       block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
