@@ -22,9 +22,9 @@ A dot denotes the derivative along v = {Ẇ_k, ḃ_k} (Pearlmutter's R-operator)
 `pull_back` is linear in δ_L and in each W_k, so its derivative along (v, δ̇_L) has both
 terms of δ̇_k. The product GGN·v omits the two terms that contain δ itself.
 
-An example of weight 0 contributes exactly nothing, whatever its features. The same holds
-for eigenvalues and evidence if its δ_L and S are both 0. For other examples, features
-that are not finite make the result not finite.
+Examples of weight 0 contribute exactly nothing, whatever their features. For
+eigenvalues and evidence, this is also true of examples whose δ_L and S are 0. Other
+examples with features that are not finite make the result not finite.
 """
 
 import functools

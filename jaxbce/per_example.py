@@ -47,11 +47,12 @@ class _Examples(NamedTuple):
 
     def norms(self) -> jax.Array:
         """`‖G_i‖`, `[N]`."""
-        squared = sum(
-            (1 + _squared_norm(h)) * _squared_norm(d)
-            for h, d in zip(self.h, self.scaled_deltas, strict=True)
-        )
-        # 0 · inf is NaN.
+        squared = jnp.zeros_like(self.scale)
+        for h, d in zip(self.h, self.scaled_deltas, strict=True):
+            factor, square = 1 + _squared_norm(h), _squared_norm(d)
+            # Squares of a finite h may overflow, and 0 · inf is NaN.
+            unused = (square == 0) & jnp.isinf(factor)
+            squared += jnp.where(unused, 0, factor * square)
         return self.scale * jnp.sqrt(jnp.where(self.scale == 0, 1, squared))
 
     def weighted_sum(self, factors: jax.Array) -> Params:
@@ -150,8 +151,8 @@ def norms(
     weight gradients. The relative error of a norm is small, however small the norm is,
     as long as δ_L is not subnormal. The norm is exactly 0, whatever the features, where
     the weight is 0 or δ_L is 0 (as for an infinite logit that agrees with its label).
-    Otherwise it is infinite where the square of a layer input overflows, and infinite
-    or NaN where a layer input is not finite.
+    Otherwise it is infinite or NaN where the square of a layer input overflows or is
+    NaN, unless no unit of the next layer is active.
 
     Args:
       params: A tuple of `Layer`.

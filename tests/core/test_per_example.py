@@ -458,9 +458,11 @@ def test_a_saturated_example_that_is_right_adds_nothing(feature):
     chex.assert_trees_all_equal(found, truth)
 
 
-def test_an_example_of_infinite_norm_adds_at_most_max_norm():
-    params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),)
-    x, y = jnp.array([[1e20], [0.5]]), jnp.array([[0.0], [1.0]])
+@pytest.mark.parametrize("feature", [1e20, -1e20])
+def test_an_example_whose_squares_overflow_adds_at_most_max_norm(feature):
+    """The hidden unit is active for one feature, and inactive for the other."""
+    params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),) * 2
+    x, y = jnp.array([[feature], [0.5]]), jnp.array([[0.0], [1.0]])
     clipped = functools.partial(
         per_example.clipped_value_and_grad, params, max_norm=0.1, reduction="sum"
     )
