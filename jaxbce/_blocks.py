@@ -30,12 +30,14 @@ _ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))  # the same three, in this orde
 def examples_per_block(block_size: int | str | None, params: Any, n: int) -> int:
     """The number of examples per block for a batch of n, from static shapes alone.
 
+    A symbolic n, as in an exported program, is processed in one block.
+
     Raises:
       TypeError: If `block_size` is not None, "auto" or an integer.
       ValueError: If `block_size` is another string or less than 1.
     """
     _validate.block_size(block_size)
-    if block_size is None:
+    if block_size is None or not isinstance(n, int):
         return n
     if block_size != "auto":
         return min(int(block_size), n)
@@ -76,10 +78,10 @@ def sum_over_blocks(
       The totals, and the per-example results as `[N, ...]`.
     """
     n = weight.shape[0]
+    if not isinstance(n, int) or n <= block_size:
+        return fun(weight, *examples)
     count = -(-n // block_size)
     size = -(-n // count)
-    if count == 1:
-        return fun(weight, *examples)
 
     def block(i: jax.Array | int) -> tuple[Any, Any]:
         start = jnp.minimum(i * size, n - size)
@@ -95,6 +97,15 @@ def sum_over_blocks(
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(block, 0)[0])
     totals, per_example = lax.scan(step, zeros, jnp.arange(count))
     return totals, jax.tree.map(lambda t: _unblock(t, n), per_example)
+
+
+def drop_nonfinite(ignored: jax.Array, t: jax.Array) -> jax.Array:
+    """`t` `[N, n]`, with 0 for what is not finite in the `ignored` examples `[N]`.
+
+    Otherwise an example that counts for nothing would add 0 · inf = NaN to a sum. What
+    is finite stays, so derivatives with respect to a weight are right where it is 0.
+    """
+    return jnp.where(ignored[:, None] & ~jnp.isfinite(t), jnp.zeros((), t.dtype), t)
 
 
 def _unblock(t: jax.Array, n: int) -> jax.Array:

@@ -19,27 +19,27 @@ A dot denotes the derivative along v = {Ẇ_k, ḃ_k} (Pearlmutter's R-operator)
     δ̇_L = S ȧ_L      δ̇_k = (δ̇_{k+1} W_{k+1}ᵀ + δ_{k+1} Ẇ_{k+1}ᵀ) ⊙ [a_k > 0]
     (H v)_k = h_{k−1}ᵀ δ̇_k + ḣ_{k−1}ᵀ δ_k
 
-The product GGN·v omits the two terms that contain δ itself.
+`pull_back` is linear in δ_L and in each W_k, so its derivative along (v, δ̇_L) has both
+terms of δ̇_k. The product GGN·v omits the two terms that contain δ itself.
+
+Examples of weight 0 contribute exactly nothing, whatever their features. For
+eigenvalues and evidence, this is also true of examples whose δ_L and S are 0. Other
+examples with features that are not finite make the result not finite.
 """
 
 import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxbce import _validate, gradients
-from jaxbce._blocks import examples_per_block, sum_over_blocks
-from jaxbce._layouts import ROWS, matmul
-from jaxbce.gradients import (
-    Batch,
-    check_batch,
-    contract,
-    deltas,
-    pull_back,
-)
-from jaxbce.network import Activations, Layer, Params, forward, sigmoid
+from jaxbce._blocks import drop_nonfinite, examples_per_block, sum_over_blocks
+from jaxbce._layouts import matmul
+from jaxbce.gradients import Batch, check_batch
+from jaxbce.network import Activations, Params, forward, sigmoid
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
@@ -92,15 +92,18 @@ def ntk(
         total: Any = 0  # [B, n_L, M, n_L]
         for k in range(len(params)):
             inputs = 1 + matmul(activations.h[k], activations2.h[k].T)  # [B, M]
-            pairs = jnp.eye(outputs, dtype=inputs.dtype)[:, None, :]  # E_L = 1
+            pairs = jnp.eye(outputs, dtype=inputs.dtype)[None, :, None, :]  # E_L = 1
             if k + 1 < len(params):
                 left, right = (t.reshape(-1, t.shape[-1]) for t in (e[k], e2[k]))
-                pairs = (left @ right.T).reshape(len(x), outputs, len(x2), outputs)
+                pairs = (left @ right.T).reshape(
+                    x.shape[0], outputs, x2.shape[0], outputs
+                )
             total += inputs[:, None, :, None] * pairs
         return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
-    size = examples_per_block(block_size, params, len(x))
-    theta = sum_over_blocks(block, jnp.ones(len(x), x.dtype), (x,), size)[1]
+    n = x.shape[0]
+    size = examples_per_block(block_size, params, n)
+    theta = sum_over_blocks(block, jnp.ones(n, x.dtype), (x,), size)[1]
     return theta[:, :, 0, 0] if outputs == 1 else theta
 
 
@@ -112,16 +115,25 @@ def _logit_gradients(
     a = activations.a[-1]
     ones = jnp.eye(a.shape[1], dtype=a.dtype)[:, None, :]  # [n_L, 1, n_L]
     cotangents = jnp.broadcast_to(ones, (a.shape[1], *a.shape))
-    back = jax.vmap(functools.partial(pull_back, params, activations), out_axes=1)
+    back = jax.vmap(
+        lambda delta: gradients.pull_back(params, activations, delta), out_axes=1
+    )
     return activations, back(cotangents)
 
 
-def _second_derivative(
-    a: jax.Array, y: jax.Array, c: jax.Array, pos_weight: jax.Array
-) -> jax.Array:
-    """`S = c ((1−y) + p y) σ(a) σ(−a)`, `[N, n_L]`."""
-    weight = (1 - y) + jnp.broadcast_to(pos_weight, y.shape) * y
-    return c[:, None] * weight * sigmoid(a) * sigmoid(-a)
+def _derivatives(
+    params: Params, activations: Activations, y: jax.Array, c: jax.Array, p: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`δ_L` and `S = c ((1−y) + p y) σ(a) σ(−a)`, each `[N, n_L]`."""
+    a = activations.a[-1]
+    delta = gradients.deltas(params, activations, y, sample_weight=c, pos_weight=p)[-1]
+    s = _label_weights(y, c, p) * sigmoid(a) * sigmoid(-a)
+    return drop_nonfinite(c == 0, delta), drop_nonfinite(c == 0, s)
+
+
+def _label_weights(y: jax.Array, c: jax.Array, p: jax.Array) -> jax.Array:
+    """`c ((1−y) + p y)`, `[N, n_L]`."""
+    return c[:, None] * ((1 - y) + jnp.broadcast_to(p, y.shape) * y)
 
 
 @functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
@@ -138,7 +150,8 @@ def hvp(
 ) -> Params:
     """The Hessian of the loss times a vector, `H v`.
 
-    The second derivative of relu is taken to be 0 everywhere, as in JAX.
+    The second derivative of relu is taken to be 0 everywhere, as in JAX. Examples of
+    weight 0 contribute exactly nothing, whatever their features.
 
     Args:
       params: A tuple of `Layer`.
@@ -170,7 +183,7 @@ def hvp(
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     v = _validate.vector(v, params)
-    size = examples_per_block(block_size, params, len(batch.c))
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     return _curvature_vp(params, batch, v, size, residual=True)
 
 
@@ -207,7 +220,7 @@ def ggn_vp(
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     v = _validate.vector(v, params)
-    size = examples_per_block(block_size, params, len(batch.c))
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     return _curvature_vp(params, batch, v, size, residual=False)
 
 
@@ -215,53 +228,44 @@ def _curvature_vp(
     params: Params, batch: Batch, v: Params, block_size: int, *, residual: bool
 ) -> Params:
     """`GGN v`, or `H v` with the residual terms, which contain δ."""
-    p = batch.pos_weight
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Params, tuple]:
         activations = forward(params, x)
-        a_dot, h_dot = _push_forward(params, activations, v)
-        s = _second_derivative(activations.a[-1], y, c, p)
-        dot = s * a_dot  # δ̇_L, [N, n_L]
+        delta, s = _derivatives(params, activations, y, c, batch.pos_weight)
+        drop = functools.partial(drop_nonfinite, c == 0)
+        h = tuple(drop(h_k) for h_k in activations.h[:-1])
+        a_dot, h_dot = _push_forward(params, h, v)
+        delta_dot = s * drop(a_dot)  # δ̇_L, [N, n_L]
+
+        def pull_back(params: Params, delta: jax.Array) -> tuple[jax.Array, ...]:
+            return gradients.pull_back(params, activations, delta)
+
         if not residual:
-            deltas_dot = pull_back(params, activations, dot)
-            return contract(activations.h[:-1], deltas_dot), ()
-        delta = deltas(params, activations, y, sample_weight=c, pos_weight=p)
-        dots = [dot]
-        for k in range(len(params) - 1, 0, -1):
-            w, w_dot = params[k].w, v[k].w  # [n_k, n_{k+1}]
-            back = matmul(dot.astype(w.dtype), w.T)
-            back += matmul(delta[k].astype(w.dtype), w_dot.T)
-            dot = jnp.where(activations.h[k] > 0, back, 0)  # δ̇_k, [N, n_k]
-            dots.append(dot)
-        grads = []
-        for k, dot in enumerate(reversed(dots)):
-            if k == 0:
-                w = ROWS.gradient(1, activations.h[0], dot)[0].T  # [n_1, n_0]
-            else:  # a sum of two products, which XLA does not rewrite
-                h, h_k_dot = activations.h[k], h_dot[k - 1]
-                w = matmul(dot.astype(h.dtype).T, h)  # [n_{k+1}, n_k]
-                w += matmul(delta[k].astype(h.dtype).T, h_k_dot)
-            grads.append(Layer(w=w.T, b=jnp.sum(dot, axis=0)))
-        return tuple(grads), ()
+            return gradients.contract(h, pull_back(params, delta_dot)), ()
+        deltas, deltas_dot = jax.jvp(pull_back, (params, delta), (v, delta_dot))
+        first, *grads = gradients.contract(h, deltas_dot)
+        residuals = gradients.contract(tuple(drop(t) for t in h_dot), deltas[1:])
+        grads = (g._replace(w=g.w + r.w) for g, r in zip(grads, residuals, strict=True))
+        return (first, *grads), ()
 
     total, _ = sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)
     return jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), total, params)
 
 
 def _push_forward(
-    params: Params, activations: Activations, v: Params
+    params: Params, h: tuple[jax.Array, ...], v: Params
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """`ȧ_L`, `[N, n_L]`, and `(ḣ_1, ..., ḣ_{L−1})`, each `[N, n_k]`."""
     a_dot, h_dot = [], []
     for k, (layer, (w_dot, b_dot)) in enumerate(zip(params, v, strict=True)):
-        dot = matmul(activations.h[k], w_dot)  # [N, n_{k+1}]
+        dot = matmul(h[k], w_dot)  # [N, n_{k+1}]
         dot += b_dot.astype(dot.dtype)[None, :]
         if k > 0:
             dot += matmul(h_dot[-1], layer.w)
         a_dot.append(dot)
-        active = activations.h[k + 1] > 0
-        h_dot.append(jnp.where(active, dot, 0).astype(layer.w.dtype))
-    return a_dot[-1], tuple(h_dot[:-1])
+        if k + 1 < len(params):
+            h_dot.append(jnp.where(h[k + 1] > 0, dot, 0).astype(layer.w.dtype))
+    return a_dot[-1], tuple(h_dot)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "reduction", "block_size"))
@@ -282,7 +286,11 @@ def ggn_eigenvalues(
     parameters. They are computed from the smaller of two matrices with the same nonzero
     eigenvalues: :math:`\sqrt S \Theta \sqrt S`, `[N n_L, N n_L]`, and the Gauss-Newton
     matrix itself, `[P, P]`. If `k` is given and `5 k < P <= N n_L`, neither matrix is
-    formed: LOBPCG finds the eigenvalues from the products of `ggn_vp`.
+    formed: LOBPCG finds the eigenvalues from the products of `ggn_vp`, and their second
+    derivatives are NaN.
+
+    Examples of weight 0, or whose δ_L and S are 0, contribute exactly nothing, whatever
+    their features.
 
     Args:
       params: A tuple of `Layer`.
@@ -322,33 +330,74 @@ def ggn_eigenvalues(
             f"expected k to be an integer from 1 to {most}, the most eigenvalues that "
             f"can be nonzero, got {k}"
         )
-    size = examples_per_block(block_size, params, len(batch.c))
+    delta, s = _derivatives(params, forward(params, batch.x), *batch[1:])
+    saturated = jnp.all((delta == 0) & (s == 0), axis=1) & (batch.c != 0)  # [N]
+    batch = batch._replace(x=jnp.where(saturated[:, None], 0, batch.x))
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     if k is None or num_logits < num_params or 5 * count >= num_params:
         gram = _smaller_gram(params, batch, size)
         return jnp.flip(jnp.linalg.eigvalsh(gram)).clip(0)[:count]
-    product = _flat_ggn_vp(params, batch, size)
-    return _largest_eigenvalues(product, num_params, count, batch.c.dtype)
+    return _largest_eigenpairs(count, size, params, batch)[0].clip(0)
 
 
-def _largest_eigenvalues(product: Any, size: int, count: int, dtype: Any) -> jax.Array:
-    """The largest eigenvalues of a positive semidefinite matrix, by LOBPCG.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _largest_eigenpairs(
+    count: int, block_size: int, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """The largest eigenvalues of the GGN and their eigenvectors `[P, k]`, by LOBPCG.
 
-    LOBPCG divides by zero where a residual is 0, which happens for a matrix of low
-    rank. A random diagonal, of the size of a rounding error of the largest eigenvalue,
-    keeps residuals away from 0.
+    Each step finds the best approximations in the span of the present ones, of their
+    residuals and of the last step. The QR decomposition completes a basis where columns
+    are dependent, as the residuals of a matrix of low rank are.
     """
-    key_start, key_diagonal = jax.random.split(jax.random.key(0))
-    start = jax.random.normal(key_start, (size, count), dtype)
-    columns = jax.vmap(product, in_axes=1, out_axes=1)
-    unit = start / jnp.linalg.norm(start, axis=0)
-    scale = jnp.max(jnp.linalg.norm(columns(unit), axis=0))
-    positive = scale > 0
-    least = jnp.finfo(dtype).eps * jnp.where(positive, scale, 1)
-    diagonal = least * jax.random.uniform(key_diagonal, (size, 1), dtype)
-    from jax.experimental.sparse.linalg import lobpcg_standard  # slow to import
+    columns = jax.vmap(_flat_ggn_vp(params, batch, block_size), in_axes=1, out_axes=1)
+    size, dtype = _num_params(params), batch.c.dtype
 
-    result = lobpcg_standard(lambda v: columns(v) + diagonal * v, start)[0]
-    return jnp.where(positive, result.clip(0), 0)
+    def best_in_span(vectors: jax.Array) -> tuple[jax.Array, ...]:
+        basis = jnp.linalg.qr(vectors)[0]
+        products = columns(basis)
+        values, coordinates = jnp.linalg.eigh(basis.T @ products)
+        top = jnp.flip(coordinates[:, -count:], axis=1)
+        values = jnp.flip(values[-count:])
+        return values, basis @ top, products @ top - basis @ top * values[None, :]
+
+    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        i, _, x, residual, last = state
+        found = best_in_span(jnp.concatenate([x, residual, last], axis=1))
+        return i + 1, *found, found[1] - x @ (x.T @ found[1])
+
+    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+        i, values, _, residual, _ = state
+        rounding = 20 * size * jnp.finfo(dtype).eps * values
+        return (i < 100) & jnp.any(jnp.linalg.norm(residual, axis=0) > rounding)
+
+    start = jax.random.normal(jax.random.key(0), (size, count), dtype)
+    values, x, residual = best_in_span(start)
+    state = (jnp.zeros((), int), values, x, residual, jnp.zeros_like(x))
+    _, values, x, *_ = jax.lax.while_loop(unfinished, step, state)
+    return values, x
+
+
+@_largest_eigenpairs.defjvp
+def _largest_eigenpairs_jvp(
+    count: int,
+    block_size: int,
+    primals: tuple[Params, Batch],
+    tangents: tuple[Params, Batch],
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The derivative of an eigenvalue with eigenvector u is `uᵀ Ȧ u`.
+
+    That of u is not computed, and NaN: so second derivatives of an eigenvalue are NaN.
+    """
+    values, vectors = _largest_eigenpairs(count, block_size, *primals)
+
+    def quotients(params: Params, batch: Batch) -> jax.Array:
+        product = _flat_ggn_vp(params, batch, block_size)
+        products = jax.vmap(product, in_axes=1, out_axes=1)(vectors)
+        return jnp.sum(vectors * products, axis=0)
+
+    values_dot = jax.jvp(quotients, primals, tangents)[1]
+    return (values, vectors), (values_dot, jnp.full_like(vectors, jnp.nan))
 
 
 def _num_params(params: Params) -> int:
@@ -371,12 +420,16 @@ def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
     """The smaller of `√S Θ √S` and the GGN, which share their nonzero eigenvalues."""
     size, (n, outputs) = _num_params(params), batch.y.shape
     if n * outputs < size:
-        a = forward(params, batch.x).a[-1]
-        s = _second_derivative(a, batch.y, batch.c, batch.pos_weight)  # [N, n_L]
-        theta = ntk(params, batch.x, block_size=block_size)
+        # The rows of √S Θ √S that belong to an example of weight 0 are 0.
+        x = jnp.where((batch.c == 0)[:, None], 0, batch.x)
+        e = jnp.exp(-jnp.abs(forward(params, x).a[-1]) / 2)
+        # √σ(a)σ(−a) = e / (1 + e²) has a finite derivative, also where it underflows.
+        root = jnp.sqrt(_label_weights(*batch[1:])) * e / (1 + e**2)  # √S, [N, n_L]
+        theta = ntk(params, x, block_size=block_size)
         theta = theta.reshape(n, n, outputs, outputs).transpose(0, 2, 1, 3)
-        root = jnp.sqrt(s).ravel()  # [N n_L]
-        return root[:, None] * theta.reshape(n * outputs, n * outputs) * root
+        root = root.ravel()
+        theta = theta.reshape(n * outputs, n * outputs)
+        return root[:, None] * theta * root[None, :]
     basis = jnp.eye(size, dtype=batch.c.dtype)
     return jax.lax.map(_flat_ggn_vp(params, batch, block_size), basis)
 
@@ -438,10 +491,24 @@ def log_evidence(
       Model Selection in Deep Learning, 2021, arXiv:2104.04975.
     """
     _validate.scalar("prior_precision", prior_precision)
-    options: dict[str, Any] = {"sample_weight": sample_weight, "pos_weight": pos_weight}
-    options |= {"reduction": "sum", "block_size": block_size}
-    loss = gradients.loss(params, x, y, **options)
-    eigenvalues = ggn_eigenvalues(params, x, y, **options)
+    loss = gradients.loss(
+        params,
+        x,
+        y,
+        sample_weight=sample_weight,
+        pos_weight=pos_weight,
+        reduction="sum",
+        block_size=block_size,
+    )
+    eigenvalues = ggn_eigenvalues(
+        params,
+        x,
+        y,
+        sample_weight=sample_weight,
+        pos_weight=pos_weight,
+        reduction="sum",
+        block_size=block_size,
+    )
     tau = jnp.asarray(prior_precision, loss.dtype)
     squared_norm = sum(
         jnp.sum(jnp.square(leaf.astype(tau.dtype))) for leaf in jax.tree.leaves(params)
@@ -520,6 +587,12 @@ def kfac_factors(
             )
         return tuple(factors), ()
 
-    size = examples_per_block(block_size, params, len(x))
-    c = jnp.full(len(x), 1 / len(x), dtype)
+    n = x.shape[0]
+    size = examples_per_block(block_size, params, n)
+    c = jnp.ones(n, dtype) / jnp.asarray(n, dtype)  # n may be symbolic
     return sum_over_blocks(block, c, (x,), size)[0]
+
+
+jax.export.register_namedtuple_serialization(
+    KroneckerFactors, serialized_name="jaxbce.KroneckerFactors"
+)

@@ -12,57 +12,75 @@ product of two outer products is the product of the vectors' inner products. Hen
 
 where the 1 comes from the bias. A sum of rescaled `G_i` is a contraction with rescaled
 error signals. Only `grads` stores per-example gradients in memory.
+
+An example of weight 0, or whose δ_L is 0, has a gradient of exactly 0, whatever its
+features: its layer inputs that are not finite are replaced by 0, since 0 · inf is NaN.
+If δ_L is not 0, layer inputs that are not finite make the result not finite.
 """
 
 import functools
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
-from jaxbce import _validate
-from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce import _validate, gradients
+from jaxbce._blocks import drop_nonfinite, examples_per_block, sum_over_blocks
 from jaxbce._layouts import matmul
-from jaxbce.gradients import check_batch, contract, deltas, pull_back
-from jaxbce.losses import bce_with_logits, weighted
-from jaxbce.network import Activations, Layer, Params, forward
+from jaxbce.gradients import check_batch
+from jaxbce.losses import bce_with_logits
+from jaxbce.network import Layer, Params, forward
 
 
 class _Examples(NamedTuple):
-    """Activations and error signals of some examples, `δ_k = scale · scaled_deltas_k`.
+    """Layer inputs and error signals of some examples, `δ_k = scale · scaled_deltas_k`.
 
     All δ_k are linear in δ_L, so the largest entry of δ_L can be factored out. Then the
     squares of the scaled deltas do not underflow, however small the gradient of a
     saturated example is.
     """
 
-    activations: Activations
+    logits: jax.Array  # [N, n_L]
+    h: tuple[jax.Array, ...]  # (h_0, ..., h_{L-1}), each [N, n_k]
     scale: jax.Array  # [N], the largest |δ_L| of each example
     scaled_deltas: tuple[jax.Array, ...]  # each [N, n_k]
 
     def norms(self) -> jax.Array:
         """`‖G_i‖`, `[N]`."""
-        squared = sum(
-            (1 + _squared_norm(h)) * _squared_norm(d)
-            for h, d in zip(self.activations.h[:-1], self.scaled_deltas, strict=True)
-        )
-        return self.scale * jnp.sqrt(squared)
+        squared = jnp.zeros_like(self.scale)
+        for h, d in zip(self.h, self.scaled_deltas, strict=True):
+            factor, square = 1 + _squared_norm(h), _squared_norm(d)
+            # Squares of a finite h may overflow, and 0 · inf is NaN.
+            unused = (square == 0) & jnp.isinf(factor)
+            squared += jnp.where(unused, 0, factor * square)
+        return self.scale * jnp.sqrt(jnp.where(self.scale == 0, 1, squared))
 
     def weighted_sum(self, factors: jax.Array) -> Params:
         """`Σ_i factors_i G_i / scale_i`, for factors `[N]`."""
         factors = factors[:, None]
-        weighted_deltas = tuple(factors * d for d in self.scaled_deltas)
-        return contract(self.activations.h[:-1], weighted_deltas)
+        weighted_deltas = tuple(
+            jnp.where(factors == 0, 0, factors * d) for d in self.scaled_deltas
+        )
+        return gradients.contract(self.finite_h(), weighted_deltas)
+
+    def finite_h(self) -> tuple[jax.Array, ...]:
+        """`h`, with 0 for what is not finite in examples whose δ_L is 0."""
+        return tuple(drop_nonfinite(self.scale == 0, h_k) for h_k in self.h)
 
 
 def _examples(
     params: Params, x: jax.Array, y: jax.Array, s: jax.Array, pos_weight: jax.Array
 ) -> _Examples:
     activations = forward(params, x)
-    delta = deltas(params, activations, y, sample_weight=s, pos_weight=pos_weight)[-1]
+    deltas = gradients.deltas(
+        params, activations, y, sample_weight=s, pos_weight=pos_weight
+    )
+    delta = drop_nonfinite(s == 0, deltas[-1])  # [N, n_L]
     scale = jnp.max(jnp.abs(delta), axis=1)  # [N]
-    scaled_delta = delta / jnp.where(scale > 0, scale, 1)[:, None]  # [N, n_L]
-    return _Examples(activations, scale, pull_back(params, activations, scaled_delta))
+    scaled_delta = delta / jnp.where(scale == 0, 1, scale)[:, None]  # [N, n_L]
+    scaled_deltas = gradients.pull_back(params, activations, scaled_delta)
+    return _Examples(activations.a[-1], activations.h[:-1], scale, scaled_deltas)
 
 
 def _squared_norm(t: jax.Array) -> jax.Array:
@@ -107,13 +125,11 @@ def grads(
       (Layer(w=(8, 2, 3), b=(8, 3)), Layer(w=(8, 3, 1), b=(8, 1)))
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, "sum")
-    activations = forward(params, batch.x)
-    delta = deltas(
-        params, activations, batch.y, sample_weight=batch.c, pos_weight=batch.pos_weight
-    )
+    examples = _examples(params, batch.x, batch.y, batch.c, batch.pos_weight)
+    deltas = [examples.scale[:, None] * d for d in examples.scaled_deltas]
     return tuple(
         Layer(w=h_k.astype(d.dtype)[:, :, None] * d[:, None, :], b=d)
-        for h_k, d in zip(activations.h[:-1], delta, strict=True)
+        for h_k, d in zip(examples.finite_h(), deltas, strict=True)
     )
 
 
@@ -134,9 +150,10 @@ def norms(
 
     The cost is that of the forward and backward pass alone, without the products for
     weight gradients. The relative error of a norm is small, however small the norm is,
-    as long as δ_L is not subnormal. The norm is 0 where δ_L is 0 (a weight of 0, or an
-    infinite logit that agrees with its label), and infinite where the square of a layer
-    input overflows. It may be NaN for an example with features that are not finite.
+    as long as δ_L is not subnormal. The norm is exactly 0, whatever the features, where
+    the weight is 0 or δ_L is 0 (as for an infinite logit that agrees with its label).
+    Otherwise it is infinite or NaN where the square of a layer input overflows or is
+    NaN, unless no unit of the next layer is active.
 
     Args:
       params: A tuple of `Layer`.
@@ -168,7 +185,7 @@ def norms(
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
         return (), _examples(params, x, y, s, batch.pos_weight).norms()
 
-    size = examples_per_block(block_size, params, len(batch.c))
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
@@ -226,20 +243,23 @@ def inner_products(
     batch = check_batch(params, x, y, None, pos_weight, "sum")
     p = batch.pos_weight
     x2 = _validate.features(x2, params, "x2")
-    shape = (len(x2), batch.y.shape[1])
+    shape = (x2.shape[0], batch.y.shape[1])
     y2 = _validate.labels(y2, shape, batch.y.dtype, name="y2")
-    activations2 = forward(params, x2)
-    delta2 = deltas(params, activations2, y2, pos_weight=p)
+    right = _examples(params, x2, y2, jnp.ones(shape[:1], y2.dtype), p)
 
-    def block(_: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
-        activations = forward(params, x)
-        delta = deltas(params, activations, y, pos_weight=p)
-        h = activations.h[:-1]
-        layers = zip(h, activations2.h[:-1], delta, delta2, strict=True)
-        total = sum((1 + matmul(h, h2.T)) * (d @ d2.T) for h, h2, d, d2 in layers)
-        return (), jnp.asarray(total)
+    def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
+        left = _examples(params, x, y, s, p)
+        total = sum(
+            (1 + matmul(h, h2.T)) * (d @ d2.T)
+            for h, h2, d, d2 in zip(
+                left.h, right.h, left.scaled_deltas, right.scaled_deltas, strict=True
+            )
+        )
+        zero = (left.scale == 0)[:, None] | (right.scale == 0)[None, :]  # [B, M]
+        scale = left.scale[:, None] * right.scale[None, :]
+        return (), scale * jnp.where(zero, 0, total)
 
-    size = examples_per_block(block_size, params, len(batch.c))
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
@@ -284,6 +304,10 @@ def clipped_value_and_grad(
     divide the sum by a number that does not depend on the data, such as the expected
     batch size.
 
+    An example of weight 0, or whose δ_L is 0, contributes exactly nothing to the
+    gradient, whatever its features. Otherwise layer inputs that are not finite make the
+    gradient not finite; an example of infinite norm contributes 0 if they are finite.
+
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
@@ -292,7 +316,8 @@ def clipped_value_and_grad(
         gradient is that of `jaxbce.value_and_grad` up to rounding. With 0 it is 0.
         Gradients of norm 0 stay 0.
       sample_weight: Factors s of the examples' losses, `[N]`; None is all ones.
-        Examples of weight 0 are ignored, so they can pad a batch.
+        Examples of weight 0 are ignored, whatever their features and labels, so they
+        can pad a batch.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
       reduction: "mean" or "sum" over examples.
       block_size: Maximum examples per block; see `jaxbce.value_and_grad`.
@@ -342,14 +367,14 @@ def _clipped(
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
         examples = _examples(params, x, y, s, p)
         norms = examples.norms()  # [B]
-        # A NaN norm makes the result NaN.
-        clipping = jnp.where(norms <= max_norm, 1, max_norm / norms)  # [B]
+        kept = norms <= max_norm  # [B]; a NaN norm makes the result NaN
+        clipping = jnp.where(kept, 1, max_norm / jnp.where(kept, 1, norms))
         grads = examples.weighted_sum(examples.scale * clipping / divisor)
-        a = examples.activations.a[-1]
-        ell = jnp.sum(bce_with_logits(a, y, pos_weight=p), axis=1)
-        return (jnp.sum(weighted(s / divisor, ell)), grads), norms
+        ell = bce_with_logits(examples.logits, y, pos_weight=p)  # [B, n_L]
+        ell = jnp.sum(drop_nonfinite(s == 0, ell), axis=1)
+        return (jnp.sum(s / divisor * ell), grads), norms
 
-    size = examples_per_block(block_size, params, len(s))
+    size = examples_per_block(block_size, params, s.shape[0])
     (value, grads), norms = sum_over_blocks(block, s, (batch.x, batch.y), size)
     counted = s > 0  # [N]
     clipped = jnp.sum(counted & (norms > max_norm), dtype=s.dtype)
@@ -426,7 +451,7 @@ def scores(
             input_norm=jnp.sqrt(_squared_norm(x)),
         )
 
-    size = examples_per_block(block_size, params, len(batch.c))
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
@@ -491,19 +516,27 @@ def noise_scale(
       arXiv:1812.06162, appendix A.
     """
     batch = check_batch(params, x, y, None, pos_weight, "sum")
-    n = len(batch.c)
-    if n < 2:
+    n = batch.x.shape[0]
+    if isinstance(n, int) and n < 2:
         raise ValueError(f"expected x of shape [N, n_0], N >= 2, got {batch.x.shape}")
+    count = jnp.asarray(n, batch.c.dtype)  # n is symbolic in an exported program
 
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
         examples = _examples(params, x, y, s, batch.pos_weight)
-        return examples.weighted_sum(examples.scale / n), examples.norms()
+        return examples.weighted_sum(examples.scale / count), examples.norms()
 
     size = examples_per_block(block_size, params, n)
     mean, norms = sum_over_blocks(block, batch.c, (batch.x, batch.y), size)
     biased = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(mean))
-    variance = jnp.maximum(jnp.mean(jnp.square(norms)) - biased, 0) * (n / (n - 1))
-    squared_norm = biased - variance / n
+    variance = jnp.maximum(jnp.mean(jnp.square(norms)) - biased, 0)
+    variance *= count / (count - 1)
+    squared_norm = biased - variance / count
     infinite = (squared_norm <= 0) & (variance > 0)
     scale = jnp.where(infinite, jnp.inf, variance / squared_norm)
     return NoiseScale(scale, variance, squared_norm)
+
+
+for _result in (Clipped, Scores, NoiseScale):
+    jax.export.register_namedtuple_serialization(
+        _result, serialized_name=f"jaxbce.{_result.__name__}"
+    )

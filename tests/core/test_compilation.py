@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,7 +13,7 @@ from jax import P
 
 import jaxbce
 from jaxbce import curvature, gradients, per_example
-from tests.helpers import problem, relative_error
+from tests.helpers import member, problem, relative_error
 
 
 @functools.cache
@@ -134,3 +135,124 @@ def test_nothing_relies_on_rank_promotion():
             jaxbce.value_and_grad, params, x, y, pos_weight=p
         )
         assert checked.passed
+
+
+QUANTITIES = {  # every public function of per_example and curvature
+    "grads": per_example.grads,
+    "norms": per_example.norms,
+    "inner_products": lambda params, x, y: per_example.inner_products(
+        params, x, y, x, y
+    ),
+    "clipped_value_and_grad": lambda params, x, y: per_example.clipped_value_and_grad(
+        params, x, y, max_norm=0.5
+    ),
+    "scores": per_example.scores,
+    "noise_scale": per_example.noise_scale,
+    "ntk": lambda params, x, y: curvature.ntk(params, x),
+    "hvp": lambda params, x, y: curvature.hvp(params, x, y, params),
+    "ggn_vp": lambda params, x, y: curvature.ggn_vp(params, x, y, params),
+    "kfac_factors": lambda params, x, y: curvature.kfac_factors(params, x),
+    "ggn_eigenvalues": curvature.ggn_eigenvalues,
+    "largest eigenvalues": lambda params, x, y: curvature.ggn_eigenvalues(
+        params, x, y, k=2
+    ),
+    "log_evidence": lambda params, x, y: curvature.log_evidence(params, x, y, 1.0),
+}
+EVERY_QUANTITY = pytest.mark.parametrize("name", QUANTITIES)
+
+
+def small_problem(dtype="float32", rows=28):
+    """26 parameters; 14 examples have enough logits for LOBPCG to find eigenvalues."""
+    params, x, y = problem((3, 4, 2), rows=28, seed=1).arguments(dtype)
+    return params, x[:rows], y[:rows]
+
+
+@EVERY_QUANTITY
+def test_quantities_trace_in_strict_modes(name):
+    def quantity(*arguments):  # a new function, which no cache knows
+        return QUANTITIES[name](*arguments)
+
+    with jax.numpy_rank_promotion("raise"):
+        with jax.checking_leaks():
+            jax.eval_shape(quantity, *small_problem())
+        with jax.enable_x64(True):
+            for dtype in ("float32", "float64"):
+                found = jax.eval_shape(quantity, *small_problem(dtype))
+                assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
+
+
+@EVERY_QUANTITY
+def test_quantities_map_over_networks_and_devices(name):
+    params, x, y = small_problem()
+    networks = [params, jax.tree.map(lambda leaf: leaf / 2, params)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P("i"), P("i")), out_specs=P("i")
+    )
+    def mapped(stacked, x, y):
+        found = jax.vmap(QUANTITIES[name], (0, None, None))(stacked, x, y)
+        return jax.tree.map(lambda leaf: leaf[None], found)
+
+    found = jax.jit(mapped)(stacked, x, y)
+    with jax.debug_nans(True):
+        for i, shard in enumerate((slice(14), slice(14, 28))):
+            for j, network in enumerate(networks):
+                alone = QUANTITIES[name](network, x[shard], y[shard])
+                assert_close(member(found, i, j), alone)
+
+
+def assert_close(mine, theirs):
+    """Within 1e-4 of the largest entry of each leaf; infinite entries are equal."""
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        largest = np.max(np.abs(b), where=np.isfinite(b), initial=0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in QUANTITIES if name not in list(QUANTITIES)[-3:]]
+)
+def test_quantities_export_with_a_symbolic_number_of_examples(name):
+    (n,) = jax.export.symbolic_shape("n")
+    params, x, y = small_problem()
+    symbolic = [jax.ShapeDtypeStruct((n, *t.shape[1:]), t.dtype) for t in (x, y)]
+    exported = jax.export.export(jax.jit(QUANTITIES[name]))(params, *symbolic)
+    for rows in (14, 5):
+        arguments = small_problem(rows=rows)
+        assert_close(exported.call(*arguments), QUANTITIES[name](*arguments))
+
+
+SUMS = ["clipped_value_and_grad", "noise_scale", "hvp", "ggn_vp"]
+
+
+def changes(name, monkeypatch, step, altered):
+    """Whether a quantity changes if one step of the derivation is altered."""
+    rows = 14 if "eigenvalues" in name else 5
+    with jax.disable_jit():
+        honest = QUANTITIES[name](*small_problem(rows=rows))
+        monkeypatch.setattr(gradients, step, altered)
+        changed = QUANTITIES[name](*small_problem(rows=rows))
+    leaves = zip(jax.tree.leaves(honest), jax.tree.leaves(changed), strict=True)
+    return any(not np.allclose(a, b, rtol=1e-2) for a, b in leaves)
+
+
+@EVERY_QUANTITY
+def test_there_is_one_backward_pass(name, monkeypatch):
+    honest = gradients.pull_back
+
+    def altered(params, activations, delta):
+        *hidden, last = honest(params, activations, delta)
+        return (*(3 * t for t in hidden), last)
+
+    assert changes(name, monkeypatch, "pull_back", altered)
+
+
+@pytest.mark.parametrize("name", [*SUMS, "ggn_eigenvalues", "largest eigenvalues"])
+def test_there_is_one_contraction(name, monkeypatch):
+    honest = gradients.contract
+
+    def altered(h, delta):
+        return jax.tree.map(lambda leaf: 3 * leaf, honest(h, delta))
+
+    assert changes(name, monkeypatch, "contract", altered)

@@ -369,6 +369,93 @@ def test_networks_of_a_sweep_map(fun):
             assert relative_error(member(mapped, i), alone) <= 1e-10
 
 
+@jax.jit
+def weighted_curvature(params, x, y, v, s):
+    """Products, and eigenvalues of either matrix and by LOBPCG."""
+    given: Any = {"sample_weight": s, "reduction": "sum"}
+    few = params, x[:8], y[:8]
+    return (
+        curvature.hvp(params, x, y, v, **given),
+        curvature.ggn_vp(params, x, y, v, **given),
+        curvature.ggn_eigenvalues(params, x, y, **given),
+        curvature.ggn_eigenvalues(params, x, y, k=2, **given),
+        curvature.ggn_eigenvalues(*few, sample_weight=s[:8], reduction="sum"),
+    )
+
+
+# Squares of 1e20 overflow, and so do hidden activations of 3e38.
+@pytest.mark.parametrize("feature", [1e20, 3e38, np.inf, np.nan])
+def test_an_example_of_weight_0_is_ignored_whatever_its_features(feature):
+    p = problem((4, 3, 1))
+    params, x, y = p.arguments(np.float32)
+    v = jax.tree.map(jnp.float32, direction(p.params))
+    s = jnp.ones(len(x)).at[0].set(0)
+    found = weighted_curvature(params, x.at[0].set(feature), y, v, s)
+    truth = weighted_curvature(params, x, y, v, s)
+    for mine, theirs in zip(found, truth, strict=True):
+        assert relative_error(mine, theirs) <= 1e-6
+    if not np.isfinite(feature):  # with a weight, it makes all of them not finite
+        for mine in weighted_curvature(params, x.at[0].set(feature), y, v, s + 1):
+            assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(mine))
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("feature", [1e20, 3e38, np.inf])
+def test_a_saturated_example_that_is_right_adds_no_eigenvalue(feature, rows):
+    first = jaxbce.Layer(jnp.array([[2.0, -1.0]]), jnp.array([0.0, 1.0]))
+    params = (first, jaxbce.Layer(jnp.array([[1.0], [-0.5]]), jnp.zeros(1)))
+    x = jnp.linspace(-0.5, 0.5, rows)[:, None]
+    y = jnp.ones_like(x)
+    found, truth = (
+        curvature.log_evidence(params, x.at[0].set(each), y, 1.0)
+        for each in (feature, 200.0)
+    )
+    np.testing.assert_allclose(found, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("product", [curvature.hvp, curvature.ggn_vp])
+def test_products_have_a_derivative_where_a_weight_is_0(product):
+    params, x, y = problem((4, 3, 1)).arguments(np.float32)
+    s = jnp.ones(len(x)).at[0].set(0)
+
+    def weighted(s):
+        return product(params, x, y, params, sample_weight=s, reduction="sum")
+
+    slope = jax.jvp(weighted, (s,), (1 - s,))[1]
+    assert relative_error(slope, product(params, x[:1], y[:1], params)) <= 1e-5
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def slopes_of_largest_eigenvalue(params, x, y, k):
+    """Its derivatives with respect to params, backward, and x and y, forward."""
+
+    def largest(params, x, y):
+        return curvature.ggn_eigenvalues(params, x, y, k=k)[0]
+
+    forward = functools.partial(largest, params)
+    return (
+        jax.grad(largest)(params, x, y),
+        jax.jvp(forward, (x, y), (jnp.cos(x), jnp.cos(y)))[1],
+    )
+
+
+def test_largest_eigenvalues_have_the_derivatives_of_all():
+    p = problem((3, 2), rows=28)
+    with jax.enable_x64(True):
+        found, truth = (
+            slopes_of_largest_eigenvalue(*p.arguments(), k=k) for k in (1, None)
+        )
+    assert relative_error(found, truth) <= 1e-8
+
+
+def test_evidence_has_a_gradient_where_an_example_has_weight_0():
+    params, x, y = problem((4, 3, 1), rows=8).arguments(np.float32)
+    evidence = jax.grad(curvature.log_evidence)
+    s = jnp.ones(8).at[0].set(0)
+    found = evidence(params, x, y, 1.0, sample_weight=s)
+    assert relative_error(found, evidence(params, x[1:], y[1:], 1.0)) <= 1e-4
+
+
 def test_tangent_kernel_holds_no_jacobian():
     rows, sizes = 512, (64, 256, 1)
     params, x, _ = problem(sizes, rows=rows).arguments(np.float32)

@@ -399,6 +399,79 @@ def test_a_row_of_weight_0_may_have_an_infinite_loss():
     np.testing.assert_allclose(clipped.value, np.log(2), rtol=1e-6)
 
 
+# Squares of 1e20 overflow, and so do hidden activations of 3e38.
+EXTREME = pytest.mark.parametrize("feature", [1e20, 3e38, np.inf, np.nan])
+
+
+@jax.jit
+def weighted_quantities(params, x, y, s):
+    return (
+        per_example.grads(params, x, y, sample_weight=s),
+        per_example.norms(params, x, y, sample_weight=s),
+        per_example.clipped_value_and_grad(
+            params, x, y, sample_weight=s, max_norm=1.0, reduction="sum"
+        ),
+    )
+
+
+@EXTREME
+def test_an_example_of_weight_0_is_ignored_whatever_its_features(feature):
+    params, x, y = problem((7, 5, 3)).arguments(np.float32)
+    ones = jnp.ones(len(x))
+    found = weighted_quantities(params, x.at[0].set(feature), y, ones.at[0].set(0))
+    truth = weighted_quantities(params, x, y, ones.at[0].set(0))
+    chex.assert_trees_all_equal(found, truth)
+    assert found[1][0] == 0
+    if not np.isfinite(feature):  # with a weight, it makes sums not finite
+        grads, norms, clipped = weighted_quantities(
+            params, x.at[0].set(feature), y, ones
+        )
+        assert not np.isfinite(norms[0])
+        for sums in (jax.tree.map(lambda leaf: leaf[0], grads), clipped.grads):
+            assert any(not np.isfinite(leaf).all() for leaf in jax.tree.leaves(sums))
+
+
+@jax.jit
+def unweighted_quantities(params, x, y):
+    clipped = per_example.clipped_value_and_grad(
+        params, x, y, max_norm=1.0, reduction="sum"
+    )
+    return (
+        per_example.grads(params, x, y),
+        per_example.norms(params, x, y),
+        clipped,
+        per_example.inner_products(params, x, y, x, y),
+        per_example.scores(params, x, y)[:2],
+        per_example.noise_scale(params, x, y),
+    )
+
+
+@pytest.mark.parametrize("feature", [1e20, 3e38, np.inf])
+def test_a_saturated_example_that_is_right_adds_nothing(feature):
+    """In a network whose hidden layer overflows; its logit is large or infinite."""
+    first = jaxbce.Layer(jnp.array([[2.0, -1.0]]), jnp.array([0.0, 1.0]))
+    params = (first, jaxbce.Layer(jnp.array([[1.0], [-0.5]]), jnp.zeros(1)))
+    x, y = jnp.array([[feature], [0.5], [-0.5]]), jnp.array([[1.0], [0.0], [1.0]])
+    found = unweighted_quantities(params, x, y)
+    truth = unweighted_quantities(params, x.at[0].set(200.0), y)
+    assert truth[1][0] == 0
+    chex.assert_trees_all_equal(found, truth)
+
+
+@pytest.mark.parametrize("feature", [1e20, -1e20])
+def test_an_example_whose_squares_overflow_adds_at_most_max_norm(feature):
+    """The hidden unit is active for one feature, and inactive for the other."""
+    params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),) * 2
+    x, y = jnp.array([[feature], [0.5]]), jnp.array([[0.0], [1.0]])
+    clipped = functools.partial(
+        per_example.clipped_value_and_grad, params, max_norm=0.1, reduction="sum"
+    )
+    change = jax.tree.map(
+        jnp.subtract, clipped(x, y).grads, clipped(x[1:], y[1:]).grads
+    )
+    assert norm_of(change) <= 0.1 * (1 + 1e-6)
+
+
 def test_scores_and_noise_scale_know_of_pos_weight():
     p = problem((7, 5, 3))
     matrix = flat(grads_of((7, 5, 3), pos_weight=2.5))
