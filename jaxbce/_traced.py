@@ -21,6 +21,7 @@ from jax.extend.core.primitives import (
     cond_p,
     custom_jvp_call_p,
     jit_p,
+    pow_p,
     scan_p,
     while_p,
 )
@@ -183,7 +184,11 @@ class _Block:
         for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
             env[var] = self._constant(value, var.aval, _Same(value))
         for eqn in jaxpr.eqns:
-            operands = [self._operand(env, v) for v in eqn.invars]
+            # XLA compiles a known exponent to other operations, such as a root.
+            operands = [
+                self._operand(env, v, is_static=eqn.primitive is pow_p and i == 1)
+                for i, v in enumerate(eqn.invars)
+            ]
             if _is_plain_jit(eqn):
                 results = self._inline(eqn.params["jaxpr"], operands)
             else:
@@ -199,7 +204,7 @@ class _Block:
             env.update(zip(eqn.outvars, results, strict=True))
         return [self._operand(env, v) for v in jaxpr.outvars]
 
-    def _operand(self, env: dict[Any, Any], atom: Any) -> Any:
+    def _operand(self, env: dict[Any, Any], atom: Any, is_static: bool = False) -> Any:
         if not isinstance(atom, Literal):
             return env[atom]
         value, aval = np.asarray(atom.val), atom.aval
@@ -208,7 +213,8 @@ class _Block:
         number = value.item() if aval.weak_type else value[()]
         type_ = jax.typeof(number)
         if (
-            value.dtype == bool
+            is_static
+            or value.dtype == bool
             or value.shape
             or value in (-1, 0, 1)
             or not np.isfinite(value)
