@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, get_opaque_trace_state
 from jax.extend.core.primitives import (
     cond_p,
     custom_jvp_call_p,
@@ -41,26 +41,42 @@ class Traced(NamedTuple):
     constants: tuple[Any, ...]
 
 
-def trace(fun: Callable[..., Any], *args: Any) -> Traced:
-    """Traces `fun` at the shapes and dtypes of `args`.
+def trace(fun: Callable[..., Any], *args: Any, static: tuple[Any, ...] = ()) -> Traced:
+    """Traces `fun(*static, *args)` at the shapes and dtypes of `args`.
 
     The numbers 0, 1, −1, inf and NaN remain in the program, because XLA simplifies
-    arithmetic with them. So do the exponents of powers, and numbers within custom
-    derivatives.
+    arithmetic with them. So do exponents, and numbers within custom derivatives.
 
-    JAX remembers the traces of a function object. If the same object is passed again,
-    it is not called again.
+    Outside of all transformations a function is not called again with the same static
+    arguments, unless many others have been traced in the meantime.
 
     Args:
-      fun: A function of arrays. It may close over tracers.
+      fun: A function of arrays.
       *args: Arrays, tracers or `jax.ShapeDtypeStruct`s, in any pytrees.
+      static: The first arguments of `fun`, any objects, such as an optimizer. They and
+        `fun` may close over tracers.
     """
-    closed, result = jax.make_jaxpr(fun, return_shape=True)(*args)
-    # A cache must not hold tracers.
-    is_cached = not any(isinstance(c, jax.core.Tracer) for c in closed.consts)
-    block, constants = (_flatten if is_cached else _flatten.__wrapped__)(closed)
+    # A cache must not hold tracers: not those among the constants, and not those that
+    # an optimizer holds but does not use.
+    is_cached = get_opaque_trace_state() == _OUTERMOST
+    try:
+        hash((fun, static))
+    except TypeError:
+        is_cached = False
+    bind, flatten = (_bind, _flatten) if is_cached else _UNCACHED
+    closed, result = jax.make_jaxpr(bind(fun, *static), return_shape=True)(*args)
+    block, constants = flatten(closed)
     program = Program(block, jax.tree.structure(args), jax.tree.structure(result))
     return Traced(program, constants)
+
+
+_OUTERMOST = get_opaque_trace_state()  # when this module is imported
+
+
+@functools.lru_cache(maxsize=64)
+def _bind(fun: Callable[..., Any], *static: Any) -> Callable[..., Any]:
+    """One object per function and static arguments, whose trace JAX remembers."""
+    return functools.partial(fun, *static)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,6 +119,9 @@ def _flatten(closed: Any) -> tuple["_Block", tuple[Any, ...]]:
     constants: list[Any] = []
     block = _Block(closed, constants)
     return block, tuple(constants)
+
+
+_UNCACHED = (_bind.__wrapped__, _flatten.__wrapped__)
 
 
 class _Constant(NamedTuple):
