@@ -277,12 +277,13 @@ class _Block:
             return type(value), tuple(map(self._key, value))
         if isinstance(value, dict):
             return tuple((name, self._key(item)) for name, item in value.items())
-        if isinstance(value, Jaxpr):
-            value = ClosedJaxpr(value, [])
-        if isinstance(value, ClosedJaxpr):
+        if isinstance(value, Jaxpr) and not hasattr(value, "consts"):
+            value = ClosedJaxpr(value, [])  # one class since JAX 0.11
+        if isinstance(value, (Jaxpr, ClosedJaxpr)):
             return _Block(value, None, has_rules=self._has_rules).key
-        if isinstance(value, (float, complex)):
-            return type(value), repr(value)  # -0.0 equals 0.0, and NaN not NaN
+        if isinstance(value, (float, complex, np.generic)):
+            # As numbers, -0.0 equals 0.0, and NaN does not equal NaN.
+            return type(value), np.asarray(value).tobytes()
         try:
             hash(value)
         except TypeError:
