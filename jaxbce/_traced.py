@@ -125,9 +125,9 @@ _UNCACHED = (_bind.__wrapped__, _flatten.__wrapped__)
 
 
 class _Constant(NamedTuple):
-    """The operand that is constant number `index` of the program."""
+    """The operand that is one of the constants of the program."""
 
-    index: int
+    number: int
     aval: Any
 
 
@@ -188,7 +188,7 @@ class _Block:
             if isinstance(operand, int):
                 return values[operand]
             if isinstance(operand, _Constant):
-                return constants[operand.index]
+                return constants[operand.number]
             return operand.value
 
         for run, context, operands in self._steps:
@@ -226,7 +226,8 @@ class _Block:
     def _operand(self, env: dict[Any, Any], atom: Any, is_static: bool = False) -> Any:
         if not isinstance(atom, Literal):
             return env[atom]
-        value, aval = np.asarray(atom.val), atom.aval
+        value: Any = np.asarray(atom.val)
+        aval: Any = atom.aval
         key = (aval, value.dtype, value.shape, value.tobytes())
         # Of the types that JAX accepts, only Python numbers are weakly typed.
         number = value.item() if aval.weak_type else value[()]
