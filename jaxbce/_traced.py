@@ -5,7 +5,8 @@ different numbers. `trace` separates the two. A function that is compiled for a 
 and takes its numbers as an argument, is compiled once for both optimizers.
 
 Python code, such as `1 - b1`, runs during the trace. The numbers are therefore exactly
-those that the function itself would use.
+those that the function itself would use. The results are too, except where XLA would
+combine several known numbers of a product, which rounds differently.
 """
 
 import functools
@@ -73,13 +74,13 @@ def trace(fun: Callable[..., Any], *args: Any, static: tuple[Any, ...] = ()) -> 
 _OUTERMOST = get_opaque_trace_state()  # when this module is imported
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)
 def _bind(fun: Callable[..., Any], *static: Any) -> Callable[..., Any]:
     """One object per function and static arguments, whose trace JAX remembers."""
     return functools.partial(fun, *static)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)
 def jitted(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
     """`jax.jit` of `function` with its first arguments fixed to hashable values.
 

@@ -133,6 +133,10 @@ DIFFERENT = {
         lambda x: jax.lax.fori_loop(0, 4, lambda _, x: jnp.sin(x), x),
     ),
     "custom derivative": (identity_with_tangent(2.0), identity_with_tangent(3.0)),
+    "custom derivative with arrays": (
+        identity_with_tangent(2 * np.ones(3, np.float32)),
+        identity_with_tangent(3 * np.ones(3, np.float32)),
+    ),
     "callback": (
         lambda x: jax.pure_callback(lambda x: x, SHAPE, x),
         lambda x: jax.pure_callback(lambda x: 2 * x, SHAPE, x),
@@ -149,9 +153,10 @@ def test_different_functions_are_different_programs(functions):
         jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_different_shapes_are_different_programs():
+@pytest.mark.parametrize("fun", [jnp.sin, lambda x: 2.5], ids=["used", "unused"])
+def test_different_arguments_are_different_programs(fun):
     programs = {
-        _traced.trace(jnp.sin, jax.ShapeDtypeStruct(shape, dtype)).program
+        _traced.trace(fun, jax.ShapeDtypeStruct(shape, dtype)).program
         for shape in ((3,), (4,))
         for dtype in (np.float32, np.float16)
     }
