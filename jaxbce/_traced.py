@@ -10,6 +10,7 @@ combine several known numbers of a product, which rounds differently.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,10 +68,17 @@ def trace(fun: Callable[..., Any], *args: Any, static: tuple[Any, ...] = ()) -> 
     bind, flatten = (_bind, _flatten) if is_cached else _UNCACHED
     closed, result = jax.make_jaxpr(bind(fun, *static), return_shape=True)(*args)
     block, constants = flatten(closed)
-    program = Program(block, jax.tree.structure(args), jax.tree.structure(result))
+    program = Program(
+        block,
+        jax.tree.structure(args),
+        jax.tree.structure(result),
+        tests_finiteness=bool(_FINITENESS.search(str(closed))),
+    )
     return Traced(program, constants)
 
 
+# `jnp.isfinite`, and `jnp.isnan`, which is x != x.
+_FINITENESS = re.compile(r"is_finite|\bne (\w+) \1\b")
 _OUTERMOST = get_opaque_trace_state()  # when this module is imported
 
 
@@ -91,9 +99,16 @@ def jitted(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
 
 
 class Program:
-    """The operations of a traced function. Equal structure makes equal programs."""
+    """The operations of a traced function. Equal structure makes equal programs.
 
-    def __init__(self, block: "_Block", in_tree: Any, out_tree: Any):
+    Attributes:
+      tests_finiteness: Whether it looks for values that are infinite or NaN.
+    """
+
+    def __init__(
+        self, block: "_Block", in_tree: Any, out_tree: Any, *, tests_finiteness: bool
+    ):
+        self.tests_finiteness = tests_finiteness
         self._block, self._in_tree, self._out_tree = block, in_tree, out_tree
         self._key = (block.key, in_tree, out_tree)
         self._hash = hash(self._key)  # once, because keys are large

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbce import _validate
-from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._blocks import drop_nonfinite, examples_per_block, sum_over_blocks
 from jaxbce._layouts import ROWS, Layout
 from jaxbce.losses import elementwise, output_delta, softplus, weighted
 from jaxbce.network import Activations, Layer, Params, propagate
@@ -157,6 +157,7 @@ def check_batch(
         c = jnp.full(n, 1 / n if reduction == "mean" else 1, dtype)
     else:
         s = _validate.sample_weight(sample_weight, n, dtype)
+        x = drop_nonfinite(s == 0, x)
         c = s / jnp.sum(s) if reduction == "mean" else s
     return Batch(x, y, c, p)
 
@@ -257,7 +258,7 @@ def accumulate(
     """
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
-        activations, positive, negative = _forward(params, x, y, batch, layout)
+        activations, positive, negative = _forward(params, x, y, c, batch, layout)
         a, c = activations.a[-1], jnp.expand_dims(c, layout.feature_axis)
         delta = output_delta(a, c * positive, c * negative)
         delta = pull_back(params, activations, delta, layout)
@@ -286,7 +287,7 @@ def weighted_loss(
     """The value of `accumulate` alone."""
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
-        activations, *labels = _forward(params, x, y, batch, layout)
+        activations, *labels = _forward(params, x, y, c, batch, layout)
         ell = elementwise(activations.a[-1], *labels)
         c = jnp.expand_dims(c, layout.feature_axis)
         return _weighted_sum(c, ell, layout), None
@@ -298,11 +299,12 @@ def _forward(
     params: Params,
     x: jax.Array,
     y: jax.Array,
+    c: jax.Array,
     batch: Batch,
     layout: Layout,
 ) -> tuple[Activations, jax.Array, jax.Array]:
     """The forward pass of a block, and the weights of the two terms of its loss."""
-    activations = propagate(params, layout.arrange(x), layout)
+    activations = propagate(params, layout.arrange(x), layout, ignored=c == 0)
     positive, negative = label_weights(y, batch.pos_weight)
     return activations, layout.arrange(positive), layout.arrange(negative)
 

@@ -129,13 +129,27 @@ def forward(params: Params, x: jax.Array) -> Activations:
     return propagate(params, _validate.features(x, params), ROWS)
 
 
-def propagate(params: Params, x: jax.Array, layout: Layout) -> Activations:
-    """The forward pass, with params, features and activations in a layout."""
+def propagate(
+    params: Params, x: jax.Array, layout: Layout, ignored: jax.Array | None = None
+) -> Activations:
+    """The forward pass, with params, features and activations in a layout.
+
+    Args:
+      params: Parameters.
+      x: Features.
+      layout: The layout of both and of the result.
+      ignored: Examples that shall add exactly nothing to a sum, `[N]`, boolean. Their
+        pre-activations are 0 where they overflow, since 0 · inf is NaN.
+    """
     a, h = [], [x]
     for k, (w, b) in enumerate(params, start=1):
-        a.append(layout.affine(h[-1], w, b))
+        a_k = layout.affine(h[-1], w, b)  # [N, n_k]
+        if ignored is not None:
+            mask = jnp.expand_dims(ignored, layout.feature_axis)
+            a_k = jnp.where(mask & ~jnp.isfinite(a_k), 0, a_k)
+        a.append(a_k)
         if k < len(params):
-            h.append(jax.nn.relu(a[-1]).astype(w.dtype))
+            h.append(jax.nn.relu(a_k).astype(w.dtype))
     h.append(sigmoid(a[-1]))
     return Activations(tuple(a), tuple(h))
 

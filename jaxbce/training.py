@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxbce import _layouts, _validate, gradients
-from jaxbce._blocks import examples_per_block
+from jaxbce import _layouts, _traced, _validate, gradients
+from jaxbce._blocks import drop_nonfinite, examples_per_block
 from jaxbce.gradients import Batch
 from jaxbce.network import Params
+
+_NONE: Any = None  # in place of the losses of a run that is carried by a loop
 
 
 class FitResult(NamedTuple):
@@ -24,9 +26,9 @@ class FitResult(NamedTuple):
       best_params: Parameters at the evaluation with the lowest validation loss, or the
         lowest training loss if there is no validation set.
       train_loss: Loss of the whole training set at each evaluation, in nats,
-        `[evaluations]`; NaN after the run has stopped.
-      validation_loss: Loss of the validation set, likewise; NaN if there is none.
-      diverged_at: The first step whose loss was not finite, or −1. The parameters are
+        `[evaluations]`; inf after the run has stopped.
+      validation_loss: Loss of the validation set, likewise; `[0]` if there is none.
+      diverged_at: The first step at which the run diverged, or −1. The parameters are
         those before that step.
       opt_state: State of the optimizer after the last step.
       best_loss: The loss of `best_params`; inf before the first evaluation.
@@ -55,20 +57,33 @@ def fit(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int | None = None,
-    validation: tuple[jax.Array, jax.Array] | None = None,
+    validation: tuple[jax.Array, ...] | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
+    min_delta: float = 0.0,
     sample_weight: jax.Array | None = None,
     pos_weight: jax.Array | float = 1.0,
+    penalty: Callable[[Params], jax.Array] | None = None,
     loss: Callable[..., jax.Array] | None = None,
+    callback: Callable[[int, float, float | None], None] | None = None,
 ) -> FitResult:
     r"""Trains one network. The whole run is one pure function of the arguments.
 
     `fit` works under `jit`, `vmap` and `shard_map`. `vmap` may map keys, params, data,
     and hyperparameters if the optimizer is built inside the mapped function. Under
     `shard_map` the results vary over all axes. Only forward-mode differentiation is
-    supported, because of the loops. `fit` is compiled once per optimizer object and
-    combination of shapes and static options.
+    supported, because of the loops.
+
+    `fit` is compiled once per combination of shapes, static options and operations of
+    the optimizer, penalty and loss. Their numbers are arguments of the compiled
+    program, so the same optimizer with another learning rate does not compile again.
+    Programs that have not been used for long are freed.
+
+    The run is frozen, and `diverged_at` set, at the first step whose loss is not finite
+    (or is negative, from labels outside [0, 1]), and at an evaluation whose training
+    loss is so. An optimizer that tests for values that are not finite itself, such as
+    `optax.apply_if_finite`, may skip steps: with it the run is frozen where parameters
+    or state would become non-finite, or at an evaluation.
 
     An epoch visits every example once, in an order drawn from the key and the number of
     the epoch. If its last batch is shorter than the others, the loss of that batch is
@@ -89,20 +104,30 @@ def fit(
         are passed to its `update` if it accepts them, and `grad_fn` if it names it.
       num_steps: Number of steps; 0 returns the initial state of a run.
       batch_size: Number of examples per batch, 1 to N; None is N.
-      validation: Features `[M, n_0]` and labels `[M, n_L]`.
+      validation: Features `[M, n_0]` and labels `[M, n_L]`, and optionally weights of
+        the examples, `[M]`.
       evaluate_every: Number of steps between evaluations. The last step is always
         followed by one; with None it is the only one. Each evaluation costs a forward
         pass over all examples.
       patience: Stop at the first evaluation that is at least this many steps after the
         best one; None never stops. Nothing is computed after a stop, except under
         `vmap` while other networks continue.
+      min_delta: The least improvement, in nats, of an evaluation that counts as better
+        than the best one.
       sample_weight: Weights s >= 0 of the training examples, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`. It also
         applies to the validation loss.
-      loss: A training objective in place of `jaxbce.loss`, with its signature; for
-        example, one with a penalty. JAX differentiates it. It is called with
-        `sample_weight`, `pos_weight` and `reduction="sum"`. The reported losses are
-        those of `jaxbce.loss`.
+      penalty: A function of params, such as `lambda params: 1e-3 *
+        optax.tree.norm(params, squared=True)`. It is differentiated by JAX, and added
+        to the loss and to the gradient of each step. The reported losses are without
+        it.
+      loss: A training objective to use in place of the hand-derived one, for comparing
+        with automatic differentiation, by which it is differentiated. It has the
+        signature of `jaxbce.loss` and is called with `sample_weight`, `pos_weight` and
+        `reduction="sum"`. The reported losses are those of `jaxbce.loss`.
+      callback: Called on the host after each evaluation, in order, with the number of
+        steps taken and the training and validation loss (None without a validation
+        set). Under `vmap` it is called once per network.
 
     Returns:
       A `FitResult`.
@@ -134,114 +159,285 @@ def fit(
     evaluate_every = _validate.count("evaluate_every", evaluate_every)
     if patience is not None:
         patience = _validate.count("patience", patience)
-    x = _validate.features(
-        x, params.params if isinstance(params, FitResult) else params
-    )
+    _validate.scalar("min_delta", min_delta, allow_zero=True)
+    start = params.params if isinstance(params, FitResult) else params
+    x = _validate.features(x, start)
     if batch_size is not None:
         batch_size = _validate.count("batch_size", batch_size, examples=x.shape[0])
     if validation is not None and (
-        not isinstance(validation, (tuple, list)) or len(validation) != 2
+        not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3)
     ):
         is_sequence = isinstance(validation, (tuple, list))
         got = f"{len(validation)} items" if is_sequence else type(validation).__name__
-        raise TypeError(f"expected validation to be a tuple (x, y), got {got}")
-    return _fit(
-        key,
-        params,
-        (x, y, sample_weight),
-        None if validation is None else tuple(validation),
-        pos_weight,
-        optimizer=optimizer,
+        raise TypeError(
+            f"expected validation to be a tuple (x, y) or (x, y, weight), got {got}"
+        )
+    training = dataset(start, x, y, sample_weight, pos_weight)
+    evaluated = [training]
+    if validation is not None:
+        evaluated.append(dataset(start, *validation, pos_weight=pos_weight))
+    options = Options(
         num_steps=num_steps,
         batch_size=batch_size,
         evaluate_every=min(evaluate_every, max(num_steps, 1)),
         patience=patience,
-        loss=loss,
+        min_delta=float(min_delta),
+        callback=callback,
     )
+    start, by_hand = _varying(params), loss is None
+    if isinstance(start, FitResult):
+        start = start._replace(train_loss=_NONE, validation_loss=_NONE)
+    user = (optimizer, penalty, loss)
+    programs, constants = trace(
+        _init, _step, user, (), start, training, batch_size, by_hand=by_hand
+    )
+    compiled = _traced.jitted(run, programs, options, by_hand)
+    return compiled(constants, (), key, start, training, tuple(evaluated))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "optimizer",
-        "num_steps",
-        "batch_size",
-        "evaluate_every",
-        "patience",
-        "loss",
-    ),
-)
-def _fit(
-    key: jax.Array,
-    start: Params | FitResult,
-    data: tuple[jax.Array, jax.Array, jax.Array | None],
-    validation: tuple[jax.Array, jax.Array] | None,
-    pos_weight: jax.Array | float,
-    *,
-    optimizer: optax.GradientTransformation,
-    num_steps: int,
-    batch_size: int | None,
-    evaluate_every: int,
-    patience: int | None,
-    loss: Callable[..., jax.Array] | None,
-) -> FitResult:
-    x, y, sample_weight = data
-    n, n_in = x.shape
-    run = _initial_run(start, optimizer)
-    dtype = run.best_loss.dtype
-    outputs = run.params[-1].w.shape[1]
+class Options(NamedTuple):
+    """The arguments of `fit` on which its compiled program depends."""
+
+    num_steps: int
+    batch_size: int | None
+    evaluate_every: int
+    patience: int | None
+    min_delta: float
+    callback: Callable[..., None] | None
+
+
+class Dataset(NamedTuple):
+    """Checked examples. Weights are relative, with a mean of 1; None is all ones."""
+
+    x: jax.Array
+    y: jax.Array
+    weight: jax.Array | None
+    pos_weight: jax.Array
+
+    def batch(self) -> Batch:
+        """All examples, with weights that add up to 1."""
+        n = self.x.shape[0]
+        weight = jnp.ones(n, self.y.dtype) if self.weight is None else self.weight
+        return Batch(self.x, self.y, weight / n, self.pos_weight)
+
+
+def dataset(
+    params: Params, x: Any, y: Any, weight: Any = None, pos_weight: Any = 1.0
+) -> Dataset:
+    """Checks examples and their weights."""
+    x = _validate.features(x, params)
+    n, outputs = x.shape[0], params[-1].w.shape[1]
+    dtype = _validate.accumulation_dtype(x.dtype)
     y = _validate.labels(y, (n, outputs), dtype)
     p = _validate.pos_weight(pos_weight, outputs, dtype)
-    relative_weight = None
-    if sample_weight is not None:
-        s = _validate.sample_weight(sample_weight, n, dtype)
+    if weight is not None:
+        s = _validate.sample_weight(weight, n, dtype)
+        x = drop_nonfinite(s == 0, x)
         s = s / jnp.max(s)  # so that the sum cannot overflow
-        relative_weight = s / jnp.mean(s)
-    block_size = examples_per_block("auto", run.params, n)
-    c = jnp.full(n, 1 / n, dtype)
-    layout = _layouts.for_training(batch_size or n, n_in)
-    datasets = [Batch(x, y, c if relative_weight is None else relative_weight / n, p)]
-    if validation is not None:
-        valid_x = _validate.features(validation[0], run.params)
-        valid_y = _validate.labels(validation[1], (len(valid_x), outputs), dtype)
-        weight = jnp.full(len(valid_x), 1 / len(valid_x), dtype)
-        datasets.append(Batch(valid_x, valid_y, weight, p))
-    datasets = [data._replace(x=layout.pad(data.x)) for data in datasets]
-    x = datasets[0].x
+        weight = s / jnp.mean(s)
+    return Dataset(x, y, weight, p)
 
-    # The loops carry the run, with only the losses of its last evaluation and with
-    # every leaf in the layout. The barrier makes a run with one evaluation compile to
-    # the same arithmetic as a section of a longer run.
+
+class Programs(NamedTuple):
+    """What users supply to a run, as traced programs of hyperparameters and arrays.
+
+    Attributes:
+      init: `(hparams, params) -> state` of the optimizer.
+      step: All of a training step but the derivation, as `take_step` computes it:
+        `(hparams, params, state, total, batch) -> (params, state, rest)`.
+    """
+
+    init: _traced.Program
+    step: _traced.Program
+
+
+def trace(
+    init: Callable[..., Any],
+    step: Callable[..., Any],
+    static: tuple[Any, ...],
+    hparams: Any,
+    start: Params | FitResult,
+    training: Dataset,
+    batch_size: int | None,
+    *,
+    by_hand: bool = True,
+) -> tuple[Programs, tuple[Any, ...]]:
+    """Traces `init(*static, ...)` and `step(*static, ...)`.
+
+    Returns:
+      The programs, and the numbers in each of them.
+    """
+    params = start.params if isinstance(start, FitResult) else start
+    traced_init = _traced.trace(init, hparams, params, static=static)
+
+    def example(constants: Any, hparams: Any, params: Params, training: Dataset) -> Any:
+        x, y, c, p = training.batch()
+        size = batch_size or x.shape[0]
+        batch = Batch(x[:size], y[:size], c[:size], p)
+        state = traced_init.program(constants, hparams, params)
+        total = (jnp.sum(c), params) if by_hand else None
+        return _varying((params, state, total, batch))
+
+    arguments = jax.eval_shape(
+        example, traced_init.constants, hparams, params, training
+    )
+    if isinstance(start, FitResult):
+        state = arguments[1]
+        if jax.tree.map(jnp.shape, start.opt_state) != jax.tree.map(jnp.shape, state):
+            raise ValueError(
+                "expected params to be the FitResult of a run with the same optimizer, "
+                "got one with an opt_state of another structure"
+            )
+    traced_step = _traced.trace(step, hparams, *arguments, static=static)
+    programs = Programs(traced_init.program, traced_step.program)
+    return programs, (traced_init.constants, traced_step.constants)
+
+
+def _init(optimizer: Any, penalty: Any, loss: Any, _: Any, params: Params) -> Any:
+    return optimizer.init(params)
+
+
+def _step(optimizer: Any, penalty: Any, loss: Any, _: Any, *arrays: Any) -> Any:
+    return take_step(optimizer, penalty, loss, *arrays)
+
+
+def take_step(
+    optimizer: optax.GradientTransformation,
+    penalty: Callable[[Params], jax.Array] | None,
+    loss: Callable[..., jax.Array] | None,
+    params: Params,
+    state: Any,
+    total: tuple[jax.Array, Params] | None,
+    batch: Batch,
+) -> tuple[Any, Any, jax.Array]:
+    """All of a training step but the derivation: whatever users supply.
+
+    Args:
+      optimizer: The optimizer.
+      penalty: The penalty, or None.
+      loss: The objective in place of the derivation, or None.
+      params: Parameters.
+      state: State of the optimizer.
+      total: The hand-derived loss and gradient; None if there is an objective.
+      batch: The examples, for optimizers that evaluate the objective themselves.
+
+    Returns:
+      The new parameters and state, and the part of the loss that is not hand-derived.
+    """
+
+    def objective(params: Any) -> jax.Array:
+        x, y, c, p = batch
+        function = loss or gradients.loss
+        value = function(params, x, y, sample_weight=c, pos_weight=p, reduction="sum")
+        return value if penalty is None else value + penalty(params)
+
+    rest = jnp.zeros((), batch.c.dtype)
+    if total is None:
+        value, grads = jax.value_and_grad(objective)(params)
+        rest = value
+    else:
+        value, grads = total
+        if penalty is not None:
+            rest, penalty_grads = jax.value_and_grad(penalty)(params)
+            value, grads = value + rest, jax.tree.map(jnp.add, grads, penalty_grads)
+    # The value and gradient in the state of a line search are not reused: they may
+    # belong to another batch, or to other parameters if a transformation follows the
+    # search.
+    extra_args = {"value": value, "grad": grads, "value_fn": objective}
+    signature = inspect.signature(optimizer.update).parameters
+    if "grad_fn" in signature:  # optax.contrib.sam; line searches reject it
+        extra_args["grad_fn"] = lambda params, _: jax.grad(objective)(params)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+        extra_args = {k: extra_args[k] for k in signature if k in extra_args}
+    updates, state = optimizer.update(grads, state, params, **extra_args)
+    return optax.apply_updates(params, updates), state, rest
+
+
+def run(
+    programs: Programs,
+    options: Options,
+    by_hand: bool,
+    constants: tuple[Any, ...],
+    hparams: Any,
+    key: jax.Array,
+    start: Params | FitResult,
+    training: Dataset,
+    evaluated: tuple[Dataset, ...],
+) -> FitResult:
+    """`fit` with checked arguments, and what users supply as traced programs.
+
+    Args:
+      programs: The programs of `trace`; static, like the next two.
+      options: The static options.
+      by_hand: Whether the gradient is the hand-derived one.
+      constants: The numbers in the programs.
+      hparams: Hyperparameters, arguments of the programs.
+      key: A JAX random key.
+      start: Parameters, or the result of a run to resume, without losses.
+      training: The examples to train on.
+      evaluated: The sets whose losses are reported: a training set, and optionally a
+        validation set.
+    """
+    init, step = (
+        functools.partial(program, numbers, hparams)
+        for program, numbers in zip(programs, constants, strict=True)
+    )
+    may_skip = programs.step.tests_finiteness
+    num_steps, batch_size, evaluate_every, patience, min_delta, callback = options
+    n, n_in = training.x.shape
+    dtype = training.y.dtype
+    # The loops carry the run, with only the losses of its last evaluation, in the
+    # layout. The barrier makes a run with one evaluation compile to the same arithmetic
+    # as a section of a longer run.
+    layout = _layouts.for_training(batch_size or n, n_in) if by_hand else _layouts.ROWS
     convert = layout.convert
-    run = _varying(lax.optimization_barrier(_convert_run(run, convert)))
+    none = jnp.full((), jnp.inf, dtype)
+    if not isinstance(start, FitResult):
+        start = FitResult(
+            params=start,
+            best_params=start,
+            train_loss=none,
+            validation_loss=none,
+            diverged_at=jnp.int32(-1),
+            opt_state=init(start),
+            best_loss=none,
+            best_step=jnp.int32(0),
+            step=jnp.int32(0),
+        )
+    start = start._replace(
+        train_loss=none, validation_loss=none if len(evaluated) > 1 else _NONE
+    )
+    initial = _varying(lax.optimization_barrier(_convert_run(start, convert)))
+    block_size = examples_per_block("auto", start.params, n)
+    x, y, relative_weight, p = training
+    padded = layout.pad(x)
+    full = training.batch()._replace(x=padded)
+    sets = [data.batch()._replace(x=layout.pad(data.x)) for data in evaluated]
 
-    def step(t: jax.Array, run: FitResult, batch: Batch) -> FitResult:
-        """One update on a batch, whose weights are those in its loss."""
-
-        def objective(params: Params) -> jax.Array:
-            x, y, c, p = batch
-            weights = {"sample_weight": c, "pos_weight": p}
-            function = loss or gradients.loss
-            return function(params, x[:, :n_in], y, **weights, reduction="sum")
-
-        # The value and gradient in the state of a line search are not reused: they may
-        # belong to another batch, or to other parameters if a transformation follows
-        # the search.
-        params, state = convert((run.params, run.opt_state))
-        if loss is None:
-            total, _ = gradients.accumulate(run.params, batch, block_size, layout)
-            value, linear_part = total.value, total.linear_part
-            grads = convert(gradients.cast_like(total.grads, run.params))
+    def take(t: jax.Array, batch: Batch, run: FitResult) -> FitResult:
+        """Takes step t, on a batch."""
+        total, linear_part = None, jnp.zeros((), dtype)
+        if by_hand:
+            objective, _ = gradients.accumulate(run.params, batch, block_size, layout)
+            grads = gradients.cast_like(objective.grads, run.params)
+            total, linear_part = (
+                (objective.value, convert(grads)),
+                objective.linear_part,
+            )
+        params, state, rest = step(
+            *convert((run.params, run.opt_state)),
+            total,
+            _varying(batch._replace(x=batch.x[:, :n_in])),
+        )
+        if may_skip:  # the optimizer may have skipped a bad gradient
+            is_finite = _all_finite((params, state))
         else:
-            value, grads = jax.value_and_grad(objective)(params)
-            linear_part = value
-        updates, state = _update(optimizer, params, state, objective, value, grads)
-        params = optax.apply_updates(params, updates)
-        is_finite = (run.diverged_at < 0) & jnp.isfinite(linear_part)
+            is_finite = jnp.isfinite(linear_part + rest) & (linear_part >= 0)
+        is_finite &= run.diverged_at < 0
         params, state = convert((params, state))
         return run._replace(
             params=_select(is_finite, params, run.params),
-            opt_state=state,
+            opt_state=(_select(is_finite, state, run.opt_state) if may_skip else state),
             diverged_at=jnp.where(
                 is_finite | (run.diverged_at >= 0), run.diverged_at, t
             ),
@@ -250,32 +446,28 @@ def _fit(
     def advance(begin: jax.Array, end: jax.Array, run: FitResult) -> FitResult:
         """Takes the steps from `begin` to `end`, and evaluates."""
         if batch_size is None:
-            full = datasets[0]
-            run = lax.fori_loop(begin, end, lambda t, run: step(t, run, full), run)
+            run = lax.fori_loop(begin, end, lambda t, run: take(t, full, run), run)
         else:
 
             def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
                 c = weight.astype(dtype)
                 if relative_weight is not None:
                     c = c * relative_weight[indices]
-                return step(t, run, Batch(x[indices], y[indices], c, p))
+                return take(t, Batch(padded[indices], y[indices], c, p), run)
 
             run = _over_batches(batch, key, n, batch_size, begin, end, run)
         train_loss, *validation_loss = [
             gradients.weighted_loss(run.params, data, block_size, layout)
-            for data in datasets
+            for data in sets
         ]
         selection_loss = validation_loss[0] if validation_loss else train_loss
-        diverged_at = jnp.where(
-            (run.diverged_at < 0) & ~jnp.isfinite(train_loss), end, run.diverged_at
-        )
-        is_best = (diverged_at < 0) & (selection_loss < run.best_loss)
+        is_valid = jnp.isfinite(train_loss) & (train_loss >= 0)
+        diverged_at = jnp.where((run.diverged_at < 0) & ~is_valid, end, run.diverged_at)
+        is_best = (diverged_at < 0) & (selection_loss < run.best_loss - min_delta)
         return run._replace(
             best_params=_select(is_best, run.params, run.best_params),
             train_loss=train_loss,
-            validation_loss=(
-                validation_loss[0] if validation_loss else run.validation_loss
-            ),
+            validation_loss=validation_loss[0] if validation_loss else _NONE,
             diverged_at=diverged_at,
             best_loss=jnp.where(is_best, selection_loss, run.best_loss),
             best_step=jnp.where(is_best, end, run.best_step),
@@ -289,56 +481,55 @@ def _fit(
         stopped = run.diverged_at >= 0
         if patience is not None:
             stopped |= run.step - run.best_step >= patience
-        nan = jnp.full_like(run.train_loss, jnp.nan)
-        unchanged = run._replace(train_loss=nan, validation_loss=nan)
+        inf = jnp.full_like(run.train_loss, jnp.inf)
+        unchanged = run._replace(
+            train_loss=inf,
+            validation_loss=_NONE if run.validation_loss is None else inf,
+        )
         run = lax.cond(
             _all_across_vmap(stopped),
             lambda run: unchanged,
             lambda run: _select(stopped, unchanged, advance(begin, end, run)),
             run,
         )
-        return run, (run.train_loss, run.validation_loss)
+        losses = run.train_loss, run.validation_loss
+        if callback is not None:
+            report = functools.partial(_report, callback)
+            jax.debug.callback(report, stopped, run.step, losses, ordered=True)
+        return run, losses
 
     if num_steps == 0:
-        empty = run.train_loss[None][:0]
-        return _convert_run(run, convert)._replace(
-            train_loss=empty, validation_loss=empty
-        )
-    # The loop counts steps from the initial one and does not read run.step. Under vmap
-    # run.step may differ between networks, and each would draw its own order.
-    first = run.step
-    begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
-    run, (train_loss, validation_loss) = lax.scan(advance_unless_stopped, run, begins)
-    return _convert_run(run, convert)._replace(
+        last, losses = initial, (initial.train_loss, initial.validation_loss)
+        losses = jax.tree.map(lambda t: t[None][:0], losses)
+    else:
+        # The loop counts steps from the initial one and does not read run.step. Under
+        # vmap run.step may differ between networks, and each would draw its own order.
+        first = initial.step
+        begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
+        last, losses = lax.scan(advance_unless_stopped, initial, begins)
+    train_loss, validation_loss = losses
+    if validation_loss is None:
+        validation_loss = train_loss[:0]
+    return _convert_run(last, convert)._replace(
         train_loss=train_loss, validation_loss=validation_loss
     )
 
 
-def _initial_run(
-    start: Params | FitResult, optimizer: optax.GradientTransformation
-) -> FitResult:
-    """A run that starts at params, or resumes from a result."""
-    if isinstance(start, FitResult):
-        nan = jnp.full_like(start.best_loss, jnp.nan)
-        state = jax.eval_shape(optimizer.init, start.params)
-        if jax.tree.map(jnp.shape, start.opt_state) != jax.tree.map(jnp.shape, state):
-            raise ValueError(
-                "expected params to be the FitResult of a run with the same optimizer, "
-                "got one with an opt_state of another structure"
-            )
-        return start._replace(train_loss=nan, validation_loss=nan)
-    dtype = _validate.accumulation_dtype(_validate.params(start))
-    return FitResult(
-        params=start,
-        best_params=start,
-        train_loss=jnp.full((), jnp.nan, dtype),
-        validation_loss=jnp.full((), jnp.nan, dtype),
-        diverged_at=jnp.int32(-1),
-        opt_state=optimizer.init(start),
-        best_loss=jnp.full((), jnp.inf, dtype),
-        best_step=jnp.int32(0),
-        step=jnp.int32(0),
-    )
+def _report(
+    callback: Callable[..., None], stopped: Any, step: Any, losses: Any
+) -> None:
+    """Calls the user's callback with Python numbers, unless the run had stopped."""
+    if not stopped:
+        train_loss, validation_loss = losses
+        if validation_loss is not None:
+            validation_loss = float(validation_loss)
+        callback(int(step), float(train_loss), validation_loss)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [t for t in jax.tree.leaves(tree) if jnp.issubdtype(t.dtype, jnp.inexact)]
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+    return functools.reduce(jnp.logical_and, finite)
 
 
 def _convert_run(run: FitResult, convert: Callable[[Any], Any]) -> FitResult:
@@ -403,24 +594,6 @@ def _all_across_vmap(stopped: jax.Array) -> jax.Array:
 def _(size: int, batched: list[bool], stopped: jax.Array) -> tuple[jax.Array, bool]:
     del size, batched
     return _all_across_vmap(jnp.all(stopped, axis=0)), False
-
-
-def _update(
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    state: Any,
-    objective: Callable[[Params], jax.Array],
-    value: Any,
-    grads: Any,
-) -> tuple[Any, Any]:
-    """Calls `optimizer.update` with the extra arguments that its signature accepts."""
-    extra_args = {"value": value, "grad": grads, "value_fn": objective}
-    signature = inspect.signature(optimizer.update).parameters
-    if "grad_fn" in signature:  # optax.contrib.sam; line searches reject it
-        extra_args["grad_fn"] = lambda params, _: jax.grad(objective)(params)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
-        extra_args = {k: extra_args[k] for k in signature if k in extra_args}
-    return optimizer.update(grads, state, params, **extra_args)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
