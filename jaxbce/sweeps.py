@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ import numpy as np
 import optax
 from jax import P
 
-from jaxbce import _validate
+from jaxbce import _traced, _validate, training
 from jaxbce._blocks import examples_per_block
 from jaxbce.network import Layer, Params, init
-from jaxbce.training import fit
+from jaxbce.training import Dataset, datasets
 
 # The bytes of a group that suit the caches of a CPU. Smaller groups spend most of a
 # step on starting operations; the arrays of larger ones no longer fit the caches.
@@ -32,6 +32,7 @@ _MAX_MEMBERS = {"cpu": 128}  # per group
 _MAX_MEMBERS_ELSEWHERE = 1 << 16
 _MEMORY_FRACTION = 0.5  # of a device's memory that a group may use
 _AXIS = "members"
+_OWN_NAMES = ("init_scale", "pos_weight", "label_smoothing")  # read by the sweep itself
 
 
 class SweepResult(NamedTuple):
@@ -43,9 +44,10 @@ class SweepResult(NamedTuple):
       best_params: Parameters at the evaluation with the lowest validation loss, or the
         lowest training loss if there is no validation set; None as above.
       train_loss: Loss of the training set at each evaluation, in nats,
-        `[points, seeds, evaluations]`; NaN after a member has stopped.
-      validation_loss: Loss of the validation set, likewise; NaN if there is none.
-      diverged_at: The first step whose loss was not finite, or −1, `[points, seeds]`.
+        `[points, seeds, evaluations]`; inf after a member has stopped.
+      validation_loss: Loss of the validation set, likewise; `[points, seeds, 0]` if
+        there is none.
+      diverged_at: The first step at which a member diverged, or −1, `[points, seeds]`.
       best_loss: The loss of `best_params`, `[points, seeds]`.
       best_step: Number of steps before the evaluation of `best_params`,
         `[points, seeds]`.
@@ -102,20 +104,23 @@ def sweep(
     *,
     hidden: Sequence[int],
     make_optimizer: Callable[[dict[str, jax.Array]], optax.GradientTransformation],
+    make_penalty: Callable[[dict[str, jax.Array]], Any] | None = None,
     hparams: Mapping[str, Any],
     num_seeds: int = 1,
     first_seed: int = 0,
     num_steps: int,
     batch_size: int | None = None,
-    validation: tuple[jax.Array, jax.Array] | None = None,
+    validation: tuple[jax.Array, ...] | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
+    min_delta: float = 0.0,
     sample_weight: jax.Array | None = None,
     pos_weight: jax.Array | float = 1.0,
     dtype: Any = None,
     keep_params: bool = True,
     group_size: int | str = "auto",
     mesh: jax.sharding.Mesh | None = None,
+    callback: Callable[[int], None] | None = None,
 ) -> SweepResult:
     r"""Trains a network for every point and seed, in one program over all devices.
 
@@ -129,9 +134,13 @@ def sweep(
     differ only in their hyperparameters. A member that diverges is frozen and does not
     affect the others.
 
-    The program is compiled once per `make_optimizer` object and shape of a group. The
-    shape depends on the number of members only if they do not fill a group. On CPU each
-    JAX device uses one core. To use n cores, call
+    All members are judged by one loss. Whatever a hyperparameter changes in the loss
+    that members train on, the reported losses are of the given labels, weighted by
+    the argument `pos_weight`.
+
+    The program is compiled once per shape of a group and operations of the optimizer
+    and penalty, as for `fit`. The shape depends on the number of members only if they
+    do not fill a group. On CPU each JAX device uses one core. To use n cores, call
     `jax.config.update("jax_num_cpu_devices", n)` before any other use of JAX.
 
     Args:
@@ -140,35 +149,40 @@ def sweep(
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       hidden: Widths of the hidden layers; may be empty.
       make_optimizer: Builds any optax transformation from the hyperparameters of one
-        point, which are traced scalars. Pass the same function object in every call to
-        avoid recompilation.
+        point, which are traced scalars.
+      make_penalty: Builds the penalty of `fit` from them, a function of params.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
         result of `grid`, or random values; empty for one point. The sweep itself uses
         three names: `init_scale` multiplies the initial weights, `pos_weight` is passed
-        to the loss, and `label_smoothing` ε replaces the training labels, also in
-        `train_loss`, by y (1 − ε) + ε / 2.
+        to the loss that members train on, and `label_smoothing` ε replaces the labels
+        that they train on by y (1 − ε) + ε / 2.
       num_seeds: Number of seeds per point.
       first_seed: The first seed, so that a sweep can be split into several calls.
       num_steps: As for `fit`, like the following arguments up to `pos_weight`.
       batch_size: Number of examples per batch; None is N.
-      validation: Features `[M, n_0]` and labels `[M, n_L]`.
+      validation: Features `[M, n_0]`, labels `[M, n_L]` and optionally weights `[M]`.
       evaluate_every: Number of steps between evaluations.
       patience: Number of steps without a better loss after which a member stops.
+      min_delta: The least improvement that counts as better.
       sample_weight: Weights of the examples, `[N]`.
-      pos_weight: Weight of the positive class, unless `hparams` contains it.
+      pos_weight: Weight of the positive class in the reported losses, and in those that
+        members train on unless `hparams` contains it.
       dtype: Dtype of the parameters; None is JAX's default float dtype.
       keep_params: Whether to return parameters. If False, the memory of the result does
         not depend on their size.
       group_size: The largest number of members that a device trains at a time; "auto"
         chooses from the shapes and the memory of the device.
       mesh: The devices to use, with any axes; None is all devices of all processes.
+      callback: Called on the host with the number of members that are done, whenever
+        each device has trained a group.
 
     Returns:
       A `SweepResult`, complete in every process.
 
     Raises:
       TypeError: If an argument has an unsupported type or dtype.
-      ValueError: If shapes do not match, or a number is out of range.
+      ValueError: If shapes do not match, a number is out of range, or `hparams` has a
+        name that nothing reads.
 
     Warns:
       RuntimeWarning: If a group does not fit in memory. All groups are then halved;
@@ -200,10 +214,19 @@ def sweep(
     sizes = _validate.sizes((x.shape[1], *hidden, y.shape[1]))
     points, values = _points(hparams, dtype)
     total = points * num_seeds
-    if "pos_weight" not in values:
-        pos_weight = _validate.pos_weight(
-            pos_weight, sizes[-1], _validate.accumulation_dtype(dtype)
-        )
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    params = tuple(Layer(shape((a, b)), shape((b,))) for a, b in pairwise(sizes))
+    data, evaluated = datasets(params, x, y, sample_weight, validation, pos_weight)
+    options = training.check_options(
+        data, num_steps, batch_size, evaluate_every, patience, min_delta
+    )
+    hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
+    typed = data
+    if "pos_weight" in hp:
+        typed = data._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
+    programs, constants = training.trace(
+        _init, _step, (make_optimizer, make_penalty), hp, params, typed, options
+    )
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
@@ -211,14 +234,9 @@ def sweep(
         mesh=jax.sharding.Mesh(devices, (_AXIS,)),
         sizes=sizes,
         dtype=dtype,
-        make_optimizer=make_optimizer,
+        programs=programs,
+        options=options,
         keep_params=keep_params,
-        fit_options=(
-            ("num_steps", num_steps),
-            ("batch_size", batch_size),
-            ("evaluate_every", evaluate_every),
-            ("patience", patience),
-        ),
     )
     if group_size == "auto":
         group_size = max_members_per_device(
@@ -228,8 +246,8 @@ def sweep(
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key_data = jax.random.key_data(key) if is_typed else key
     key_impl = str(jax.random.key_impl(key)) if is_typed else None
-    data = (key_data, x, y, validation, sample_weight, pos_weight)
-    shared = _to_devices(plan.mesh, P(), data)
+    train = _traced.jitted(_train, plan, key_impl)
+    shared = _to_devices(plan.mesh, P(), (key_data, data, evaluated))
     queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
     result: Any = None
     while queue:
@@ -237,7 +255,7 @@ def sweep(
         try:
             members = _members(groups, len(devices), values, first_seed)
             members = _to_devices(plan.mesh, P(_AXIS), members)
-            trained = _to_host(_train(*members, shared, plan=plan, impl=key_impl))
+            trained = _to_host(train(constants, *members, shared))
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
@@ -250,6 +268,8 @@ def sweep(
         for device, group in enumerate(groups):
             _store(result, trained, device, group)
         queue = queue[len(groups) :]
+        if callback is not None:
+            callback(total - _count(queue))
     return result
 
 
@@ -259,9 +279,9 @@ class _Plan(NamedTuple):
     mesh: jax.sharding.Mesh
     sizes: tuple[int, ...]
     dtype: Any
-    make_optimizer: Callable[[dict[str, jax.Array]], optax.GradientTransformation]
+    programs: training.Programs
+    options: training.Options
     keep_params: bool
-    fit_options: tuple[tuple[str, Any], ...]
 
 
 class _Group(NamedTuple):
@@ -383,6 +403,11 @@ def _halve_groups(queue: list[_Group], error: Exception) -> list[_Group]:
     return halves
 
 
+def _count(groups: list[_Group]) -> int:
+    """The number of members, of which indices that fill a group are copies."""
+    return sum(len({*g.points}) * len({*g.seeds}) for g in groups)
+
+
 def _members(
     groups: list[_Group], devices: int, values: dict[str, np.ndarray], first_seed: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -405,30 +430,30 @@ def _store(
     jax.tree.map(store, result, trained)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "impl"))
 def _train(
+    plan: _Plan,
+    impl: str | None,
+    constants: tuple[Any, ...],
     seeds: jax.Array,
     values: dict[str, jax.Array],
     shared: tuple[Any, ...],
-    *,
-    plan: _Plan,
-    impl: str | None,
 ) -> SweepResult:
     """Trains one group per device.
 
     Args:
-      seeds: `[devices, seeds]`.
-      values: Hyperparameters `[devices, points]`.
-      shared: The key data, and the other arguments that all members share.
       plan: The static facts.
       impl: The implementation of a typed key; None for a legacy one.
+      constants: The numbers in the programs.
+      seeds: `[devices, seeds]`.
+      values: Hyperparameters `[devices, points]`.
+      shared: What all members share: key data, and the examples of all sets.
 
     Returns:
       The results, with leaves `[devices, seeds, points, ...]`.
     """
 
     def train_group(
-        seeds: jax.Array, values: dict[str, Any], shared: Any
+        constants: Any, seeds: jax.Array, values: dict[str, Any], shared: Any
     ) -> SweepResult:
         key, *data = shared
         if impl is not None:
@@ -437,7 +462,7 @@ def _train(
         def train_seed(seed: jax.Array) -> SweepResult:
             keys = jax.random.split(jax.random.fold_in(key, seed))
             params = init(keys[0], plan.sizes, dtype=plan.dtype)
-            member = functools.partial(_member, plan, keys[1], params, data)
+            member = functools.partial(_member, plan, constants, keys[1], params, *data)
             points = {name: value[0] for name, value in values.items()}
             if any(len(value) > 1 for value in points.values()):
                 return jax.vmap(member)(points)
@@ -450,15 +475,25 @@ def _train(
             trained = jax.vmap(train_seed)(seeds[0])
         return jax.tree.map(lambda t: t[None], trained)
 
-    specs = {"in_specs": (P(_AXIS), P(_AXIS), P()), "out_specs": P(_AXIS)}
-    return jax.shard_map(train_group, mesh=plan.mesh, **specs)(seeds, values, shared)
+    return jax.shard_map(
+        train_group,
+        mesh=plan.mesh,
+        in_specs=(P(), P(_AXIS), P(_AXIS), P()),
+        out_specs=P(_AXIS),
+        check_vma=False,  # the programs were traced outside, and no device needs others
+    )(constants, seeds, values, shared)
 
 
 def _member(
-    plan: _Plan, key: jax.Array, params: Params, shared: Any, values: dict[str, Any]
+    plan: _Plan,
+    constants: tuple[Any, ...],
+    key: jax.Array,
+    params: Params,
+    data: Dataset,
+    evaluated: tuple[Dataset, ...],
+    values: dict[str, Any],
 ) -> SweepResult:
     """Trains one member; `values` are the hyperparameters of its point, scalars."""
-    x, y, validation, sample_weight, pos_weight = shared
     if "init_scale" in values:
         scale = values["init_scale"]
         params = tuple(
@@ -467,24 +502,82 @@ def _member(
         )
     if "label_smoothing" in values:
         smoothing = values["label_smoothing"]
-        y = y.astype(_validate.accumulation_dtype(plan.dtype))
-        y = y * (1 - smoothing) + smoothing / 2
-    run = fit(
+        data = data._replace(y=data.y * (1 - smoothing) + smoothing / 2)
+    if "pos_weight" in values:
+        data = data._replace(pos_weight=values["pos_weight"].astype(data.y.dtype))
+    run = training.run(
+        plan.programs,
+        plan.options,
+        True,
+        constants,
+        values,
         key,
         params,
-        x,
-        y,
-        optimizer=plan.make_optimizer(values),
-        validation=validation,
-        sample_weight=sample_weight,
-        pos_weight=values.get("pos_weight", pos_weight),
-        **dict(plan.fit_options),
+        data,
+        evaluated,
     )
     return SweepResult(
         params=run.params if plan.keep_params else None,
         best_params=run.best_params if plan.keep_params else None,
         **{name: getattr(run, name) for name in SweepResult._fields[2:]},
     )
+
+
+class _Point(dict):
+    """The hyperparameters of one point, which remember which of them were read."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.unread = set(values) - set(_OWN_NAMES)
+
+    def __getitem__(self, name: str) -> Any:
+        self.unread.discard(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.unread.discard(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:  # of **point, too
+        self.unread.clear()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self.unread.clear()
+        return super().keys()
+
+    def values(self) -> Any:
+        self.unread.clear()
+        return super().values()
+
+    def items(self) -> Any:
+        self.unread.clear()
+        return super().items()
+
+
+def _init(
+    make_optimizer: Any, make_penalty: Any, hparams: dict[str, Any], params: Params
+) -> Any:
+    del make_penalty
+    return make_optimizer(_Point(hparams)).init(params)
+
+
+def _step(
+    make_optimizer: Any, make_penalty: Any, hparams: dict[str, Any], *arrays: Any
+) -> Any:
+    """`take_step` for a member; an error if nothing reads one of its hyperparameters.
+
+    This runs when the program is traced, so optimizers may read late, in a schedule.
+    """
+    point = _Point(hparams)
+    penalty = None if make_penalty is None else make_penalty(point)
+    result = training.take_step(make_optimizer(point), penalty, None, *arrays)
+    if point.unread:
+        raise ValueError(
+            "expected all of hparams to be read by make_optimizer, make_penalty or the "
+            f"sweep ({', '.join(_OWN_NAMES)}), got {', '.join(sorted(point.unread))}"
+        )
+    return result
 
 
 def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:

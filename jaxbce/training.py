@@ -153,46 +153,20 @@ def fit(
             "expected optimizer to be an optax transformation, such as optax.sgd(0.1), "
             f"got {type(optimizer).__name__}"
         )
-    num_steps = _validate.count("num_steps", num_steps, least=0)
-    if evaluate_every is None:
-        evaluate_every = max(num_steps, 1)
-    evaluate_every = _validate.count("evaluate_every", evaluate_every)
-    if patience is not None:
-        patience = _validate.count("patience", patience)
-    _validate.scalar("min_delta", min_delta, allow_zero=True)
     start = params.params if isinstance(params, FitResult) else params
-    x = _validate.features(x, start)
-    if batch_size is not None:
-        batch_size = _validate.count("batch_size", batch_size, examples=x.shape[0])
-    if validation is not None and (
-        not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3)
-    ):
-        is_sequence = isinstance(validation, (tuple, list))
-        got = f"{len(validation)} items" if is_sequence else type(validation).__name__
-        raise TypeError(
-            f"expected validation to be a tuple (x, y) or (x, y, weight), got {got}"
-        )
-    training = dataset(start, x, y, sample_weight, pos_weight)
-    evaluated = [training]
-    if validation is not None:
-        evaluated.append(dataset(start, *validation, pos_weight=pos_weight))
-    options = Options(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        evaluate_every=min(evaluate_every, max(num_steps, 1)),
-        patience=patience,
-        min_delta=float(min_delta),
-        callback=callback,
+    training, evaluated = datasets(start, x, y, sample_weight, validation, pos_weight)
+    options = check_options(
+        training, num_steps, batch_size, evaluate_every, patience, min_delta, callback
     )
     start, by_hand = _varying(params), loss is None
     if isinstance(start, FitResult):
         start = start._replace(train_loss=_NONE, validation_loss=_NONE)
     user = (optimizer, penalty, loss)
     programs, constants = trace(
-        _init, _step, user, (), start, training, batch_size, by_hand=by_hand
+        _init, _step, user, (), start, training, options, by_hand=by_hand
     )
     compiled = _traced.jitted(run, programs, options, by_hand)
-    return compiled(constants, (), key, start, training, tuple(evaluated))
+    return compiled(constants, (), key, start, training, evaluated)
 
 
 class Options(NamedTuple):
@@ -204,6 +178,36 @@ class Options(NamedTuple):
     patience: int | None
     min_delta: float
     callback: Callable[..., None] | None
+
+
+def check_options(
+    training: "Dataset",
+    num_steps: int,
+    batch_size: int | None,
+    evaluate_every: int | None,
+    patience: int | None,
+    min_delta: float,
+    callback: Callable[..., None] | None = None,
+) -> Options:
+    """Checks the static options, as `fit` documents them."""
+    num_steps = _validate.count("num_steps", num_steps, least=0)
+    most = max(num_steps, 1)
+    if batch_size is not None:
+        n = training.x.shape[0]
+        batch_size = _validate.count("batch_size", batch_size, examples=n)
+    if evaluate_every is not None:
+        evaluate_every = _validate.count("evaluate_every", evaluate_every)
+    if patience is not None:
+        patience = _validate.count("patience", patience)
+    _validate.scalar("min_delta", min_delta, allow_zero=True)
+    return Options(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        evaluate_every=min(evaluate_every or most, most),
+        patience=patience,
+        min_delta=float(min_delta),
+        callback=callback,
+    )
 
 
 class Dataset(NamedTuple):
@@ -221,10 +225,24 @@ class Dataset(NamedTuple):
         return Batch(self.x, self.y, weight / n, self.pos_weight)
 
 
-def dataset(
-    params: Params, x: Any, y: Any, weight: Any = None, pos_weight: Any = 1.0
-) -> Dataset:
-    """Checks examples and their weights."""
+def datasets(
+    params: Params, x: Any, y: Any, sample_weight: Any, validation: Any, pos_weight: Any
+) -> tuple[Dataset, tuple[Dataset, ...]]:
+    """Checks the examples to train on, and those to evaluate: these, and any others."""
+    training = _dataset(params, x, y, sample_weight, pos_weight)
+    if validation is None:
+        return training, (training,)
+    if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
+        is_sequence = isinstance(validation, (tuple, list))
+        got = f"{len(validation)} items" if is_sequence else type(validation).__name__
+        raise TypeError(
+            f"expected validation to be a tuple (x, y) or (x, y, weight), got {got}"
+        )
+    x, y, weight = (*validation, None)[:3]
+    return training, (training, _dataset(params, x, y, weight, pos_weight))
+
+
+def _dataset(params: Params, x: Any, y: Any, weight: Any, pos_weight: Any) -> Dataset:
     x = _validate.features(x, params)
     n, outputs = x.shape[0], params[-1].w.shape[1]
     dtype = _validate.accumulation_dtype(x.dtype)
@@ -258,7 +276,7 @@ def trace(
     hparams: Any,
     start: Params | FitResult,
     training: Dataset,
-    batch_size: int | None,
+    options: Options,
     *,
     by_hand: bool = True,
 ) -> tuple[Programs, tuple[Any, ...]]:
@@ -272,7 +290,7 @@ def trace(
 
     def example(constants: Any, hparams: Any, params: Params, training: Dataset) -> Any:
         x, y, c, p = training.batch()
-        size = batch_size or x.shape[0]
+        size = options.batch_size or x.shape[0]
         batch = Batch(x[:size], y[:size], c[:size], p)
         state = traced_init.program(constants, hparams, params)
         total = (jnp.sum(c), params) if by_hand else None
