@@ -246,7 +246,6 @@ def sweep(
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key_data = jax.random.key_data(key) if is_typed else key
     key_impl = str(jax.random.key_impl(key)) if is_typed else None
-    train = _traced.jitted(_train, plan, key_impl)
     shared = _to_devices(plan.mesh, P(), (key_data, data, evaluated))
     queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
     result: Any = None
@@ -255,7 +254,9 @@ def sweep(
         try:
             members = _members(groups, len(devices), values, first_seed)
             members = _to_devices(plan.mesh, P(_AXIS), members)
-            trained = _to_host(train(constants, *members, shared))
+            trained = _to_host(
+                _train(*members, shared, constants, plan=plan, impl=key_impl)
+            )
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
@@ -431,29 +432,36 @@ def _store(
 
 
 def _train(
-    plan: _Plan,
-    impl: str | None,
-    constants: tuple[Any, ...],
     seeds: jax.Array,
     values: dict[str, jax.Array],
     shared: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    *,
+    plan: _Plan,
+    impl: str | None,
 ) -> SweepResult:
     """Trains one group per device.
 
     Args:
-      plan: The static facts.
-      impl: The implementation of a typed key; None for a legacy one.
-      constants: The numbers in the programs.
       seeds: `[devices, seeds]`.
       values: Hyperparameters `[devices, points]`.
       shared: What all members share: key data, and the examples of all sets.
+      constants: The numbers in the programs of the plan.
+      plan: The static facts.
+      impl: The implementation of a typed key; None for a legacy one.
 
     Returns:
       The results, with leaves `[devices, seeds, points, ...]`.
     """
+    return _traced.jitted(_train_groups, plan, impl)(seeds, values, shared, constants)
+
+
+def _train_groups(
+    plan: _Plan, impl: str | None, seeds: Any, values: Any, shared: Any, constants: Any
+) -> SweepResult:
 
     def train_group(
-        constants: Any, seeds: jax.Array, values: dict[str, Any], shared: Any
+        seeds: jax.Array, values: dict[str, Any], shared: Any, constants: Any
     ) -> SweepResult:
         key, *data = shared
         if impl is not None:
@@ -478,10 +486,10 @@ def _train(
     return jax.shard_map(
         train_group,
         mesh=plan.mesh,
-        in_specs=(P(), P(_AXIS), P(_AXIS), P()),
+        in_specs=(P(_AXIS), P(_AXIS), P(), P()),
         out_specs=P(_AXIS),
         check_vma=False,  # the programs were traced outside, and no device needs others
-    )(constants, seeds, values, shared)
+    )(seeds, values, shared, constants)
 
 
 def _member(
