@@ -49,32 +49,23 @@ def trace(fun: Callable[..., Any], *args: Any, static: tuple[Any, ...] = ()) -> 
     The numbers 0, 1, −1, inf and NaN remain in the program, because XLA simplifies
     arithmetic with them. So do exponents, and numbers within custom derivatives.
 
-    Outside of all transformations a function is not called again with the same static
-    arguments, unless many others have been traced in the meantime.
-
     Args:
       fun: A function of arrays.
       *args: Arrays, tracers or `jax.ShapeDtypeStruct`s, in any pytrees.
       static: The first arguments of `fun`, any objects, such as an optimizer. They and
         `fun` may close over tracers.
     """
-    # A cache must not hold tracers: not those among the constants, and not those that
-    # an optimizer holds but does not use.
-    is_cached = get_opaque_trace_state() == _OUTERMOST
-    try:
-        hash((fun, static))
-    except TypeError:
-        is_cached = False
-    bind, flatten = (_bind, _flatten) if is_cached else _UNCACHED
-    closed, result = jax.make_jaxpr(bind(fun, *static), return_shape=True)(*args)
-    block, constants = flatten(closed)
+    function = functools.partial(fun, *static)
+    closed, result = jax.make_jaxpr(function, return_shape=True)(*args)
+    constants: list[Any] = []
+    block = _Block(closed, constants)
     program = Program(
         block,
         jax.tree.structure(args),
         jax.tree.structure(result),
         tests_finiteness=bool(_FINITENESS.search(str(closed))),
     )
-    return Traced(program, constants)
+    return Traced(program, tuple(constants))
 
 
 # `jnp.isfinite`, and `jnp.isnan`, which is x != x.
@@ -82,10 +73,40 @@ _FINITENESS = re.compile(r"is_finite|\bne (\w+) \1\b")
 _OUTERMOST = get_opaque_trace_state()  # when this module is imported
 
 
-@functools.lru_cache(maxsize=64, typed=True)
-def _bind(fun: Callable[..., Any], *static: Any) -> Callable[..., Any]:
-    """One object per function and static arguments, whose trace JAX remembers."""
-    return functools.partial(fun, *static)
+def remember(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers the last results of `fun(static, *args)`, by the types of the args.
+
+    Nothing is remembered inside a transformation, where `static` and the result may
+    hold tracers, nor if `static` is not hashable.
+    """
+
+    @functools.lru_cache(maxsize=64, typed=True)
+    def remembered(static: Any, types: tuple[Any, ...], tree: Any, _: Any) -> Any:
+        return fun(static, *jax.tree.unflatten(tree, types))
+
+    @functools.wraps(fun)
+    def call(static: Any, *args: Any) -> Any:
+        try:
+            hash(static)
+        except TypeError:
+            return fun(static, *args)
+        if get_opaque_trace_state() != _OUTERMOST:
+            return fun(static, *args)
+        leaves, tree = jax.tree.flatten(args)
+        settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
+        return remembered(static, tuple(map(jax.typeof, leaves)), tree, settings)
+
+    return call
+
+
+# The settings of JAX on which a trace depends, besides the types of its arguments.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+)
 
 
 @functools.lru_cache(maxsize=64, typed=True)
@@ -127,17 +148,6 @@ class Program:
         if not isinstance(other, Program):
             return NotImplemented
         return self._hash == other._hash and self._key == other._key
-
-
-@functools.lru_cache(maxsize=64)
-def _flatten(closed: Any) -> tuple["_Block", tuple[Any, ...]]:
-    """The block of a closed jaxpr, and its constants."""
-    constants: list[Any] = []
-    block = _Block(closed, constants)
-    return block, tuple(constants)
-
-
-_UNCACHED = (_bind.__wrapped__, _flatten.__wrapped__)
 
 
 class _Constant(NamedTuple):

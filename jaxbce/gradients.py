@@ -217,8 +217,23 @@ def value_and_grad(
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     size = examples_per_block(block_size, params, x.shape[0])
-    total, _ = accumulate(params, batch, size)
+    total, _ = accumulate(params, batch, Form(size, sample_weight is not None))
     return total.value, cast_like(total.grads, params)
+
+
+class Form(NamedTuple):
+    """How the loss of a batch is computed: static facts.
+
+    Attributes:
+      block_size: The largest number of examples per block.
+      is_weighted: Whether an example may have weight 0, and then add exactly nothing,
+        whatever overflows. Otherwise only copies have weight 0, of examples that count.
+      layout: The layout of params and of the gradient.
+    """
+
+    block_size: int
+    is_weighted: bool
+    layout: Layout = ROWS
 
 
 class Objective(NamedTuple):
@@ -239,8 +254,7 @@ class Objective(NamedTuple):
 def accumulate(
     params: Params,
     batch: Batch,
-    block_size: int,
-    layout: Layout = ROWS,
+    form: Form,
     *,
     with_x: bool = False,
     with_logits: bool = False,
@@ -251,14 +265,14 @@ def accumulate(
       params: Parameters in the layout.
       batch: Checked arguments, with examples as rows; features as `layout.pad` returns
         them.
-      block_size: The largest number of examples per block.
-      layout: The layout of params and of the gradient.
+      form: How to compute it.
       with_x: Whether to return ∂/∂X in the dict, as "x".
       with_logits: Whether to return the logits in the dict, as "logits".
     """
+    layout = form.layout
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
-        activations, positive, negative = _forward(params, x, y, c, batch, layout)
+        activations, positive, negative = _forward(params, x, y, c, batch, form)
         a, c = activations.a[-1], jnp.expand_dims(c, layout.feature_axis)
         delta = output_delta(a, c * positive, c * negative)
         delta = pull_back(params, activations, delta, layout)
@@ -273,7 +287,7 @@ def accumulate(
         value, linear_part = (_weighted_sum(c, t, layout) for t in (ell, linear))
         return Objective(value, linear_part, grads), per_example
 
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), form.block_size)
 
 
 def cast_like(grads: Params, params: Params) -> Params:
@@ -281,30 +295,24 @@ def cast_like(grads: Params, params: Params) -> Params:
     return jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params)
 
 
-def weighted_loss(
-    params: Params, batch: Batch, block_size: int, layout: Layout = ROWS
-) -> jax.Array:
+def weighted_loss(params: Params, batch: Batch, form: Form) -> jax.Array:
     """The value of `accumulate` alone."""
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
-        activations, *labels = _forward(params, x, y, c, batch, layout)
+        activations, *labels = _forward(params, x, y, c, batch, form)
         ell = elementwise(activations.a[-1], *labels)
-        c = jnp.expand_dims(c, layout.feature_axis)
-        return _weighted_sum(c, ell, layout), None
+        c = jnp.expand_dims(c, form.layout.feature_axis)
+        return _weighted_sum(c, ell, form.layout), None
 
-    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), form.block_size)[0]
 
 
 def _forward(
-    params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    c: jax.Array,
-    batch: Batch,
-    layout: Layout,
+    params: Params, x: jax.Array, y: jax.Array, c: jax.Array, batch: Batch, form: Form
 ) -> tuple[Activations, jax.Array, jax.Array]:
     """The forward pass of a block, and the weights of the two terms of its loss."""
-    activations = propagate(params, layout.arrange(x), layout, ignored=c == 0)
+    layout, ignored = form.layout, c == 0 if form.is_weighted else None
+    activations = propagate(params, layout.arrange(x), layout, ignored)
     positive, negative = label_weights(y, batch.pos_weight)
     return activations, layout.arrange(positive), layout.arrange(negative)
 
@@ -370,17 +378,17 @@ def loss(
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
     size = examples_per_block(block_size, params, x.shape[0])
-    return _loss(size, params, batch)
+    return _loss(Form(size, sample_weight is not None), params, batch)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _loss(block_size: int, params: Params, batch: Batch) -> jax.Array:
-    return weighted_loss(params, batch, block_size)
+def _loss(form: Form, params: Params, batch: Batch) -> jax.Array:
+    return weighted_loss(params, batch, form)
 
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(
-    block_size: int, primals: tuple[Params, Batch], tangents: tuple[Params, Batch]
+    form: Form, primals: tuple[Params, Batch], tangents: tuple[Params, Batch]
 ) -> tuple[jax.Array, jax.Array]:
     """The inner product of the hand-derived gradient and the tangents.
 
@@ -392,7 +400,7 @@ def _loss_jvp(
     with_x = _nonzero(dot.x)
     with_logits = any(map(_nonzero, (dot.y, dot.c, dot.pos_weight)))
     (value, _, grads), per_example = accumulate(
-        params, batch, block_size, with_x=with_x, with_logits=with_logits
+        params, batch, form, with_x=with_x, with_logits=with_logits
     )
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(params_dot), strict=True))
     if with_x:

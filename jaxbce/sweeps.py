@@ -224,9 +224,10 @@ def sweep(
     typed = data
     if "pos_weight" in hp:
         typed = data._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
-    programs, constants = training.trace(
-        _init, _step, (make_optimizer, make_penalty), hp, params, typed, options
+    user = training.UserCode(
+        _init, _step, (make_optimizer, make_penalty), options.batch_size
     )
+    programs, constants = training.trace(user, hp, params, None, typed)
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]

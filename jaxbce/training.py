@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxbce import _layouts, _traced, _validate, gradients
 from jaxbce._blocks import drop_nonfinite, examples_per_block
-from jaxbce.gradients import Batch
+from jaxbce.gradients import Batch, Form
 from jaxbce.network import Params
 
 _NONE: Any = None  # in place of the losses of a run that is carried by a loop
@@ -158,13 +158,14 @@ def fit(
     options = check_options(
         training, num_steps, batch_size, evaluate_every, patience, min_delta, callback
     )
-    start, by_hand = _varying(params), loss is None
+    start, state = _varying(params), None
     if isinstance(start, FitResult):
         start = start._replace(train_loss=_NONE, validation_loss=_NONE)
-    user = (optimizer, penalty, loss)
-    programs, constants = trace(
-        _init, _step, user, (), start, training, options, by_hand=by_hand
-    )
+        state = start.opt_state
+    by_hand = loss is None
+    user = UserCode(_init, _step, (optimizer, penalty, loss), batch_size, by_hand)
+    first = start.params if isinstance(start, FitResult) else start
+    programs, constants = trace(user, (), first, state, training)
     compiled = _traced.jitted(run, programs, options, by_hand)
     return compiled(constants, (), key, start, training, evaluated)
 
@@ -269,46 +270,53 @@ class Programs(NamedTuple):
     step: _traced.Program
 
 
+class UserCode(NamedTuple):
+    """What users supply to a run, and the static facts on which its trace depends.
+
+    Attributes:
+      init: `(*functions, hparams, params) -> state` of the optimizer.
+      step: `(*functions, hparams, params, state, total, batch)`, which returns the
+        result of `take_step`.
+      functions: The first arguments of both.
+      batch_size: As for `fit`.
+      by_hand: Whether the gradient is the hand-derived one.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    functions: tuple[Any, ...]
+    batch_size: int | None
+    by_hand: bool = True
+
+
+@_traced.remember
 def trace(
-    init: Callable[..., Any],
-    step: Callable[..., Any],
-    static: tuple[Any, ...],
-    hparams: Any,
-    start: Params | FitResult,
-    training: Dataset,
-    options: Options,
-    *,
-    by_hand: bool = True,
+    user: UserCode, hparams: Any, params: Params, state: Any, training: Dataset
 ) -> tuple[Programs, tuple[Any, ...]]:
-    """Traces `init(*static, ...)` and `step(*static, ...)`.
+    """Traces what users supply; a state of None is that of a run that starts.
 
     Returns:
       The programs, and the numbers in each of them.
     """
-    params = start.params if isinstance(start, FitResult) else start
-    traced_init = _traced.trace(init, hparams, params, static=static)
+    init = _traced.trace(user.init, hparams, params, static=user.functions)
 
     def example(constants: Any, hparams: Any, params: Params, training: Dataset) -> Any:
         x, y, c, p = training.batch()
-        size = options.batch_size or x.shape[0]
+        size = user.batch_size or x.shape[0]
         batch = Batch(x[:size], y[:size], c[:size], p)
-        state = traced_init.program(constants, hparams, params)
-        total = (jnp.sum(c), params) if by_hand else None
+        state = init.program(constants, hparams, params)
+        total = (jnp.sum(c), params) if user.by_hand else None
         return _varying((params, state, total, batch))
 
-    arguments = jax.eval_shape(
-        example, traced_init.constants, hparams, params, training
-    )
-    if isinstance(start, FitResult):
-        state = arguments[1]
-        if jax.tree.map(jnp.shape, start.opt_state) != jax.tree.map(jnp.shape, state):
-            raise ValueError(
-                "expected params to be the FitResult of a run with the same optimizer, "
-                "got one with an opt_state of another structure"
-            )
-    traced_step = _traced.trace(step, hparams, *arguments, static=static)
-    programs = Programs(traced_init.program, traced_step.program)
-    return programs, (traced_init.constants, traced_step.constants)
+    arguments = jax.eval_shape(example, init.constants, hparams, params, training)
+    shapes = jax.tree.map(jnp.shape, arguments[1])
+    if state is not None and jax.tree.map(jnp.shape, state) != shapes:
+        raise ValueError(
+            "expected params to be the FitResult of a run with the same optimizer, got "
+            "one with an opt_state of another structure"
+        )
+    step = _traced.trace(user.step, hparams, *arguments, static=user.functions)
+    return Programs(init.program, step.program), (init.constants, step.constants)
 
 
 def _init(optimizer: Any, penalty: Any, loss: Any, _: Any, params: Params) -> Any:
@@ -430,13 +438,13 @@ def run(
     x, y, relative_weight, p = training
     padded = layout.pad(x)
     full = training.batch()._replace(x=padded)
-    sets = [data.batch()._replace(x=layout.pad(data.x)) for data in evaluated]
+    form = Form(block_size, relative_weight is not None, layout)
 
     def take(t: jax.Array, batch: Batch, run: FitResult) -> FitResult:
         """Takes step t, on a batch."""
         total, linear_part = None, jnp.zeros((), dtype)
         if by_hand:
-            objective, _ = gradients.accumulate(run.params, batch, block_size, layout)
+            objective, _ = gradients.accumulate(run.params, batch, form)
             grads = gradients.cast_like(objective.grads, run.params)
             total, linear_part = (
                 (objective.value, convert(grads)),
@@ -475,8 +483,12 @@ def run(
 
             run = _over_batches(batch, key, n, batch_size, begin, end, run)
         train_loss, *validation_loss = [
-            gradients.weighted_loss(run.params, data, block_size, layout)
-            for data in sets
+            gradients.weighted_loss(
+                run.params,
+                data.batch()._replace(x=layout.pad(data.x)),
+                form._replace(is_weighted=data.weight is not None),
+            )
+            for data in evaluated
         ]
         selection_loss = validation_loss[0] if validation_loss else train_loss
         is_valid = jnp.isfinite(train_loss) & (train_loss >= 0)
