@@ -99,15 +99,6 @@ def sum_over_blocks(
     return totals, jax.tree.map(lambda t: _unblock(t, n), per_example)
 
 
-def drop_nonfinite(ignored: jax.Array, t: jax.Array) -> jax.Array:
-    """`t` `[N, n]`, with 0 for what is not finite in the `ignored` examples `[N]`.
-
-    Otherwise an example that counts for nothing would add 0 · inf = NaN to a sum. What
-    is finite stays, so derivatives with respect to a weight are right where it is 0.
-    """
-    return jnp.where(ignored[:, None] & ~jnp.isfinite(t), jnp.zeros((), t.dtype), t)
-
-
 def _unblock(t: jax.Array, n: int) -> jax.Array:
     """Joins blocks `[count, size, ...]` to `[n, ...]`, without repeated examples."""
     count, size = t.shape[:2]

@@ -27,6 +27,18 @@ def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(left, right, preferred_element_type=dtype)
 
 
+def drop_nonfinite(
+    ignored: jax.Array, t: jax.Array, feature_axis: int = 1
+) -> jax.Array:
+    """`t`, with 0 for what is not finite in the `ignored` examples `[N]`.
+
+    Otherwise an example that counts for nothing would add 0 · inf = NaN to a sum. What
+    is finite stays, so derivatives with respect to a weight are right where it is 0.
+    """
+    finite = jnp.where(jnp.greater(jnp.inf, jnp.abs(t)), t, jnp.zeros((), t.dtype))
+    return jnp.where(jnp.expand_dims(ignored, feature_axis), finite, t)
+
+
 class Rows(NamedTuple):
     """Examples as rows: activations `[N, n_k]`, weights `[n_{k-1}, n_k]`."""
 

@@ -36,8 +36,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxbce import _validate, gradients
-from jaxbce._blocks import drop_nonfinite, examples_per_block, sum_over_blocks
-from jaxbce._layouts import matmul
+from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._layouts import drop_nonfinite, matmul
 from jaxbce.gradients import Batch, check_batch
 from jaxbce.network import Activations, Params, forward, sigmoid
 

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbce import _validate
-from jaxbce._blocks import drop_nonfinite, examples_per_block, sum_over_blocks
-from jaxbce._layouts import ROWS, Layout
+from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._layouts import ROWS, Layout, drop_nonfinite
 from jaxbce.losses import elementwise, output_delta, softplus, weighted
 from jaxbce.network import Activations, Layer, Params, propagate
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbce import _validate
-from jaxbce._layouts import ROWS, Layout
+from jaxbce._layouts import ROWS, Layout, drop_nonfinite
 
 
 class Layer(NamedTuple):
@@ -145,8 +145,7 @@ def propagate(
     for k, (w, b) in enumerate(params, start=1):
         a_k = layout.affine(h[-1], w, b)  # [N, n_k]
         if ignored is not None:
-            mask = jnp.expand_dims(ignored, layout.feature_axis)
-            a_k = jnp.where(mask & ~jnp.isfinite(a_k), 0, a_k)
+            a_k = drop_nonfinite(ignored, a_k, layout.feature_axis)
         a.append(a_k)
         if k < len(params):
             h.append(jax.nn.relu(a_k).astype(w.dtype))

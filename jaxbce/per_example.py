@@ -26,8 +26,8 @@ import jax.export
 import jax.numpy as jnp
 
 from jaxbce import _validate, gradients
-from jaxbce._blocks import drop_nonfinite, examples_per_block, sum_over_blocks
-from jaxbce._layouts import matmul
+from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._layouts import drop_nonfinite, matmul
 from jaxbce.gradients import check_batch
 from jaxbce.losses import bce_with_logits
 from jaxbce.network import Layer, Params, forward

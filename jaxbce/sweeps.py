@@ -227,7 +227,7 @@ def sweep(
     user = training.UserCode(
         _init, _step, (make_optimizer, make_penalty), options.batch_size
     )
-    programs, constants = training.trace(user, hp, params, None, typed)
+    programs, constants = training.trace(user, hp, params, typed)
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]

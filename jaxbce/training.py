@@ -11,7 +11,8 @@ import optax
 from jax import lax
 
 from jaxbce import _layouts, _traced, _validate, gradients
-from jaxbce._blocks import drop_nonfinite, examples_per_block
+from jaxbce._blocks import examples_per_block
+from jaxbce._layouts import drop_nonfinite
 from jaxbce.gradients import Batch, Form
 from jaxbce.network import Params
 
@@ -158,16 +159,19 @@ def fit(
     options = check_options(
         training, num_steps, batch_size, evaluate_every, patience, min_delta, callback
     )
-    start, state = _varying(params), None
-    if isinstance(start, FitResult):
-        start = start._replace(train_loss=_NONE, validation_loss=_NONE)
-        state = start.opt_state
-    by_hand = loss is None
+    first, by_hand = _varying(start), loss is None
     user = UserCode(_init, _step, (optimizer, penalty, loss), batch_size, by_hand)
-    first = start.params if isinstance(start, FitResult) else start
-    programs, constants = trace(user, (), first, state, training)
+    programs, constants = trace(user, (), first, training)
+    if isinstance(params, FitResult):
+        state = jax.eval_shape(programs.init, constants[0], (), first)
+        if jax.tree.map(jnp.shape, params.opt_state) != jax.tree.map(jnp.shape, state):
+            raise ValueError(
+                "expected params to be the FitResult of a run with the same optimizer, "
+                "got one with an opt_state of another structure"
+            )
+        params = params._replace(train_loss=_NONE, validation_loss=_NONE)
     compiled = _traced.jitted(run, programs, options, by_hand)
-    return compiled(constants, (), key, start, training, evaluated)
+    return compiled(constants, (), key, _varying(params), training, evaluated)
 
 
 class Options(NamedTuple):
@@ -291,9 +295,9 @@ class UserCode(NamedTuple):
 
 @_traced.remember
 def trace(
-    user: UserCode, hparams: Any, params: Params, state: Any, training: Dataset
+    user: UserCode, hparams: Any, params: Params, training: Dataset
 ) -> tuple[Programs, tuple[Any, ...]]:
-    """Traces what users supply; a state of None is that of a run that starts.
+    """Traces what users supply.
 
     Returns:
       The programs, and the numbers in each of them.
@@ -309,12 +313,6 @@ def trace(
         return _varying((params, state, total, batch))
 
     arguments = jax.eval_shape(example, init.constants, hparams, params, training)
-    shapes = jax.tree.map(jnp.shape, arguments[1])
-    if state is not None and jax.tree.map(jnp.shape, state) != shapes:
-        raise ValueError(
-            "expected params to be the FitResult of a run with the same optimizer, got "
-            "one with an opt_state of another structure"
-        )
     step = _traced.trace(user.step, hparams, *arguments, static=user.functions)
     return Programs(init.program, step.program), (init.constants, step.constants)
 

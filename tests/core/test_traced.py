@@ -170,28 +170,36 @@ def test_a_custom_derivative_is_equal_to_itself_and_is_kept():
     np.testing.assert_array_equal(tangent, 2 * X)
 
 
-def test_a_function_is_traced_once_per_object_and_setting():
+def test_results_are_remembered_by_static_argument_types_and_settings():
     calls = []
 
-    def fun(factor, x):
+    @_traced.remember
+    def remembered(factor, x):
         calls.append(factor)
-        return factor * x
+        return _traced.trace(lambda x: factor * x, x)
 
-    a, *_ = [_traced.trace(fun, SHAPE, static=(2.5,)) for _ in range(3)]
+    a, *_ = [remembered(2.5, x) for x in (X, X + 1, np.asarray(X))]
     assert calls == [2.5]
     with jax.enable_x64(True):
-        b = _traced.trace(fun, jax.ShapeDtypeStruct((3,), np.float64), static=(2.5,))
+        b = remembered(2.5, np.asarray(X, np.float64))
     assert calls == [2.5, 2.5]
     assert a.program != b.program
+    remembered(1.5, X)
+    assert calls[2:] == [1.5]
 
 
-def test_a_function_without_a_hash_is_traced_in_each_call():
-    unhashable = [2.5]
-    a, b = (
-        _traced.trace(lambda c, x: c[0] * x, SHAPE, static=(unhashable,))
-        for _ in range(2)
-    )
-    assert a.program == b.program
+def test_nothing_is_remembered_of_what_has_no_hash_or_is_transformed():
+    calls = []
+
+    @_traced.remember
+    def remembered(static, x):
+        calls.append(static)
+        return x
+
+    for _ in range(2):
+        remembered([], X)
+        jax.vmap(lambda x: remembered(0, x))(X)
+    assert calls == [[], 0, [], 0]
 
 
 def test_tracers_are_constants():
