@@ -12,13 +12,14 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import P
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _validate
 from jaxbce._blocks import examples_per_block
@@ -97,8 +98,8 @@ def grid(**axes: Any) -> dict[str, np.ndarray]:
 
 def sweep(
     key: jax.Array,
-    x: jax.Array,
-    y: jax.Array,
+    x: jax.Array | np.ndarray,
+    y: jax.Array | np.ndarray,
     *,
     hidden: Sequence[int],
     make_optimizer: Callable[[dict[str, jax.Array]], optax.GradientTransformation],
@@ -107,14 +108,14 @@ def sweep(
     first_seed: int = 0,
     num_steps: int,
     batch_size: int | None = None,
-    validation: tuple[jax.Array, jax.Array] | None = None,
+    validation: tuple[ArrayLike, ArrayLike] | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    dtype: Any = None,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    dtype: DTypeLike | None = None,
     keep_params: bool = True,
-    group_size: int | str = "auto",
+    group_size: int | Literal["auto"] = "auto",
     mesh: jax.sharding.Mesh | None = None,
 ) -> SweepResult:
     r"""Trains a network for every point and seed, in one program over all devices.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxbce import _layouts, _validate, gradients
 from jaxbce._blocks import examples_per_block
@@ -49,17 +50,17 @@ class FitResult(NamedTuple):
 def fit(
     key: jax.Array,
     params: Params | FitResult,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int | None = None,
-    validation: tuple[jax.Array, jax.Array] | None = None,
+    validation: tuple[ArrayLike, ArrayLike] | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
     loss: Callable[..., jax.Array] | None = None,
 ) -> FitResult:
     r"""Trains one network. The whole run is one pure function of the arguments.
@@ -220,9 +221,11 @@ def _fit(
 
         def objective(params: Params) -> jax.Array:
             x, y, c, p = batch
-            weights = {"sample_weight": c, "pos_weight": p}
             function = loss or gradients.loss
-            return function(params, x[:, :n_in], y, **weights, reduction="sum")
+            x = x[:, :n_in]
+            return function(
+                params, x, y, sample_weight=c, pos_weight=p, reduction="sum"
+            )
 
         # The value and gradient in the state of a line search are not reused: they may
         # belong to another batch, or to other parameters if a transformation follows
