@@ -1,7 +1,7 @@
 """`jax.jit` that keeps the signature of a function for type checkers.
 
-The result of `jax.jit` accepts any arguments and returns `Any` as far as a checker can
-see. Here only the annotations differ; at run time the result is that of `jax.jit`.
+To a checker, the result of `jax.jit` accepts any arguments, and what it returns is
+unknown. Only the annotations differ here: at run time the result is that of `jax.jit`.
 """
 
 import functools
@@ -16,13 +16,13 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Jitted(Protocol[P, R_co]):
-    """A compiled function, with the signature of the function it was made from."""
+    """A compiled function, with the signature of the original one."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        """Calls the function; compiles it for new shapes, dtypes or static options."""
+        """Calls the function, compiled for the shapes and dtypes of its arguments."""
         ...
 
-    # These two also accept jax.ShapeDtypeStruct in place of arrays.
+    # These two also accept a jax.ShapeDtypeStruct in place of an array.
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function for these arguments."""
         ...
@@ -35,5 +35,5 @@ class Jitted(Protocol[P, R_co]):
 def jit(
     *, static_argnames: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Jitted[P, R]]:
-    """A decorator: `jax.jit` with these static arguments."""
+    """A decorator, `jax.jit` with these static arguments."""
     return functools.partial(jax.jit, static_argnames=static_argnames)

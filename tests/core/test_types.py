@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 import jaxbce
 
 SETUP = """\
@@ -118,3 +120,7 @@ def test_a_strict_checker_accepts_right_calls_and_rejects_wrong_ones(tmp_path):
     assert [error for error in errors if error[0] == "right.py"] == []
     lines = (SETUP + WRONG).splitlines()
     assert {lines[line] for _, line, _ in errors} == set(WRONG.splitlines())
+
+
+def test_compiled_functions_are_those_of_jax():
+    assert type(jaxbce.loss) is type(jax.jit(abs))
