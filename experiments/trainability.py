@@ -23,7 +23,7 @@ interrupted run.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def run(
     dtype: str = "float32",
     seed: int = 0,
     tile: int = 4096,
-    group_size: int | str = "auto",
+    group_size: int | Literal["auto"] = "auto",
     make_folder: Callable[[], Path | None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains a network for every pixel, and measures the boundary.
@@ -162,7 +162,7 @@ def train(
     rates: dict[str, np.ndarray],
     configuration: dict[str, Any],
     *,
-    group_size: int | str = "auto",
+    group_size: int | Literal["auto"] = "auto",
 ) -> dict[str, np.ndarray]:
     """Trains one network per pair of learning rates.
 

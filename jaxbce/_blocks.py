@@ -6,7 +6,7 @@ activations of a block in cache. The result differs only by rounding.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,9 @@ _BLOCK_EXAMPLES = {"cpu": (512, 2048)}
 _ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))  # the same three, in this order
 
 
-def examples_per_block(block_size: int | str | None, params: Any, n: int) -> int:
+def examples_per_block(
+    block_size: int | Literal["auto"] | None, params: Any, n: int
+) -> int:
     """The number of examples per block for a batch of n, from static shapes alone.
 
     A symbolic n, as in an exported program, is processed in one block.

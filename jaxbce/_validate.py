@@ -45,7 +45,7 @@ def _one_of(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def float_dtype(dtype: Any) -> Any:
+def float_dtype(dtype: Any) -> np.dtype:
     """Checks a dtype and returns it; None is JAX's default float dtype."""
     dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     if dtype.name not in DTYPES:

@@ -7,11 +7,12 @@ which use real arithmetic only.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _validate
 from jaxbce.network import Params
@@ -136,13 +137,13 @@ class _Position(NamedTuple):
 def check_gradients(
     fun: Callable[..., tuple[Any, Any]],
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    dtype: Any = "float64",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    dtype: DTypeLike | None = "float64",
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Report:

@@ -28,27 +28,29 @@ examples with features that are not finite make the result not finite.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._jit import jit
 from jaxbce._layouts import drop_nonfinite, matmul
 from jaxbce.gradients import Batch, check_batch
 from jaxbce.network import Activations, Params, forward, sigmoid
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@jit(static_argnames=("block_size",))
 def ntk(
     params: Params,
-    x: jax.Array,
-    x2: jax.Array | None = None,
+    x: ArrayLike,
+    x2: ArrayLike | None = None,
     *,
-    block_size: int | str | None = "auto",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     r"""The tangent kernel: inner products of the logits' gradients.
 
@@ -136,17 +138,17 @@ def _label_weights(y: jax.Array, c: jax.Array, p: jax.Array) -> jax.Array:
     return c[:, None] * ((1 - y) + jnp.broadcast_to(p, y.shape) * y)
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+@jit(static_argnames=("reduction", "block_size"))
 def hvp(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     v: Params,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> Params:
     """The Hessian of the loss times a vector, `H v`.
 
@@ -187,17 +189,17 @@ def hvp(
     return _curvature_vp(params, batch, v, size, residual=True)
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+@jit(static_argnames=("reduction", "block_size"))
 def ggn_vp(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     v: Params,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> Params:
     """The Gauss-Newton matrix of the loss times a vector, `Jᵀ S J v`.
 
@@ -268,17 +270,17 @@ def _push_forward(
     return a_dot[-1], tuple(h_dot)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "reduction", "block_size"))
+@jit(static_argnames=("k", "reduction", "block_size"))
 def ggn_eigenvalues(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     k: int | None = None,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     r"""The largest eigenvalues of the Gauss-Newton matrix, in descending order.
 
@@ -436,13 +438,13 @@ def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
 
 def log_evidence(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    prior_precision: jax.Array | float,
+    x: ArrayLike,
+    y: ArrayLike,
+    prior_precision: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     r"""The Laplace approximation of the log marginal likelihood.
 
@@ -530,9 +532,9 @@ class KroneckerFactors(NamedTuple):
     g: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@jit(static_argnames=("block_size",))
 def kfac_factors(
-    params: Params, x: jax.Array, *, block_size: int | str | None = "auto"
+    params: Params, x: ArrayLike, *, block_size: int | Literal["auto"] | None = "auto"
 ) -> tuple[KroneckerFactors, ...]:
     r"""Kronecker factors of each layer's block of the Gauss-Newton matrix.
 

@@ -27,27 +27,29 @@ and `sweep` all use these two functions. Both are written over a layout (see
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from jaxbce import _validate
 from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._jit import jit
 from jaxbce._layouts import ROWS, Layout, drop_nonfinite
 from jaxbce.losses import elementwise, output_delta, softplus, weighted
 from jaxbce.network import Activations, Layer, Params, propagate
 
 
-@jax.jit
+@jit()
 def deltas(
     params: Params,
     activations: Activations,
-    y: jax.Array,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
 ) -> tuple[jax.Array, ...]:
     r"""Error signals: derivatives of the loss of each example, `δ_k = ∂ℓ/∂a_k`.
 
@@ -162,16 +164,16 @@ def check_batch(
     return Batch(x, y, c, p)
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+@jit(static_argnames=("reduction", "block_size"))
 def value_and_grad(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> tuple[jax.Array, Params]:
     r"""The loss of a batch and its hand-derived gradient with respect to params.
 
@@ -216,7 +218,7 @@ def value_and_grad(
       errors, Nature 323, 1986.
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
-    size = examples_per_block(block_size, params, x.shape[0])
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     total, _ = accumulate(params, batch, Form(size, sample_weight is not None))
     return total.value, cast_like(total.grads, params)
 
@@ -324,13 +326,13 @@ def _weighted_sum(c: jax.Array, ell: jax.Array, layout: Layout) -> jax.Array:
 
 def grad(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> Params:
     """The hand-derived gradient of `loss` alone; see `value_and_grad`."""
     return value_and_grad(
@@ -344,16 +346,16 @@ def grad(
     )[1]
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+@jit(static_argnames=("reduction", "block_size"))
 def loss(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     """The loss of a batch, with the hand-derived gradient as its derivative in JAX.
 
@@ -377,7 +379,7 @@ def loss(
       True
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
-    size = examples_per_block(block_size, params, x.shape[0])
+    size = examples_per_block(block_size, params, batch.x.shape[0])
     return _loss(Form(size, sample_weight is not None), params, batch)
 
 

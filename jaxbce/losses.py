@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlog1py, xlogy
+from jax.typing import ArrayLike
 
 from jaxbce import _validate
+from jaxbce._jit import jit
 from jaxbce.network import sigmoid
 
 
@@ -32,8 +34,8 @@ def weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
     return weight * jnp.where((weight == 0) & jnp.isinf(value), 0, value)
 
 
-@jax.jit
-def bce(y_hat: jax.Array, y: jax.Array) -> jax.Array:
+@jit()
+def bce(y_hat: ArrayLike, y: ArrayLike) -> jax.Array:
     r"""Elementwise binary cross-entropy on probabilities, as in a textbook.
 
     .. math:: -\left[y \log \hat y + (1 - y) \log(1 - \hat y)\right]
@@ -61,13 +63,14 @@ def bce(y_hat: jax.Array, y: jax.Array) -> jax.Array:
       ['0.6931', '0.1054']
     """
     _validate.real("y_hat", y_hat)
+    y_hat = jnp.asarray(y_hat)
     y = _validate.labels(y, y_hat.shape, y_hat.dtype, "y_hat")
     return -(xlogy(y, y_hat) + xlog1py(1 - y, -y_hat))
 
 
-@jax.jit
+@jit()
 def bce_with_logits(
-    logits: jax.Array, y: jax.Array, *, pos_weight: jax.Array | float = 1.0
+    logits: ArrayLike, y: ArrayLike, *, pos_weight: ArrayLike = 1.0
 ) -> jax.Array:
     r"""Elementwise binary cross-entropy on logits.
 
@@ -98,6 +101,7 @@ def bce_with_logits(
       ['0.6931', '4.248e-18']
     """
     _validate.real("logits", logits)
+    logits = jnp.asarray(logits)
     dtype = _validate.accumulation_dtype(logits.dtype)
     y = _validate.labels(y, logits.shape, dtype)
     outputs = logits.shape[-1] if logits.ndim else None

@@ -1,13 +1,14 @@
 """The network: parameters, initialization and the forward pass."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _validate
+from jaxbce._jit import jit
 from jaxbce._layouts import ROWS, Layout, drop_nonfinite
 
 
@@ -55,7 +56,9 @@ def sigmoid(a: jax.Array) -> jax.Array:
 sigmoid.defjvps(lambda t, y_hat, a: t * y_hat * sigmoid(-a))
 
 
-def init(key: jax.Array, sizes: Sequence[int], *, dtype: Any = None) -> Params:
+def init(
+    key: jax.Array, sizes: Sequence[int], *, dtype: DTypeLike | None = None
+) -> Params:
     r"""Draws parameters for layer sizes `(n_0, n_1, ..., n_L)`.
 
     Weights are normal with variance :math:`2 / n_{k-1}`, which preserves the scale of
@@ -88,7 +91,7 @@ def init(key: jax.Array, sizes: Sequence[int], *, dtype: Any = None) -> Params:
     return _init(key, _validate.sizes(sizes), _validate.float_dtype(dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "dtype"))
+@jit(static_argnames=("sizes", "dtype"))
 def _init(key: jax.Array, sizes: tuple[int, ...], dtype: Any) -> Params:
     draw_dtype = _validate.accumulation_dtype(dtype)
     layers = []
@@ -100,8 +103,8 @@ def _init(key: jax.Array, sizes: tuple[int, ...], dtype: Any) -> Params:
     return tuple(layers)
 
 
-@jax.jit
-def forward(params: Params, x: jax.Array) -> Activations:
+@jit()
+def forward(params: Params, x: ArrayLike) -> Activations:
     r"""Runs the network and returns the activations of every layer.
 
     .. math::
@@ -153,11 +156,11 @@ def propagate(
     return Activations(tuple(a), tuple(h))
 
 
-def logits(params: Params, x: jax.Array) -> jax.Array:
+def logits(params: Params, x: ArrayLike) -> jax.Array:
     """The logits `a_L` `[N, n_L]`, in the accumulation dtype; see `forward`."""
     return forward(params, x).a[-1]
 
 
-def predict_proba(params: Params, x: jax.Array) -> jax.Array:
+def predict_proba(params: Params, x: ArrayLike) -> jax.Array:
     """The probabilities `ŷ = σ(a_L)` `[N, n_L]` of label 1; see `forward`."""
     return forward(params, x).h[-1]

@@ -18,15 +18,16 @@ features: its layer inputs that are not finite are replaced by 0, since 0 · inf
 If δ_L is not 0, layer inputs that are not finite make the result not finite.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._jit import jit
 from jaxbce._layouts import drop_nonfinite, matmul
 from jaxbce.gradients import check_batch
 from jaxbce.losses import bce_with_logits
@@ -88,14 +89,14 @@ def _squared_norm(t: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(t.astype(_validate.accumulation_dtype(t.dtype))), 1)
 
 
-@jax.jit
+@jit()
 def grads(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
 ) -> Params:
     """The gradient of each example's own loss, `G_i`.
 
@@ -133,15 +134,15 @@ def grads(
     )
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@jit(static_argnames=("block_size",))
 def norms(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    block_size: int | str | None = "auto",
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     r"""The Euclidean norm of each example's gradient.
 
@@ -189,16 +190,16 @@ def norms(
     return sum_over_blocks(block, batch.c, (batch.x, batch.y), size)[1]
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@jit(static_argnames=("block_size",))
 def inner_products(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    x2: jax.Array,
-    y2: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
+    x2: ArrayLike,
+    y2: ArrayLike,
     *,
-    pos_weight: jax.Array | float = 1.0,
-    block_size: int | str | None = "auto",
+    pos_weight: ArrayLike = 1.0,
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     r"""Inner products between gradients of two sets of examples: their influence.
 
@@ -282,14 +283,14 @@ class Clipped(NamedTuple):
 
 def clipped_value_and_grad(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    max_norm: jax.Array | float,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    reduction: str = "mean",
-    block_size: int | str | None = "auto",
+    max_norm: ArrayLike,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> Clipped:
     r"""The loss, and the gradient with each example's contribution clipped.
 
@@ -347,16 +348,16 @@ def clipped_value_and_grad(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+@jit(static_argnames=("reduction", "block_size"))
 def _clipped(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
-    max_norm: jax.Array,
-    sample_weight: jax.Array | None,
-    pos_weight: jax.Array | float,
-    reduction: str,
-    block_size: int | str | None,
+    x: ArrayLike,
+    y: ArrayLike,
+    max_norm: ArrayLike,
+    sample_weight: ArrayLike | None,
+    pos_weight: ArrayLike,
+    reduction: Literal["mean", "sum"],
+    block_size: int | Literal["auto"] | None,
 ) -> Clipped:
     _validate.reduction(reduction)
     batch = check_batch(params, x, y, sample_weight, pos_weight, "sum")
@@ -401,14 +402,14 @@ class Scores(NamedTuple):
     input_norm: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@jit(static_argnames=("block_size",))
 def scores(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    pos_weight: jax.Array | float = 1.0,
-    block_size: int | str | None = "auto",
+    pos_weight: ArrayLike = 1.0,
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> Scores:
     """EL2N and GraNd scores of each example, and its input norm as a control.
 
@@ -472,14 +473,14 @@ class NoiseScale(NamedTuple):
     squared_norm: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@jit(static_argnames=("block_size",))
 def noise_scale(
     params: Params,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    pos_weight: jax.Array | float = 1.0,
-    block_size: int | str | None = "auto",
+    pos_weight: ArrayLike = 1.0,
+    block_size: int | Literal["auto"] | None = "auto",
 ) -> NoiseScale:
     r"""The batch size at which the noise of a gradient is as large as the gradient.
 

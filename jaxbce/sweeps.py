@@ -12,13 +12,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import P
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _traced, _validate, training
 from jaxbce._blocks import examples_per_block
@@ -99,8 +100,8 @@ def grid(**axes: Any) -> dict[str, np.ndarray]:
 
 def sweep(
     key: jax.Array,
-    x: jax.Array,
-    y: jax.Array,
+    x: jax.Array | np.ndarray,
+    y: jax.Array | np.ndarray,
     *,
     hidden: Sequence[int],
     make_optimizer: Callable[[dict[str, jax.Array]], optax.GradientTransformation],
@@ -110,15 +111,17 @@ def sweep(
     first_seed: int = 0,
     num_steps: int,
     batch_size: int | None = None,
-    validation: tuple[jax.Array, ...] | None = None,
+    validation: tuple[ArrayLike, ArrayLike]
+    | tuple[ArrayLike, ArrayLike, ArrayLike]
+    | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
     min_delta: float = 0.0,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
-    dtype: Any = None,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    dtype: DTypeLike | None = None,
     keep_params: bool = True,
-    group_size: int | str = "auto",
+    group_size: int | Literal["auto"] = "auto",
     mesh: jax.sharding.Mesh | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> SweepResult:

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbce import _validate
+from jaxbce._jit import jit
 from jaxbce._layouts import matmul
 from jaxbce.network import Params, forward
 
@@ -40,8 +42,8 @@ class ChainRule(NamedTuple):
     dbce_db1: jax.Array
 
 
-@jax.jit
-def chain_rule(params: Params, x: jax.Array, y: jax.Array) -> ChainRule:
+@jit()
+def chain_rule(params: Params, x: ArrayLike, y: ArrayLike) -> ChainRule:
     """The factors of the textbook chain rule for one hidden layer.
 
     Meant for teaching and for checks: ŷ − y loses all its digits where ŷ rounds to y,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxbce import _layouts, _traced, _validate, gradients
 from jaxbce._blocks import examples_per_block
@@ -52,18 +53,20 @@ class FitResult(NamedTuple):
 def fit(
     key: jax.Array,
     params: Params | FitResult,
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     optimizer: optax.GradientTransformation,
     num_steps: int,
     batch_size: int | None = None,
-    validation: tuple[jax.Array, ...] | None = None,
+    validation: tuple[ArrayLike, ArrayLike]
+    | tuple[ArrayLike, ArrayLike, ArrayLike]
+    | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
     min_delta: float = 0.0,
-    sample_weight: jax.Array | None = None,
-    pos_weight: jax.Array | float = 1.0,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
     penalty: Callable[[Params], jax.Array] | None = None,
     loss: Callable[..., jax.Array] | None = None,
     callback: Callable[[int, float, float | None], None] | None = None,

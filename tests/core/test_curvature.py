@@ -469,13 +469,20 @@ def test_tangent_kernel_holds_no_jacobian():
     ("call", "message"),
     [
         (lambda a: curvature.ntk(a[0], a[1], a[1][:, 1:]), r"x2 of .* got \(37, 3\)"),
-        (lambda a: curvature.hvp(*a, a[0][:1]), "v to be a tuple .* got PyTreeDef"),
-        (lambda a: curvature.ggn_vp(*a, a[0][::-1]), r"v with the .* got .*\(3, 1\)"),
+        (lambda a: curvature.hvp(*a, v=a[0][:1]), "v to be a tuple .* got PyTreeDef"),
+        (lambda a: curvature.ggn_vp(*a, v=a[0][::-1]), r"v with the .* got .*\(3, 1\)"),
         (
-            lambda a: curvature.hvp(*a, jax.tree.map(lambda t: t > 0, a[0])),
+            lambda a: curvature.hvp(*a, v=jax.tree.map(lambda t: t > 0, a[0])),
             "dtype of v.* got bool",
         ),
-        (lambda a: curvature.hvp(*a, a[0], reduction="max"), "reduction .* got 'max'"),
+        (
+            lambda a: curvature.hvp(
+                *a,
+                v=a[0],
+                reduction="max",  # pyright: ignore[reportArgumentType]
+            ),
+            "reduction .* got 'max'",
+        ),
         (
             lambda a: curvature.ggn_eigenvalues(*a, k=20),
             "k to be .* to 19, .* got 20",

@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -65,8 +66,9 @@ def clipped_reference(grads, max_norm, divisor=1.0):
 @jax.jit
 def everything(params, x, y, weights, max_norms):
     """What is found of the rows in one pass and in blocks, in one program."""
-    found = {"grads": per_example.grads(params, x, y, **weights)}
-    for reduction, block_size in (("sum", None), ("mean", 10)):
+    found: dict[str, Any] = {"grads": per_example.grads(params, x, y, **weights)}
+    passes: Any = (("sum", None), ("mean", 10))
+    for reduction, block_size in passes:
 
         def clipped(most, reduction=reduction, block_size=block_size):
             given = {"max_norm": most, "reduction": reduction} | weights
