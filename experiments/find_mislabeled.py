@@ -204,7 +204,7 @@ def score_folds(
     Raises:
       InputError: If a network diverges.
     """
-    make_optimizer = optimizer.build_family(training.steps)
+    family = optimizer.build_family(training.steps)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=training.seed)
     scores = {name: np.zeros(len(x)) for name in (*SCORES, *CONTROL)}
     probability = np.zeros(len(x))
@@ -224,7 +224,8 @@ def score_folds(
                 jax.random.fold_in(jax.random.key(training.seed), fold),
                 *data(others),
                 hidden=training.hidden,
-                make_optimizer=make_optimizer,
+                make_optimizer=family.make_optimizer,
+                make_penalty=family.make_penalty,
                 hparams={},
                 num_seeds=seeds,
                 num_steps=training.steps,

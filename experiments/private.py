@@ -221,12 +221,20 @@ def default_batch_size(rows: int) -> int:
 def build_optimizer(
     optimizer: OptimizerConfig, training: TrainingConfig
 ) -> optax.GradientTransformation:
-    """The optimizer, with weight decay as a part of the transformation.
+    """The optimizer, to which the gradient of any penalty is added without noise.
 
     Raises:
       InputError: If the optimizer needs more than the gradient.
     """
-    transformation = optimizer.build_family(training.steps)({})
+    family = optimizer.build_family(training.steps)
+    transformation = family.make_optimizer({})
+    if family.make_penalty is not None:
+        penalty = family.make_penalty({})  # of no data, so private as it is
+
+        def add_gradient(grads: Any, params: Any) -> Any:
+            return jax.tree.map(jnp.add, grads, jax.grad(penalty)(params))
+
+        transformation = optax.chain(optax.stateless(add_gradient), transformation)
     params = (jaxbce.Layer(jnp.zeros((1, 1)), jnp.zeros(1)),)
     try:
         jax.eval_shape(

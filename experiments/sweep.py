@@ -231,11 +231,13 @@ class Plan:
         offsets = np.arange(self.chunk_points)
         chosen = np.minimum(chunk.first_point + offsets, self.num_points - 1)
         first_seed = min(chunk.first_seed, self.num_seeds - self.chunk_seeds)
+        family = self.families[chunk.program.optimizer]
         found = jaxbce.sweep(
             jax.random.key(self.training.seed),
             *self.arrays("train"),
             hidden=chunk.program.hidden,
-            make_optimizer=self.families[chunk.program.optimizer],
+            make_optimizer=family.make_optimizer,
+            make_penalty=family.make_penalty,
             hparams={name: values[chosen] for name, values in self.points.items()},
             num_seeds=self.chunk_seeds,
             first_seed=first_seed,

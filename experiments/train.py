@@ -111,7 +111,8 @@ def run(
             splits,
             training,
             optimizer=transformation,
-            loss=optimizers.penalized(LOSSES[gradient], penalty),
+            penalty=optimizers.l2_penalty(penalty) if penalty else None,
+            loss=LOSSES[gradient],
             pos_weight=weight,
         )
         folder, checkpoints = make_folder(), None

@@ -231,8 +231,8 @@ def measure(losses: np.ndarray, initial: float) -> np.ndarray:
     """Speed of convergence as numbers > 0, and lateness of divergence as numbers <= 0.
 
     Args:
-      losses: Losses of each network's evaluations, `[networks, evaluations]`, NaN once
-        they are not finite.
+      losses: Losses of each network's evaluations, `[networks, evaluations]`, inf once
+        a network has diverged.
       initial: The initial loss.
 
     Returns:

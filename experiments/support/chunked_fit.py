@@ -42,6 +42,7 @@ class ChunkedFit:
         training: TrainingConfig,
         *,
         optimizer: optax.GradientTransformation,
+        penalty: Callable[..., Any] | None,
         loss: Callable[..., Any] | None,
         pos_weight: tuple[float, ...],
     ) -> None:
@@ -51,7 +52,8 @@ class ChunkedFit:
           splits: The data; "train" and "validation" are used.
           training: How to train, as returned by `TrainingConfig.check`.
           optimizer: The optax transformation.
-          loss: The objective, as `jaxbce.fit` takes it.
+          penalty: The penalty, as `jaxbce.fit` takes it.
+          loss: The objective, likewise; None is the hand-derived one.
           pos_weight: Weight of the positive class for each output, `[n_L]`.
 
         Raises:
@@ -79,6 +81,7 @@ class ChunkedFit:
                 evaluate_every=training.evaluate_every,
                 patience=training.patience,
                 pos_weight=weight,
+                penalty=penalty,
                 loss=loss,
             )
 
@@ -119,7 +122,7 @@ class ChunkedFit:
                 bar.update(count)
                 train_loss, valid_loss = history[done - 1]
                 bar.set_postfix_str(f"train {train_loss:.4f}, valid {valid_loss:.4f}")
-        evaluated = np.flatnonzero(~np.isnan(history[:, 0]))
+        evaluated = np.flatnonzero(np.isfinite(history[:, 0]))
         return Trained(run, history[evaluated], steps[evaluated])
 
     def _restore(self, checkpoints: Checkpoints | None) -> tuple[Any, np.ndarray, int]:

@@ -132,11 +132,13 @@ class OptimizerConfig:
         return dataclasses.asdict(self)
 
     def build(self, num_steps: int) -> tuple[Any, float]:
-        """The optax transformation, and the penalty that its objective needs."""
+        """The optax transformation, and the strength of the penalty that it needs."""
         return optimizers.build(self.optimizer, **self._options(num_steps))
 
-    def build_family(self, num_steps: int, swept: tuple[str, ...] = ()) -> Any:
-        """A function from one point's hyperparameters to its optax transformation."""
+    def build_family(
+        self, num_steps: int, swept: tuple[str, ...] = ()
+    ) -> optimizers.Family:
+        """Functions from one point's hyperparameters to its optimizer and penalty."""
         return optimizers.build_family(
             self.optimizer, swept=swept, **self._options(num_steps)
         )

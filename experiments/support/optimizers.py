@@ -5,7 +5,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,19 @@ def build(
     return optimizer, penalty
 
 
+class Family(NamedTuple):
+    """The optimizers of the points of a sweep.
+
+    Attributes:
+      make_optimizer: From the hyperparameters of a point to its optax transformation.
+      make_penalty: From them to the penalty of its loss, if the optimizer does not
+        decay weights itself and one is asked for; otherwise None.
+    """
+
+    make_optimizer: Callable[[dict[str, Any]], optax.GradientTransformation]
+    make_penalty: Callable[[dict[str, Any]], Callable[[Params], jax.Array]] | None
+
+
 @functools.cache  # as for `build`
 def build_family(
     name: str,
@@ -148,15 +161,14 @@ def build_family(
     num_steps: int = 1,
     weight_decay: float = 0.0,
     args: tuple[tuple[str, Any], ...] = (),
-) -> Callable[[dict[str, Any]], optax.GradientTransformation]:
-    """Builds a function from a point of a sweep to its optimizer, for `jaxbce.sweep`.
+) -> "Family":
+    """Builds functions of a point of a sweep, for `jaxbce.sweep`.
 
     Args:
       name: See `build`, also for the other arguments, which apply if they are not
         swept.
       swept: Names of the arguments that the points give, which may include
-        learning_rate and weight_decay. If the optimizer has no weight_decay, the decay
-        of the weights is added to the gradient.
+        learning_rate and weight_decay.
       learning_rate: See `build`.
       schedule: See `build`.
       num_steps: See `build`.
@@ -182,21 +194,25 @@ def build_family(
         if default is inspect.Parameter.empty:
             learning_rate = DEFAULT_LEARNING_RATE
 
-    def of_point(values: dict[str, Any]) -> optax.GradientTransformation:
+    decays = "weight_decay" in accepted  # by itself
+
+    def make_optimizer(values: dict[str, Any]) -> optax.GradientTransformation:
         given = dict(rest) | {k: values[k] for k in swept if k in accepted}
         rate = values.get("learning_rate", learning_rate)
-        decay = values.get("weight_decay", weight_decay)
         if rate is not None:
             given["learning_rate"] = rate
         if schedule != "constant":
             unit = _schedule(schedule, 1.0, num_steps)
             given["learning_rate"] = lambda t: jnp.multiply(unit(t), jnp.asarray(rate))
-        if "weight_decay" in accepted:
-            return make(**given | {"weight_decay": decay})
-        if "weight_decay" not in swept and decay == 0:
-            return make(**given)
-        return optax.chain(optax.add_decayed_weights(decay, _weights), make(**given))
+        if decays:
+            given["weight_decay"] = values.get("weight_decay", weight_decay)
+        return make(**given)
 
+    def make_penalty(values: dict[str, Any]) -> Callable[[Params], jax.Array]:
+        return l2_penalty(values.get("weight_decay", weight_decay))
+
+    is_penalized = not decays and ("weight_decay" in swept or weight_decay > 0)
+    family = Family(make_optimizer, make_penalty if is_penalized else None)
     params = (Layer(jnp.zeros((2, 1)), jnp.zeros(1)),)
     try:
         jax.eval_shape(
@@ -205,7 +221,7 @@ def build_family(
                 params,
                 jnp.zeros((2, 2)),
                 jnp.zeros((2, 1)),
-                optimizer=of_point(values),
+                optimizer=make_optimizer(values),
                 num_steps=1,
             ),
             dict.fromkeys(swept, jnp.zeros(())),
@@ -216,11 +232,7 @@ def build_family(
         raise InputError(
             f"--optimizer={name}: cannot be swept over {what} ({reason})"
         ) from None
-    return of_point
-
-
-def _weights(params: Any) -> Any:
-    return tuple(layer._replace(w=True, b=False) for layer in params)
+    return family
 
 
 def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
@@ -232,23 +244,12 @@ def _schedule(name: str, rate: float, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(num_steps, 2))
 
 
-@functools.cache
-def penalized(
-    loss: Callable[..., Any] | None, penalty: float
-) -> Callable[..., Any] | None:
-    """The loss plus half of `penalty` times the sum of squared weights (no biases).
+def l2_penalty(strength: Any) -> Callable[[Params], jax.Array]:
+    """Half of `strength` times the sum of squared weights (no biases), of params."""
 
-    Args:
-      loss: The loss; None is `jaxbce.loss`, differentiated by hand.
-      penalty: The strength. If it is 0, the loss is returned unchanged.
-    """
-    if penalty == 0:
-        return loss
-    function = loss or jaxbce.loss
+    def penalty(params: Params) -> jax.Array:
+        dtype = jnp.promote_types(params[0].w.dtype, jnp.float32)
+        squares = [jnp.sum(jnp.square(layer.w.astype(dtype))) for layer in params]
+        return 0.5 * jnp.asarray(strength, dtype) * jnp.sum(jnp.stack(squares))
 
-    def objective(params: Params, *data: Any, **options: Any) -> Any:
-        value = function(params, *data, **options)
-        squares = [jnp.sum(jnp.square(layer.w.astype(value.dtype))) for layer in params]
-        return value + 0.5 * penalty * jnp.sum(jnp.stack(squares))
-
-    return objective
+    return penalty

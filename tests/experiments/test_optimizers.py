@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -52,13 +53,10 @@ def test_a_schedule_is_followed_over_the_run():
 
 
 def test_a_penalty_is_of_the_weights_alone():
-    loss = optimizers.penalized(jaxbce.loss, 0.2)
-    assert loss is not None
-    data = (PARAMS, np.ones((2, 3), np.float32), np.ones((2, 1)))
-    extra = loss(*data) - jaxbce.loss(*data)
+    extra = optimizers.l2_penalty(0.2)(PARAMS)
     assert np.isclose(extra, 0.1 * np.sum(np.square(PARAMS[0].w)))
-    assert optimizers.penalized(jaxbce.loss, 0.0) is jaxbce.loss
-    assert optimizers.penalized(jaxbce.loss, 0.2) is loss  # `fit` compiles once
+    halves = tuple(layer._replace(w=jnp.bfloat16(layer.w)) for layer in PARAMS)
+    assert optimizers.l2_penalty(0.2)(halves).dtype == np.float32
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -67,22 +65,21 @@ def test_a_point_of_a_family_is_the_optimizer_with_its_values(name, schedule):
     options = {"schedule": schedule, "num_steps": 4}
     swept = ("learning_rate", "weight_decay")
     family = optimizers.build_family(name, swept=swept, **options)
-    point = family({"learning_rate": 0.5, "weight_decay": 0.25})
-    single, penalty = optimizers.build(
-        name, learning_rate=0.5, weight_decay=0.25, **options
-    )
-    decay = optimizers.build_family(
-        name, swept=(), learning_rate=0.5, weight_decay=0.25, **options
-    )({})
-    states = [o.init(PARAMS) for o in (point, single, decay)]
+    values = {"learning_rate": 0.5, "weight_decay": 0.25}
+    single, penalty = optimizers.build(name, **values, **options)
+    fixed = optimizers.build_family(name, swept=(), **values, **options)
+    assert (family.make_penalty is None) == (name == "adamw") == (penalty == 0)
+    assert (fixed.make_penalty is None) == (name == "adamw")
+    if family.make_penalty is not None and fixed.make_penalty is not None:
+        for found in (family.make_penalty(values), fixed.make_penalty({})):
+            assert found(PARAMS) == optimizers.l2_penalty(penalty)(PARAMS)
+    point = family.make_optimizer(values)
+    built = (point, single, fixed.make_optimizer({}))
+    states = [o.init(PARAMS) for o in built]
     for _ in range(2):
         updates = []
-        for i, optimizer in enumerate((point, single, decay)):
-            grads = ONES
-            if optimizer is single:  # the gradient of its penalty
-                (layer,) = ONES
-                grads = (layer._replace(w=layer.w + penalty * PARAMS[0].w),)
-            found, states[i] = optimizer.update(grads, states[i], PARAMS)
+        for i, optimizer in enumerate(built):
+            found, states[i] = optimizer.update(ONES, states[i], PARAMS)
             updates.append(found)
         for a, b in itertools.pairwise(updates):
             np.testing.assert_allclose(a[0].w, b[0].w, rtol=1e-6)

@@ -105,7 +105,7 @@ def test_a_row_is_the_solo_run_of_its_member(batch_size):
             splits["train"].x,
             splits["train"].y,
             optimizer=optimizer,
-            loss=optimizers.penalized(jaxbce.loss, penalty),
+            penalty=optimizers.l2_penalty(penalty),
             num_steps=60,
             batch_size=batch_size or None,
             validation=splits["validation"][1:],
