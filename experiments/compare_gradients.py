@@ -4,7 +4,7 @@ r"""Is every hand-derived gradient what jax.grad says it is, and what does each 
     python -m experiments.compare_gradients --explain
     python -m experiments.compare_gradients --data mine.csv --target label
 
-Five parts, by default on digits, odd vs even:
+Six parts, by default on digits, odd vs even:
 
 1. each factor of the textbook chain rule and each leaf of the gradient, compared with
    JAX's own derivative;
@@ -12,11 +12,12 @@ Five parts, by default on digits, odd vs even:
    scikit-learn's backward pass;
 3. the relative error in the tail, as the logit grows;
 4. many random networks under vmap;
-5. time and memory.
+5. the gradient that `fit` and `sweep` follow, read off a step of SGD;
+6. time and memory.
 
-Expect parts 1, 2 and 4 to agree to 1e-12 in float64, central differences to 1e-6, the
-hand-derived gradient to be accurate in the tail, and an exit status of 0. `--explain`
-prints the derivation for one tiny network, with its numbers.
+Expect parts 1, 2, 4 and 5 to agree to 1e-12 in float64, central differences to 1e-6,
+the hand-derived gradient to be accurate in the tail, and an exit status of 0.
+`--explain` prints the derivation for one tiny network, with its numbers.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,7 @@ _TOLERANCE = flags.DEFINE_float(
     "float64, 1e-5 in float32, 2^-4 in bfloat16.",
 )
 _BLOCK_SIZE = flags.DEFINE_integer(
-    "block_size", 256, "Examples per block in part 5.", lower_bound=1
+    "block_size", 256, "Examples per block in part 6.", lower_bound=1
 )
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print the derivation for one tiny network, and nothing else."
@@ -73,7 +74,7 @@ def run(
     rounds: int = 31,
     report: Callable[[str, list[Row]], None] = lambda title, rows: None,
 ) -> dict[str, list[Row]]:
-    """Runs the five parts.
+    """Runs the six parts.
 
     Args:
       x: Features `[N, n_0]`, standardised.
@@ -83,13 +84,13 @@ def run(
       trials: Number of random networks in part 4.
       seed: Seed of the parameters.
       tolerance: Largest relative error that passes; None is the default of the dtype.
-      block_size: Examples per block in part 5.
-      rounds: Measurements of each function in part 5.
+      block_size: Examples per block in part 6.
+      rounds: Measurements of each function in part 6.
       report: Called with the title and the rows of each part when it is finished.
 
     Returns:
-      The rows of parts "factors", "references", "tail", "networks" and "cost"; rows of
-      a comparison have its verdict under "passed".
+      The rows of parts "factors", "references", "tail", "networks", "training" and
+      "cost"; rows of a comparison have its verdict under "passed".
     """
     sizes = (x.shape[1], *hidden, y.shape[1])
     if tolerance is None:
@@ -129,8 +130,13 @@ def run(
             comparisons.many_networks(key, sizes, *arguments[1:], trials, tolerance),
         )
     finish(
+        "training",
+        "5. The gradient that training follows, float64, compared with jax.grad",
+        comparisons.training(key, *arguments, TOLERANCES["float64"]),
+    )
+    finish(
         "cost",
-        f"5. Cost of one gradient, float32, {len(x)} examples",
+        f"6. Cost of one gradient, float32, {len(x)} examples",
         comparisons.cost(key, sizes, x, y, block_size=block_size, rounds=rounds),
     )
     return parts

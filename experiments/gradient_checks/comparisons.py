@@ -20,6 +20,7 @@ HEADINGS = {  # of the printed tables, by key
     "max_rel": "max rel",
     "norm_rel": "norm rel",
     "worst_point": "worst at",
+    "followed_by": "followed by",
     "worst_network": "worst network",
     "worst_error": "its error",
     "median_error": "median error",
@@ -242,6 +243,63 @@ def tail(sizes: tuple[float, ...]) -> list[Row]:
         }
         for i, size in enumerate(sizes)
     ]
+
+
+def training(
+    key: jax.Array, params: Params, x: jax.Array, y: jax.Array, tolerance: float
+) -> list[Row]:
+    """The gradients that `fit` and `sweep` follow, in float64.
+
+    A step of SGD at rate 1 subtracts the gradient from the parameters. `fit` holds the
+    examples as columns, and as rows if there is only one; `sweep` trains two points.
+    """
+    sizes = (x.shape[1], *(len(layer.b) for layer in params))
+    hparams = {"learning_rate": np.array([1.0, 0.5])}
+    rows = []
+    with jax.enable_x64(True):
+        params, x, y = _in_float64((params, x, y))
+        first = jaxbce.init(jax.random.split(jax.random.fold_in(key, 0))[0], sizes)
+
+        def fit(x: jax.Array, y: jax.Array) -> Params:
+            sgd = optax.sgd(1.0)
+            run = jaxbce.fit(key, params, x, y, optimizer=sgd, num_steps=1)
+            return run.params
+
+        trained = jaxbce.sweep(
+            key,
+            x,
+            y,
+            hidden=sizes[1:-1],
+            make_optimizer=lambda hp: optax.sgd(hp["learning_rate"]),
+            hparams=hparams,
+            num_steps=1,
+        ).params
+        member = jax.tree.map(lambda leaf: leaf[0, 0], trained)
+        for name, before, after, data in (
+            ("fit", params, fit(x, y), (x, y)),
+            ("fit, one example", params, fit(x[:1], y[:1]), (x[:1], y[:1])),
+            ("sweep", first, member, (x, y)),
+        ):
+            truth = jax.grad(baselines.plain_loss)(before, *data)
+            min_norm = LEAST_SHARES["float64"] * _global_norm(truth)
+            for (path, reference), old, new in zip(
+                jax.tree.leaves_with_path(truth),
+                jax.tree.leaves(before),
+                jax.tree.leaves(after),
+                strict=True,
+            ):
+                followed = np.asarray(old - new)
+                error = _relative_error(followed, np.asarray(reference), min_norm)
+                rows.append(
+                    {
+                        "followed_by": name,
+                        "leaf": jax.tree_util.keystr(path),
+                        "error": error,
+                        "tolerance": tolerance,
+                        "passed": error <= tolerance,
+                    }
+                )
+    return rows
 
 
 _many_by_hand = jax.jit(jax.vmap(jaxbce.value_and_grad, in_axes=(0, None, None)))

@@ -1,6 +1,8 @@
 """`fit`: the run it makes, where it stops, how it goes on, and what it refuses."""
 
 import functools
+import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from jax import P
 from sklearn.neural_network import MLPClassifier
 
 import jaxbce
+from jaxbce import _traced, gradients
 from tests.helpers import TOLERANCE, loss_reference, member, problem, relative_error
 
 KEY = jax.random.key(7)
@@ -572,3 +575,285 @@ def test_an_evaluation_may_be_asked_for_later_than_the_end(every):
     run = fit(first, x, y, num_steps=5, evaluate_every=every)
     assert run.step == 10
     assert run.train_loss.shape == (1,)
+
+
+# -------------------------------------------------- one derivation, and what is added
+
+
+@pytest.mark.parametrize("batch_size", [None, 8, 1], ids=["columns", "batches", "rows"])
+def test_a_penalty_is_added_to_the_hand_derived_gradient(batch_size):
+    def penalty(params):
+        return 0.05 * sum(jnp.sum(jnp.square(layer.w)) for layer in params)
+
+    def penalized(params, x, y, **options):
+        return loss_reference(params, x, y, **options) + penalty(params)
+
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+        options = {"batch_size": batch_size, "evaluate_every": 5, "optimizer": SGD}
+        run = fit(params, x, y, penalty=penalty, **options)
+        truth = fit(params, x, y, loss=penalized, **options)
+        assert relative_error(run.params, truth.params) <= 1e-12
+        # The reported losses are without it.
+        last = jaxbce.loss(run.params, x, y)
+        np.testing.assert_allclose(run.train_loss[-1], last, rtol=1e-12)
+
+
+def test_a_line_search_sees_the_penalty():
+    seen = []
+
+    def update(grads, state, params, *, value, value_fn, **_: Any) -> Any:
+        seen.append(1)
+        gap = value_fn(params) - value
+        return jax.tree.map(lambda g: 0 * g + gap, grads), state
+
+    functions: Any = (lambda _: ()), update
+    optimizer = optax.GradientTransformationExtraArgs(*functions)
+    with jax.enable_x64(True):
+        params, x, y = arguments()
+        run = fit(
+            params, x, y, optimizer=optimizer, penalty=optax.tree.norm, num_steps=1
+        )
+        assert seen
+        assert relative_error(run.params, params) <= 1e-14
+
+
+def triple_all_but_the_last(honest):
+    def pull_back(params, activations, delta, *layout):
+        *first, last = honest(params, activations, delta, *layout)
+        return (*(3 * d for d in first), last)
+
+    return pull_back
+
+
+def triple(honest):
+    return lambda *args: jax.tree.map(lambda g: 3 * g, honest(*args))
+
+
+@pytest.mark.parametrize(
+    ("name", "corrupt", "factors"),
+    [("pull_back", triple_all_but_the_last, (3, 1)), ("contract", triple, (3, 3))],
+    ids=["pull_back", "contract"],
+)
+@pytest.mark.parametrize("rows", [19, 1], ids=["columns", "rows"])
+def test_training_follows_the_one_derivation(monkeypatch, rows, name, corrupt, factors):
+    """Corrupting it corrupts `fit` and `sweep` in the same way as `value_and_grad`."""
+    sgd = optax.sgd(1.0)
+    with jax.enable_x64(True):
+        _, x, y = arguments(rows=19)
+        x, y = x[:rows], y[:rows]
+        params = jaxbce.init(
+            jax.random.split(jax.random.fold_in(KEY, 0))[0], (5, 4, 1), dtype="float64"
+        )
+        truth = jaxbce.grad(params, x, y)
+        with monkeypatch.context() as patched:
+            patched.setattr(gradients, name, corrupt(getattr(gradients, name)))
+            _traced.jitted.cache_clear()
+            jax.clear_caches()
+            after = fit(params, x, y, optimizer=sgd, num_steps=1).params
+            swept = jaxbce.sweep(
+                KEY,
+                x,
+                y,
+                hidden=(4,),
+                make_optimizer=lambda hp: optax.sgd(hp["rate"]),
+                hparams={"rate": [1.0, 2.0]},
+                num_steps=1,
+                dtype="float64",
+            ).params
+            by_hand = jaxbce.grad(params, x, y)
+        _traced.jitted.cache_clear()
+        jax.clear_caches()
+        wrong = tuple(
+            jax.tree.map(lambda g, f=f: f * g, layer)
+            for layer, f in zip(truth, factors, strict=True)
+        )
+        member = jax.tree.map(lambda t: t[0, 0], swept)
+        for found in (after, member):
+            followed = jax.tree.map(lambda a, b: np.asarray(a - b), params, found)
+            assert relative_error(followed, wrong) <= 1e-12
+        assert relative_error(by_hand, wrong) <= 1e-12
+
+
+# ------------------------------------------------------------- many runs, strict modes
+
+
+def memory_maps():
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_many_runs_with_other_numbers_compile_once_in_constant_memory():
+    params, x, y = arguments(dtype="float32")
+
+    def run(rate: Any):
+        schedule = optax.cosine_decay_schedule(rate, 100)
+        optimizer = optax.chain(optax.clip_by_global_norm(9.0), optax.adamw(schedule))
+        return fit(params, x, y, optimizer=optimizer, num_steps=3, batch_size=8)
+
+    first = run(0.5)
+    before = memory_maps()
+    runs = [run(0.5 + 0.01 * i) for i in range(1, 40)]
+    assert memory_maps() <= before + 8  # a program takes many more
+    assert not equal(first.params, runs[-1].params)
+
+    # Likewise where the optimizer closes over tracers.
+    def by_rate(rate: Any):
+        return fit(params, x, y, optimizer=optax.adam(rate), num_steps=3).params
+
+    rates = np.array([0.1, 0.2], np.float32)
+    jax.vmap(by_rate)(rates)
+    before = memory_maps()
+    for i in range(1, 10):
+        jax.vmap(by_rate)(rates * i)
+    assert memory_maps() <= before + 8
+
+
+def test_programs_that_were_not_used_for_long_are_freed():
+    assert _traced.jitted.cache_info().maxsize == 64
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sgd: optax.apply_if_finite(sgd, 5),
+        lambda sgd: optax.MultiSteps(
+            sgd, 1, should_skip_update_fn=optax.skip_not_finite
+        ),
+    ],
+    ids=["apply_if_finite", "MultiSteps"],
+)
+def test_a_wrapper_that_skips_bad_steps_has_its_say(wrap):
+    params, x, y = arguments(rows=40, dtype="float32")
+    order = np.asarray(order_of(0, rows=40)).reshape(5, 8)
+    validation = (x.copy(), y)
+    optimizer = wrap(SGD)
+    good = [b for i, b in enumerate(order) if i != 2]
+    x[order[2][3], 0] = np.nan  # of the third batch of five
+    run = fit(
+        params,
+        x,
+        y,
+        optimizer=optimizer,
+        num_steps=5,
+        batch_size=8,
+        evaluate_every=4,
+        validation=validation,
+    )
+    assert run.diverged_at == 4  # the training loss at the first evaluation
+    truth, state = params, SGD.init(params)
+    for batch in good[:3]:
+        grads = jaxbce.grad(truth, x[batch], y[batch])
+        updates, state = SGD.update(grads, state)
+        truth: Any = optax.apply_updates(truth, updates)
+    assert relative_error(run.params, truth) <= 1e-6
+
+
+def test_a_weight_of_zero_ignores_whatever_the_features_are():
+    params, x, y = arguments(dtype="float32")
+    weight = np.ones(len(x), np.float32)
+    weight[::5] = 0
+    kept = weight > 0
+    truth = fit(params, x, y, sample_weight=weight)
+    validation = (x, y, weight)
+    for bad in (1e20, 3e38, np.inf, np.nan):
+        worse = np.where(kept[:, None], x, np.float32(bad))
+        run = fit(
+            params, worse, y, sample_weight=weight, validation=(worse, *validation[1:])
+        )
+        assert equal(run.params, truth.params)
+        assert run.diverged_at == -1
+        alone = jaxbce.loss(run.params, x[kept], y[kept])
+        np.testing.assert_allclose(run.validation_loss[-1], alone, rtol=1e-5)
+
+
+def test_a_negative_loss_is_a_divergence_under_tracing():
+    params, x, y = arguments(dtype="float32")
+    run = jax.jit(lambda y: fit(params, x, y))(2 * y - 1)  # labels −1 and +1
+    assert run.diverged_at >= 0
+
+
+def test_an_improvement_below_min_delta_does_not_count():
+    params, x, y = arguments(dtype="float32")
+    options: Any = {"num_steps": 60, "evaluate_every": 5}
+    losses = fit(params, x, y, **options).train_loss.tolist()
+    assert all(a > b for a, b in itertools.pairwise(losses))
+    delta = (losses[0] - losses[-1]) / 2.5  # two improvements
+    best, at = np.inf, 0
+    for i, loss in enumerate(losses):
+        if loss < best - delta:
+            best, at = loss, 5 * (i + 1)
+    run = fit(params, x, y, min_delta=delta, **options)
+    assert run.best_step == at
+    assert np.isclose(run.best_loss, best)
+    stopped = fit(params, x, y, min_delta=1.0, patience=10, **options)
+    assert stopped.step == 15  # the first evaluation is the best, at step 5
+
+
+def test_a_callback_hears_each_evaluation_in_order():
+    params, x, y = arguments(dtype="float32")
+    heard = []
+    options = {"num_steps": 10, "evaluate_every": 4, "callback": heard_by(heard)}
+    run = fit(params, x, y, **options)
+    jax.effects_barrier()
+    assert [step for step, _, _ in heard] == [4, 8, 10]
+    np.testing.assert_array_equal([t for _, t, _ in heard], run.train_loss)
+    assert {v for _, _, v in heard} == {None}
+    assert {tuple(map(type, h)) for h in heard} == {(int, float, type(None))}
+
+    heard.clear()
+    run = jax.jit(lambda x: fit(params, x, y, validation=(x, y), **options))(x)
+    jax.effects_barrier()
+    np.testing.assert_array_equal([v for _, _, v in heard], run.validation_loss)
+
+    heard.clear()
+    rates = np.array([0.1, 1e30], np.float32)  # the second diverges at once
+    runs = jax.vmap(lambda r: fit(params, x, y, optimizer=optax.sgd(r), **options))(
+        rates
+    )
+    jax.effects_barrier()
+    finite = [loss for loss in np.ravel(runs.train_loss) if np.isfinite(loss)]
+    assert sorted(t for _, t, _ in heard if np.isfinite(t)) == sorted(finite)
+    assert len(heard) == len(finite) + 1  # nothing after it has diverged
+
+
+def heard_by(heard):
+    return lambda *args: heard.append(args)
+
+
+def test_no_nan_stands_for_a_value_that_is_absent():
+    params, x, y = arguments(dtype="float32")
+    with jax.debug_nans(True):
+        run = fit(
+            params, x, y, num_steps=30, evaluate_every=5, patience=5, batch_size=8
+        )
+        result = jaxbce.sweep(
+            KEY,
+            x,
+            y,
+            hidden=(4,),
+            make_optimizer=lambda hp: optax.sgd(hp["rate"]),
+            hparams={"rate": [0.1, 1e30]},
+            num_steps=20,
+            evaluate_every=5,
+        )
+    for losses in (run.train_loss, result.train_loss):
+        assert not np.isnan(losses).any()
+    assert np.isinf(result.train_loss[1, 0, -1])
+    assert result.validation_loss.shape == (2, 1, 0)
+
+
+def test_a_run_of_no_steps_is_a_valid_carry():
+    params, x, y = arguments(dtype="float32")
+    start = fit(params, x, y, num_steps=0)
+    assert start.train_loss.shape == (0,)
+
+    def section(run, _):
+        result = fit(run, x, y, num_steps=5)
+        losses = {"train_loss": run.train_loss, "validation_loss": run.validation_loss}
+        return result._replace(**losses), result.train_loss
+
+    last, losses = jax.lax.scan(section, start, None, length=4)
+    truth = fit(params, x, y, num_steps=20, evaluate_every=5)
+    assert relative_error(last.params, truth.params) <= 1e-6
+    np.testing.assert_allclose(losses[:, 0], truth.train_loss, rtol=1e-6)

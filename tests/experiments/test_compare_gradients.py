@@ -1,4 +1,4 @@
-"""The five parts at toy size, and the command's output, files and errors."""
+"""The six parts at toy size, and the command's output, files and errors."""
 
 import contextlib
 import json
@@ -63,7 +63,7 @@ def test_a_wrong_derivation_fails(monkeypatch):
     monkeypatch.setattr(comparisons, "cost", lambda *args, **kwargs: [])
     # No other test may have 23 examples: JAX keeps the wrong programs by shape.
     parts = toy(rows=23, hidden=())
-    for part in ("factors", "references", "networks"):
+    for part in ("factors", "references", "networks", "training"):
         assert not all(row["passed"] for row in parts[part])
     assert not all(compare_gradients.verdicts(parts))
 
