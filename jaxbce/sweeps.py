@@ -6,6 +6,7 @@ their first layers are one matrix product, and then over seeds. This module divi
 members into groups that fit in cache and memory, and distributes them over devices.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -237,7 +238,8 @@ def sweep(
         try:
             members = _members(groups, len(devices), values, first_seed)
             members = _to_devices(plan.mesh, P(_AXIS), members)
-            trained = _to_host(_train(*members, shared, plan=plan, impl=key_impl))
+            with _only_mesh(plan.mesh):
+                trained = _to_host(_train(*members, shared, plan=plan, impl=key_impl))
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
@@ -485,6 +487,12 @@ def _member(
         best_params=run.best_params if plan.keep_params else None,
         **{name: getattr(run, name) for name in SweepResult._fields[2:]},
     )
+
+
+def _only_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Replaces the mesh that the caller has set, if any, by that of the sweep."""
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    return jax.set_mesh(mesh) if is_set else contextlib.nullcontext()
 
 
 def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxbce import _layouts, _validate, gradients
 from jaxbce._blocks import examples_per_block
+from jaxbce._layouts import take
 from jaxbce.gradients import Batch
 from jaxbce.network import Params
 
@@ -257,8 +258,8 @@ def _fit(
             def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
                 c = weight.astype(dtype)
                 if relative_weight is not None:
-                    c = c * relative_weight[indices]
-                return step(t, run, Batch(x[indices], y[indices], c, p))
+                    c = c * take(relative_weight, indices)
+                return step(t, run, Batch(take(x, indices), take(y, indices), c, p))
 
             run = _over_batches(batch, key, n, batch_size, begin, end, run)
         train_loss, *validation_loss = [
