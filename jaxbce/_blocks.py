@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbce import _validate
+from jaxbce._layouts import is_sharded
 
 # A batch is split if its activations take more than _SPLIT_ABOVE bytes. A block should
 # then hold _BLOCK_BYTES, within the limits on its number of examples. On CPU, smaller
@@ -66,7 +67,8 @@ def sum_over_blocks(
     All blocks have the same length, at most `block_size`, so that one loop body serves
     any batch size. If they do not divide the batch evenly, the last block starts early
     and the examples that it repeats get weight 0. Fewer examples are repeated than
-    there are blocks.
+    there are blocks. Examples that are sharded over a mesh are one block, of which each
+    device processes its share.
 
     Args:
       fun: Maps `(weight [B], *examples [B, ...])` to `(totals, per_example)`. `totals`
@@ -80,7 +82,7 @@ def sum_over_blocks(
       The totals, and the per-example results as `[N, ...]`.
     """
     n = weight.shape[0]
-    if not isinstance(n, int) or n <= block_size:
+    if not isinstance(n, int) or n <= block_size or is_sharded(weight, *examples):
         return fun(weight, *examples)
     count = -(-n // block_size)
     size = -(-n // count)

@@ -10,10 +10,13 @@ matrix product, `[G n_1, n_0] [n_0, N]`, and so are their gradients. The later l
 are batched products over the networks. A single network is no slower in this layout.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import P
+from jax.sharding import NamedSharding, reshard
 
 from jaxbce import _validate
 
@@ -24,7 +27,52 @@ _WIDTH_MULTIPLE = 8  # `Columns` pads features to a multiple, for vector units
 def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
     """`left @ right`, accumulated and returned in the accumulation dtype."""
     dtype = _validate.accumulation_dtype(left.dtype)
-    return jnp.matmul(left, right, preferred_element_type=dtype)
+    sharding = _sharding_of_product(left, right)
+    return jnp.matmul(left, right, preferred_element_type=dtype, out_sharding=sharding)
+
+
+def _sharding_of_product(left: jax.Array, right: jax.Array) -> NamedSharding | None:
+    """The sharding of `left @ right` if it sums over an explicit axis of a mesh.
+
+    JAX leaves the choice open. The sum over sharded examples is wanted on all devices.
+    """
+    if left.ndim != 2 or right.ndim != 2:
+        return None
+    (rows, left_inner), (right_inner, columns) = (
+        jax.typeof(t).sharding.spec for t in (left, right)
+    )
+    if left_inner is None or right_inner is None:
+        return None
+    return NamedSharding(jax.typeof(left).sharding.mesh, P(rows, columns))
+
+
+def is_sharded(*arrays: jax.Array) -> bool:
+    """Whether examples, along the first axis, are or may be on several devices.
+
+    The type of an array does not contain its sharding over automatic axes.
+    """
+    return any(
+        s.spec[0] is not None
+        or math.prod(s.mesh.shape[axis] for axis in s.mesh.auto_axes) > 1
+        for s in (jax.typeof(t).sharding for t in arrays)
+    )
+
+
+def take(t: jax.Array, indices: jax.Array) -> jax.Array:
+    """`t[indices]`, sharded like the examples t if the devices divide the indices."""
+    mesh, (axes, *rest) = jax.typeof(t).sharding.mesh, jax.typeof(t).sharding.spec
+    if axes is None:
+        return t[indices]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    devices = math.prod(mesh.shape[name] for name in names)
+    axes = axes if indices.shape[0] % devices == 0 else None
+    return t.at[indices].get(out_sharding=NamedSharding(mesh, P(axes, *rest)))
+
+
+def replicate(t: jax.Array) -> jax.Array:
+    """Gathers examples that are sharded over explicit axes of a mesh, if they are."""
+    mesh, (axes, *rest) = jax.typeof(t).sharding.mesh, jax.typeof(t).sharding.spec
+    return t if axes is None else reshard(t, NamedSharding(mesh, P(None, *rest)))
 
 
 def drop_nonfinite(
@@ -81,7 +129,7 @@ class Rows(NamedTuple):
         d = delta.astype(h.dtype)
         n, n_out, n_in = h.shape[0], d.shape[1], h.shape[1]
         chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)
-        narrows = 1 < n_out < n_in
+        narrows = 1 < n_out < n_in and not is_sharded(h)
         if narrows and chunks > 1 and n * n_out * n_in >= _LARGE_PRODUCT:
             d, h = d.reshape(chunks, -1, n_out), h.reshape(chunks, -1, n_in)
             return jnp.sum(matmul(d.swapaxes(1, 2), h), axis=0).T, b
@@ -113,7 +161,11 @@ class Columns(NamedTuple):
         """
         n, n_in = x.shape
         extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
-        return jnp.concatenate([x, jnp.eye(1, extra, dtype=x.dtype).repeat(n, 0)], 1)
+        ones = jnp.eye(1, extra, dtype=x.dtype).repeat(n, 0)
+        mesh, axes = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec[0]
+        if axes is not None:
+            ones = reshard(ones, NamedSharding(mesh, P(axes)))
+        return jnp.concatenate([x, ones], 1)
 
     def arrange(self, t: jax.Array) -> jax.Array:
         """Converts an array with examples as rows to this layout."""

@@ -39,7 +39,7 @@ from jax.typing import ArrayLike
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
-from jaxbce._layouts import drop_nonfinite, matmul
+from jaxbce._layouts import drop_nonfinite, matmul, replicate
 from jaxbce.gradients import Batch, check_batch
 from jaxbce.network import Activations, Params, forward, sigmoid
 
@@ -86,7 +86,7 @@ def ntk(
     """
     x = _validate.features(x, params)
     x2 = x if x2 is None else _validate.features(x2, params, "x2")
-    activations2, e2 = _logit_gradients(params, x2)
+    activations2, e2 = _logit_gradients(params, replicate(x2))
     outputs = params[-1].w.shape[1]
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
@@ -97,9 +97,8 @@ def ntk(
             pairs = jnp.eye(outputs, dtype=inputs.dtype)[None, :, None, :]  # E_L = 1
             if k + 1 < len(params):
                 left, right = (t.reshape(-1, t.shape[-1]) for t in (e[k], e2[k]))
-                pairs = (left @ right.T).reshape(
-                    x.shape[0], outputs, x2.shape[0], outputs
-                )
+                pairs = matmul(left, right.T).reshape(x.shape[0], outputs, -1)
+                pairs = pairs.reshape(*pairs.shape[:2], x2.shape[0], outputs)
             total += inputs[:, None, :, None] * pairs
         return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
@@ -427,7 +426,7 @@ def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
         e = jnp.exp(-jnp.abs(forward(params, x).a[-1]) / 2)
         # √σ(a)σ(−a) = e / (1 + e²) has a finite derivative, also where it underflows.
         root = jnp.sqrt(_label_weights(*batch[1:])) * e / (1 + e**2)  # √S, [N, n_L]
-        theta = ntk(params, x, block_size=block_size)
+        theta, root = replicate(ntk(params, x, block_size=block_size)), replicate(root)
         theta = theta.reshape(n, n, outputs, outputs).transpose(0, 2, 1, 3)
         root = root.ravel()
         theta = theta.reshape(n * outputs, n * outputs)
@@ -585,7 +584,9 @@ def kfac_factors(
             rows = e_k.reshape(-1, e_k.shape[-1])  # [N n_L, n_k]
             weighted = (s[:, :, None] * e_k).reshape(rows.shape)
             factors.append(
-                KroneckerFactors(a=(c[:, None] * h).T @ h, g=weighted.T @ rows)
+                KroneckerFactors(
+                    a=matmul((c[:, None] * h).T, h), g=matmul(weighted.T, rows)
+                )
             )
         return tuple(factors), ()
 

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
-from jaxbce._layouts import drop_nonfinite, matmul
+from jaxbce._layouts import drop_nonfinite, matmul, replicate
 from jaxbce.gradients import check_batch
 from jaxbce.losses import bce_with_logits
 from jaxbce.network import Layer, Params, forward
@@ -246,12 +246,13 @@ def inner_products(
     x2 = _validate.features(x2, params, "x2")
     shape = (x2.shape[0], batch.y.shape[1])
     y2 = _validate.labels(y2, shape, batch.y.dtype, name="y2")
+    x2, y2 = replicate(x2), replicate(y2)
     right = _examples(params, x2, y2, jnp.ones(shape[:1], y2.dtype), p)
 
     def block(s: jax.Array, x: jax.Array, y: jax.Array) -> tuple[tuple, jax.Array]:
         left = _examples(params, x, y, s, p)
         total = sum(
-            (1 + matmul(h, h2.T)) * (d @ d2.T)
+            (1 + matmul(h, h2.T)) * matmul(d, d2.T)
             for h, h2, d, d2 in zip(
                 left.h, right.h, left.scaled_deltas, right.scaled_deltas, strict=True
             )

@@ -6,6 +6,7 @@ their first layers are one matrix product, and then over seeds. This module divi
 members into groups that fit in cache and memory, and distributes them over devices.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -223,19 +224,25 @@ def sweep(
     options = training.check_options(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
     )
-    hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
-    typed = data
-    if "pos_weight" in hp:
-        typed = data._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
-    user = training.UserCode(
-        _init, _step, (make_optimizer, make_penalty), options.batch_size
-    )
-    programs, constants = training.trace(user, hp, params, typed)
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
+    members_mesh = jax.sharding.Mesh(devices, (_AXIS,))
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    key_data = jax.random.key_data(key) if is_typed else key
+    key_impl = str(jax.random.key_impl(key)) if is_typed else None
+    shared = _to_devices(members_mesh, P(), (key_data, data, evaluated))
+    hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
+    typed = shared[1]
+    if "pos_weight" in hp:
+        typed = typed._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
+    user = training.UserCode(
+        _init, _step, (make_optimizer, make_penalty), options.batch_size
+    )
+    with _only_mesh(members_mesh):
+        programs, constants = training.trace(user, hp, params, typed)
     plan = _Plan(
-        mesh=jax.sharding.Mesh(devices, (_AXIS,)),
+        mesh=members_mesh,
         sizes=sizes,
         dtype=dtype,
         programs=programs,
@@ -247,10 +254,6 @@ def sweep(
             sizes, dtype, x.shape[0], batch_size, devices
         )
     group_size = _validate.count("group_size", group_size)
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key_data = jax.random.key_data(key) if is_typed else key
-    key_impl = str(jax.random.key_impl(key)) if is_typed else None
-    shared = _to_devices(plan.mesh, P(), (key_data, data, evaluated))
     queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
     result: Any = None
     while queue:
@@ -258,9 +261,10 @@ def sweep(
         try:
             members = _members(groups, len(devices), values, first_seed)
             members = _to_devices(plan.mesh, P(_AXIS), members)
-            trained = _to_host(
-                _train(*members, shared, constants, plan=plan, impl=key_impl)
-            )
+            with _only_mesh(plan.mesh):
+                trained = _to_host(
+                    _train(*members, shared, constants, plan=plan, impl=key_impl)
+                )
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
@@ -590,6 +594,12 @@ def _step(
             f"sweep ({', '.join(_OWN_NAMES)}), got {', '.join(sorted(point.unread))}"
         )
     return result
+
+
+def _only_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Replaces the mesh that the caller has set, if any, by that of the sweep."""
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    return jax.set_mesh(mesh) if is_set else contextlib.nullcontext()
 
 
 def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:

@@ -479,8 +479,9 @@ def run(
             def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
                 c = weight.astype(dtype)
                 if relative_weight is not None:
-                    c = c * relative_weight[indices]
-                return take(t, Batch(padded[indices], y[indices], c, p), run)
+                    c = c * _layouts.take(relative_weight, indices)
+                rows = _layouts.take(padded, indices), _layouts.take(y, indices)
+                return take(t, Batch(*rows, c, p), run)
 
             run = _over_batches(batch, key, n, batch_size, begin, end, run)
         train_loss, *validation_loss = [

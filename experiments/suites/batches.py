@@ -37,6 +37,7 @@ SIZES = {
         ),
         "64 gradients": (TINY, (569, (30, 32, 1)), (1024, (64, 64, 32, 1))),
         "sharded gradient": (WIDE, TALL),
+        "data-parallel gradient": (WIDE, TALL),
     },
     "per_example": {
         "norms": (SMALL, MIDDLE, LARGE),
@@ -55,6 +56,7 @@ ACCELERATOR_SIZES = {
         "gradient": (LARGE, *_HUGE),
         "64 gradients": (TINY, (8192, (64, 64, 32, 1))),
         "sharded gradient": _HUGE[:1],
+        "data-parallel gradient": _HUGE[:1],
     },
     "per_example": {
         "norms": (LARGE, (8192, (128, 512, 1))),

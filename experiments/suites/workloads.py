@@ -233,6 +233,12 @@ def _gradient_quantities() -> dict[str, Quantity]:
             products=_gradient_products,
             to_devices=_to_batch_mesh,
         ),
+        "data-parallel gradient": Quantity(
+            function=_gradient,
+            baselines={"jax.grad, partitioned": plain},
+            products=_gradient_products,
+            to_devices=_to_batch_mesh,
+        ),
     }
 
 

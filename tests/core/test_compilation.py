@@ -203,6 +203,84 @@ def test_quantities_map_over_networks_and_devices(name):
                 assert_close(member(found, i, j), alone)
 
 
+def fit(params, x, y, **options):
+    options |= {"optimizer": optax.sgd(0.1, momentum=0.9), "evaluate_every": 3}
+    result = jaxbce.fit(
+        jax.random.key(0), params, x, y, validation=(x, y), num_steps=8, **options
+    )
+    return result.params, result.train_loss, result.validation_loss
+
+
+WEIGHTED: Any = {"pos_weight": 2.0}
+ON_A_MESH = QUANTITIES | {
+    "loss": jaxbce.loss,
+    "value_and_grad": functools.partial(jaxbce.value_and_grad, **WEIGHTED),
+    "grad in blocks": lambda params, x, y: jaxbce.grad(
+        params, x, y, block_size=5, sample_weight=1 + y[:, 0], reduction="sum"
+    ),
+    "grad of loss": lambda params, x, y: jax.grad(
+        lambda *args: jaxbce.loss(*args[:3], sample_weight=args[3], pos_weight=args[4]),
+        argnums=(0, 1, 2, 3, 4),
+    )(params, x, y, 1 + y[:, 0], 2.0),
+    "deltas": lambda params, x, y: jaxbce.deltas(params, jaxbce.forward(params, x), y),
+    "chain_rule": jaxbce.chain_rule,
+    "bce": lambda params, x, y: jaxbce.bce(jaxbce.predict_proba(params, x), y),
+    "bce_with_logits": lambda params, x, y: jaxbce.bce_with_logits(
+        jaxbce.logits(params, x), y, pos_weight=np.array([1.0, 2.0])
+    ),
+    "grad of ntk": lambda params, x, y: jax.grad(
+        lambda params, x: jnp.sum(curvature.ntk(params, x) ** 2), argnums=(0, 1)
+    )(params, x),
+    "fit": lambda params, x, y: fit(params, x, y, sample_weight=1 + y[:, 0]),
+    "fit, batches of 8": lambda params, x, y: fit(
+        params, x, y, sample_weight=1 + y[:, 0], batch_size=8
+    ),
+    "fit, batches of 5": functools.partial(fit, batch_size=5),
+}
+
+
+@functools.cache
+def on_one_device(name, rows):
+    found = jax.jit(ON_A_MESH[name])(*small_problem("float64", rows))
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+@pytest.mark.parametrize(
+    ("name", "rows"), [*((name, 28) for name in ON_A_MESH), ("ggn_eigenvalues", 8)]
+)
+def test_examples_on_a_mesh_give_what_one_device_gives(name, rows, axis_type):
+    axis_types = (jax.sharding.AxisType[axis_type],) * 2
+    mesh = jax.make_mesh((2, 1), ("examples", "model"), axis_types=axis_types)
+    with jax.enable_x64(True):
+        truth = on_one_device(name, rows)
+        params, x, y = small_problem("float64", rows)
+        with jax.set_mesh(mesh):
+            sharding = jax.NamedSharding(mesh, P("examples"))
+            params = jax.device_put(params, jax.NamedSharding(mesh, P()))
+            x, y = jax.device_put((x, y), sharding)
+            found = jax.jit(ON_A_MESH[name])(params, x, y)
+        assert relative_error(found, truth) <= 1e-12
+
+
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+def test_each_device_computes_with_its_share_of_the_examples(axis_type):
+    params, x, y = problem((5, 6, 1), rows=40).arguments(np.float32)
+    axis_types = (jax.sharding.AxisType[axis_type],)
+    mesh = jax.make_mesh((2,), ("examples",), axis_types=axis_types)
+    with jax.set_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, P("examples"))
+        x, y = jax.device_put((x, y), sharding)
+        for options in ({}, {"block_size": 10}):
+            step = jax.jit(functools.partial(jaxbce.value_and_grad, **options))
+            text = str(step.lower(params, x, y).compile().as_text())
+            assert "f32[20,6]" in text
+            assert "f32[40,6]" not in text
+            assert "all-gather" not in text
+        assert per_example.norms(params, x, y).sharding.is_equivalent_to(sharding, 1)
+
+
 def assert_close(mine, theirs):
     """Within 1e-4 of the largest entry of each leaf; infinite entries are equal."""
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):

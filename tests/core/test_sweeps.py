@@ -166,6 +166,22 @@ def test_two_devices_give_what_one_gives():
         assert relative_error(found.params, truth.params) <= 1e-10
 
 
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+def test_a_mesh_that_the_caller_has_set_changes_nothing(axis_type):
+    x, y = data(rows=38, dtype="float32")
+    options = SMALL | {"hparams": rates(5), "num_seeds": 2}
+    truth = jaxbce.sweep(KEY, x, y, **options)
+    axis_types = (jax.sharding.AxisType[axis_type],)
+    mesh = jax.make_mesh((2,), ("examples",), axis_types=axis_types)
+    with jax.set_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, jax.P("examples"))
+        x, y = jax.device_put((x, y), sharding)
+        for chosen in (None, mesh):
+            found = jaxbce.sweep(KEY, x, y, **options, mesh=chosen)
+            np.testing.assert_array_equal(found.train_loss, truth.train_loss)
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+
+
 def test_parts_of_a_sweep_are_the_sweep():
     x, y = data(dtype="float32")
     options = SMALL | {"group_size": 2}

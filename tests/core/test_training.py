@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +415,63 @@ def test_members_sharded_over_devices_are_those_of_one(batch_size):
     truth = jax.jit(jax.vmap(train))(rates)
     assert relative_error(sharded.params, truth.params) <= TOLERANCE["float32"]
     np.testing.assert_array_equal(sharded.step, truth.step)
+
+
+DATA_PARALLEL = """
+import sys
+process, port, folder = sys.argv[1:]
+import jax, numpy as np, optax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_x64", True)
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+import jaxbce
+given = np.load(f"{folder}/data.npz")
+jax.set_mesh(jax.make_mesh((2,), ("examples",)))
+
+def place(t, *spec):
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(*spec))
+    return jax.make_array_from_callback(t.shape, sharding, lambda i: t[i])
+
+params = tuple(
+    jaxbce.Layer(place(given[f"w{k}"]), place(given[f"b{k}"])) for k in range(2))
+x, y, s = (place(given[name], "examples") for name in "xys")
+for name, batch_size in ("full", None), ("batches", 8):
+    run = jaxbce.fit(
+        jax.random.key(7), params, x, y, sample_weight=s, optimizer=optax.sgd(0.1),
+        num_steps=20, evaluate_every=5, batch_size=batch_size)
+    found = (*jax.tree.leaves(run.params), run.train_loss)
+    np.savez(f"{folder}/{name}{process}.npz", *map(np.asarray, found))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_examples_train_like_one(tmp_path):
+    params, x, y, s = problem((5, 4, 1), rows=36)
+    named = {f"{n}{k}": t for k, p in enumerate(params) for n, t in p._asdict().items()}
+    np.savez(tmp_path / "data.npz", x=x, y=y, s=s, **named)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", DATA_PARALLEL]
+    processes = [
+        subprocess.Popen([*command, str(i), port, str(tmp_path)]) for i in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    with jax.enable_x64(True):
+        for name, batch_size in (("full", None), ("batches", 8)):
+            options = {"evaluate_every": 5, "batch_size": batch_size}
+            truth = fit(params, x, y, sample_weight=s, optimizer=SGD, **options)
+            leaves = [*jax.tree.leaves(truth.params), truth.train_loss]
+            for process in range(2):
+                found = np.load(tmp_path / f"{name}{process}.npz")
+                mine = [found[f"arr_{i}"] for i in range(len(leaves))]
+                assert relative_error(mine, leaves) <= 1e-12
 
 
 @pytest.mark.parametrize("num_steps", [1, 1000])
