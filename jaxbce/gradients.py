@@ -37,7 +37,7 @@ from jax.typing import ArrayLike
 from jaxbce import _validate
 from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
-from jaxbce._layouts import ROWS, Layout, drop_nonfinite
+from jaxbce._layouts import ROWS, Layout, drop_nonfinite, shard
 from jaxbce.losses import elementwise, output_delta, softplus, weighted
 from jaxbce.network import Activations, Layer, Params, propagate
 
@@ -157,8 +157,10 @@ def check_batch(
     _validate.reduction(reduction)
     if sample_weight is None:
         c = jnp.full(n, 1 / n if reduction == "mean" else 1, dtype)
+        c = shard(c, like=x)
     else:
         s = _validate.sample_weight(sample_weight, n, dtype)
+        s = shard(s, like=x)
         x = drop_nonfinite(s == 0, x)
         c = s / jnp.sum(s) if reduction == "mean" else s
     return Batch(x, y, c, p)
@@ -195,8 +197,9 @@ def value_and_grad(
       reduction: "mean" or "sum" over examples; outputs are always summed.
       block_size: The largest number of examples per block. Temporary memory grows with
         it and not with N; the result differs only by rounding. None processes all
-        examples at once; "auto" chooses from the shapes. Examples on a mesh of several
-        devices are one block, of which each device processes its share.
+        examples at once; "auto" chooses from the shapes. Examples that are sharded
+        over explicit axes of a mesh are divided into blocks on each device; on a mesh
+        with automatic axes, each device processes its examples at once.
 
     Returns:
       The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16), and

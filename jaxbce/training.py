@@ -310,7 +310,8 @@ def trace(
     def example(constants: Any, hparams: Any, params: Params, training: Dataset) -> Any:
         x, y, c, p = training.batch()
         size = user.batch_size or x.shape[0]
-        batch = Batch(x[:size], y[:size], c[:size], p)
+        x, y, c = (_layouts.take(t, jnp.arange(size)) for t in (x, y, c))
+        batch = Batch(x, y, c, p)
         state = init.program(constants, hparams, params)
         total = (jnp.sum(c), params) if user.by_hand else None
         return _varying((params, state, total, batch))
