@@ -63,10 +63,11 @@ def take(t: jax.Array, indices: jax.Array) -> jax.Array:
     mesh, (axes, *rest) = jax.typeof(t).sharding.mesh, jax.typeof(t).sharding.spec
     if axes is None:
         return t[indices]
+    whole = t.at[indices].get(out_sharding=NamedSharding(mesh, P(None, *rest)))
     names = axes if isinstance(axes, tuple) else (axes,)
-    devices = math.prod(mesh.shape[name] for name in names)
-    axes = axes if indices.shape[0] % devices == 0 else None
-    return t.at[indices].get(out_sharding=NamedSharding(mesh, P(axes, *rest)))
+    if indices.shape[0] % math.prod(mesh.shape[name] for name in names):
+        return whole
+    return reshard(whole, NamedSharding(mesh, P(axes, *rest)))
 
 
 def replicate(t: jax.Array) -> jax.Array:
