@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbce import _validate
-from jaxbce._layouts import is_sharded
+from jaxbce._layouts import is_sharded, num_shards, stack_shards
 
 # A batch is split if its activations take more than _SPLIT_ABOVE bytes. A block should
 # then hold _BLOCK_BYTES, within the limits on its number of examples. On CPU, smaller
@@ -65,8 +65,11 @@ def sum_over_blocks(
     All blocks have the same length, at most `block_size`, so that one loop body serves
     any batch size. If they do not divide the batch evenly, the last block starts early
     and the examples that it repeats get weight 0. Fewer examples are repeated than
-    there are blocks. Examples that are sharded over a mesh are one block, of which each
-    device processes its share.
+    there are blocks.
+
+    Examples that are sharded over explicit axes of a mesh are divided into blocks on
+    each device. On a mesh with automatic axes they are one block, since their sharding
+    is not known and slices of sharded examples would be gathered.
 
     Args:
       fun: Maps `(weight [B], *examples [B, ...])` to `(totals, per_example)`. `totals`
@@ -80,8 +83,17 @@ def sum_over_blocks(
       The totals, and the per-example results as `[N, ...]`.
     """
     n = weight.shape[0]
-    if not isinstance(n, int) or n <= block_size or is_sharded(weight, *examples):
+    shards = num_shards(examples[0])
+    one_block = shards == 1 and is_sharded(weight, *examples)
+    if not isinstance(n, int) or n <= shards * block_size or one_block:
         return fun(weight, *examples)
+    if shards > 1:  # slices of the shards, so that none is gathered
+        stacked = [stack_shards(t, like=examples[0]) for t in (weight, *examples)]
+        totals, per_example = jax.vmap(
+            lambda w, *e: sum_over_blocks(fun, w, e, block_size)
+        )(*stacked)
+        totals = jax.tree.map(lambda t: jnp.sum(t, axis=0), totals)
+        return totals, jax.tree.map(lambda t: t.reshape(n, *t.shape[2:]), per_example)
     count = -(-n // block_size)
     size = -(-n // count)
 

@@ -51,11 +51,29 @@ def is_sharded(*arrays: jax.Array) -> bool:
 
     The type of an array does not contain its sharding over automatic axes.
     """
-    return any(
-        s.spec[0] is not None
-        or math.prod(s.mesh.shape[axis] for axis in s.mesh.auto_axes) > 1
-        for s in (jax.typeof(t).sharding for t in arrays)
+    meshes = [jax.typeof(t).sharding.mesh for t in arrays]
+    return any(num_shards(t) > 1 for t in arrays) or any(
+        mesh.shape[axis] > 1 for mesh in meshes for axis in mesh.auto_axes
     )
+
+
+def num_shards(t: jax.Array) -> int:
+    """The number of shards of examples over explicit axes of a mesh."""
+    mesh, axes = jax.typeof(t).sharding.mesh, jax.typeof(t).sharding.spec[0]
+    axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def shard(t: jax.Array, *, like: jax.Array) -> jax.Array:
+    """`t`, with its examples sharded over the explicit axes of those of `like`."""
+    mesh, axes = jax.typeof(like).sharding.mesh, jax.typeof(like).sharding.spec[0]
+    return t if axes is None else reshard(t, NamedSharding(mesh, P(axes)))
+
+
+def stack_shards(t: jax.Array, *, like: jax.Array) -> jax.Array:
+    """Examples `[N, ...]` as `[shards, N / shards, ...]`, sharded like `like`."""
+    shards = num_shards(like)
+    return shard(t, like=like).reshape(shards, t.shape[0] // shards, *t.shape[1:])
 
 
 def take(t: jax.Array, indices: jax.Array) -> jax.Array:
@@ -63,11 +81,8 @@ def take(t: jax.Array, indices: jax.Array) -> jax.Array:
     mesh, (axes, *rest) = jax.typeof(t).sharding.mesh, jax.typeof(t).sharding.spec
     if axes is None:
         return t[indices]
-    whole = t.at[indices].get(out_sharding=NamedSharding(mesh, P(None, *rest)))
-    names = axes if isinstance(axes, tuple) else (axes,)
-    if indices.shape[0] % math.prod(mesh.shape[name] for name in names):
-        return whole
-    return reshard(whole, NamedSharding(mesh, P(axes, *rest)))
+    batch = t.at[indices].get(out_sharding=NamedSharding(mesh, P(None, *rest)))
+    return batch if indices.shape[0] % num_shards(t) else shard(batch, like=t)
 
 
 def replicate(t: jax.Array) -> jax.Array:
@@ -151,10 +166,7 @@ class Columns(NamedTuple):
         n, n_in = x.shape
         extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
         ones = jnp.eye(1, extra, dtype=x.dtype).repeat(n, 0)
-        mesh, axes = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec[0]
-        if axes is not None:
-            ones = reshard(ones, NamedSharding(mesh, P(axes)))
-        return jnp.concatenate([x, ones], 1)
+        return jnp.concatenate([x, shard(ones, like=x)], 1)
 
     def arrange(self, t: jax.Array) -> jax.Array:
         """Converts an array with examples as rows to this layout."""

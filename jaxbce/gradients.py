@@ -192,8 +192,9 @@ def value_and_grad(
       reduction: "mean" or "sum" over examples; outputs are always summed.
       block_size: The largest number of examples per block. Temporary memory grows with
         it and not with N; the result differs only by rounding. None processes all
-        examples at once; "auto" chooses from the shapes. Examples on a mesh of several
-        devices are one block, of which each device processes its share.
+        examples at once; "auto" chooses from the shapes. Examples that are sharded
+        over explicit axes of a mesh are divided into blocks on each device; on a mesh
+        with automatic axes, each device processes its examples at once.
 
     Returns:
       The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16), and

@@ -272,10 +272,11 @@ def test_each_device_computes_with_its_share_of_the_examples(axis_type):
     with jax.set_mesh(mesh):
         sharding = jax.NamedSharding(mesh, P("examples"))
         x, y = jax.device_put((x, y), sharding)
-        for options in ({}, {"block_size": 10}):
+        for block_size, size in (("auto", 20), (7, 20 if axis_type == "Auto" else 7)):
+            options = {"block_size": block_size}
             step = jax.jit(functools.partial(jaxbce.value_and_grad, **options))
             text = str(step.lower(params, x, y).compile().as_text())
-            assert "f32[20,6]" in text
+            assert f"f32[{size},6]" in text
             assert "f32[40,6]" not in text
             assert "all-gather" not in text
         assert per_example.norms(params, x, y).sharding.is_equivalent_to(sharding, 1)
