@@ -1,16 +1,19 @@
 """Checks of the arguments of public functions.
 
-Checks read only static facts of JAX arrays (structure, shape, dtype), so they work on
-tracers and cost nothing after compilation. Each message names the argument, what was
-expected and what was passed. Nothing is broadcast silently.
+Most checks read only static facts of JAX arrays (structure, shape, dtype), so they work
+on tracers and cost nothing after compilation. `bounds` and the functions that use it
+also read the values of arrays that are not traced. Each message names the argument,
+what was expected and what was passed. Nothing is broadcast silently.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -20,10 +23,35 @@ def accumulation_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32 if dtype == jnp.bfloat16 else dtype)
 
 
+# How arrays of other libraries become NumPy arrays, by a method that they have: pandas
+# and polars, SciPy's and JAX's sparse matrices, masked arrays, torch, tensorflow.
+_CONVERSIONS = {
+    "to_numpy": ".to_numpy()",
+    "toarray": ".toarray()",
+    "todense": ".todense()",
+    "filled": ".filled()",
+    "detach": ".detach().cpu().numpy()",
+    "numpy": ".numpy()",
+}
+
+
+def _type_name(value: Any) -> str:
+    library = type(value).__module__.partition(".")[0]
+    prefix = "" if library in ("builtins", "jaxbce") else f"{library}."
+    return prefix + type(value).__name__
+
+
 def _array(name: str, value: Any, expected: str) -> None:
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        got = type(value).__name__
-        raise TypeError(f"expected {name} to be {expected}, got {got}")
+    # Shapes without values stand for the parameters of a sweep.
+    arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    if isinstance(value, arrays) and not isinstance(value, np.ma.MaskedArray):
+        return
+    got = _type_name(value)
+    for method, conversion in _CONVERSIONS.items():
+        if hasattr(value, method):
+            got += f": use {name}{conversion}"
+            break
+    raise TypeError(f"expected {name} to be {expected}, got {got}")
 
 
 def _kind(name: str, value: Any, *, floating: bool) -> None:
@@ -55,13 +83,7 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 def sizes(value: Any) -> tuple[int, ...]:
     """Checks layer sizes (n_0, ..., n_L); returns them as a tuple of ints."""
-    try:
-        result = tuple(operator.index(n) for n in value)
-    except TypeError:
-        raise TypeError(
-            "expected sizes to be a sequence of integers (n_0, ..., n_L), got "
-            f"{value!r}"
-        ) from None
+    result = _integers("sizes", value, "(n_0, ..., n_L)")
     if len(result) < 2 or min(result) < 1:
         raise ValueError(
             "expected sizes to be at least two integers >= 1 (n_0, ..., n_L), got "
@@ -70,14 +92,32 @@ def sizes(value: Any) -> tuple[int, ...]:
     return result
 
 
+def hidden(value: Any) -> tuple[int, ...]:
+    """Checks the widths of hidden layers; returns them as a tuple of ints."""
+    result = _integers("hidden", value, "(n_1, ..., n_{L-1}), such as (16,)")
+    if min(result, default=1) < 1:
+        raise ValueError(f"expected hidden to be integers >= 1, got {value!r}")
+    return result
+
+
+def _integers(name: str, value: Any, form: str) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(n) for n in value)
+    except TypeError:
+        raise TypeError(
+            f"expected {name} to be a sequence of integers {form}, got {value!r}"
+        ) from None
+
+
 def params(value: Any) -> Any:
     """Checks a tuple of Layer(w, b); returns the dtype that all its leaves share."""
-    if not isinstance(value, tuple) or not all(
-        getattr(layer, "_fields", None) == ("w", "b") for layer in value
-    ):
-        got = type(value).__name__
-        if isinstance(value, (tuple, list)) and value:
-            got += f" of {', '.join(sorted({type(v).__name__ for v in value}))}"
+    from jaxbce.network import Layer  # here, because network imports this module
+
+    # Another named tuple would be another pytree than the gradients.
+    if type(value) is not tuple or any(type(layer) is not Layer for layer in value):
+        got = _type_name(value)
+        if type(value) in (tuple, list) and value:
+            got += f" of {', '.join(sorted({_type_name(v) for v in value}))}"
         raise TypeError(f"expected params to be a tuple of Layer(w, b), got {got}")
     if not value:
         raise ValueError("expected params to have at least one Layer(w, b), got ()")
@@ -96,23 +136,35 @@ def params(value: Any) -> Any:
             raise ValueError(
                 f"expected {w} of shape [n_in, n_out], both >= 1, got {layer.w.shape}"
             )
-        if width is not None and layer.w.shape[0] != width:
+        n_in, n_out = layer.w.shape
+        hint = ""
+        if layer.b.shape == (n_in,) and width in (None, n_out):  # as torch stores it
+            hint = f": {w} looks transposed"
+        if width is not None and n_in != width:
             raise ValueError(
                 f"expected {w} of shape [{width}, n_out] (params[{k - 1}].w has shape "
-                f"{value[k - 1].w.shape}), got {layer.w.shape}"
+                f"{value[k - 1].w.shape}), got {layer.w.shape}{hint}"
             )
-        width = layer.w.shape[1]
-        if layer.b.shape != (width,):
+        if layer.b.shape != (n_out,):
             raise ValueError(
-                f"expected {b} of shape ({width},) ({w} has shape {layer.w.shape}), "
-                f"got {layer.b.shape}"
+                f"expected {b} of shape ({n_out},) ({w} has shape {layer.w.shape}), "
+                f"got {layer.b.shape}{hint}"
             )
+        width = n_out
     dtypes = sorted({leaf.dtype.name for layer in value for leaf in layer})
     if len(dtypes) > 1:
         raise TypeError(
             f"expected all of params to have one dtype, got {' and '.join(dtypes)}"
         )
     return value[0].w.dtype
+
+
+def matrix(name: str, value: Any, shape: str) -> None:
+    """Checks that `value` is an array with two axes, neither of them empty."""
+    _array(name, value, f"an array {shape}")
+    if value.ndim != 2 or 0 in value.shape:
+        hint = f": use {name}[:, None]" if value.ndim == 1 else ""
+        raise ValueError(f"expected {name} of shape {shape}, got {value.shape}{hint}")
 
 
 def features(x: Any, params_: Any, name: str = "x") -> jax.Array:
@@ -123,9 +175,14 @@ def features(x: Any, params_: Any, name: str = "x") -> jax.Array:
     _array(name, x, f"an array {shape}")
     _kind(name, x, floating=True)
     if x.ndim != 2 or x.shape[1] != w_shape[0]:
+        hint = ""
+        if x.ndim == 2 and x.shape[0] == w_shape[0]:
+            hint = f": {name} looks transposed"
+        elif x.ndim == w_shape[0] == 1:
+            hint = f": use {name}[:, None]"
         raise ValueError(
             f"expected {name} of shape {shape} (params[0].w has shape {w_shape}), got "
-            f"{x.shape}"
+            f"{x.shape}{hint}"
         )
     if x.shape[0] == 0:
         raise ValueError(f"expected {name} of shape {shape}, N >= 1, got {x.shape}")
@@ -162,8 +219,10 @@ def labels(
     _array(name, y, f"an array of shape {shape}")
     _kind(name, y, floating=False)
     if y.shape != shape:
+        hint = f": use {name}[:, None]" if y.ndim == 1 and shape[1:] == (1,) else ""
         raise ValueError(
-            f"expected {name} of shape {shape}, the shape of {output}, got {y.shape}"
+            f"expected {name} of shape {shape}, the shape of {output}, got "
+            f"{y.shape}{hint}"
         )
     return jnp.asarray(y, dtype)
 
@@ -174,13 +233,15 @@ def real(name: str, value: Any) -> None:
     _kind(name, value, floating=True)
 
 
-def sample_weight(value: Any, n: int, dtype: Any) -> jax.Array:
+def sample_weight(
+    value: Any, n: int, dtype: Any, name: str = "sample_weight"
+) -> jax.Array:
     """Checks example weights [N]; returns them in `dtype`."""
-    _array("sample_weight", value, f"None or an array of shape ({n},)")
-    _kind("sample_weight", value, floating=False)
+    _array(name, value, f"None or an array of shape ({n},)")
+    _kind(name, value, floating=False)
     if value.shape != (n,):
         raise ValueError(
-            f"expected sample_weight of shape ({n},), one weight per example, got "
+            f"expected {name} of shape ({n},), one weight per example, got "
             f"{value.shape}"
         )
     return jnp.asarray(value, dtype)
@@ -217,7 +278,7 @@ def vector(v: Any, params_: Any) -> Any:
 
 
 def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
-    """Checks that a scalar is real, and if it is not a JAX array, > 0 (or >= 0)."""
+    """Checks that a scalar is real, and if it is not traced, > 0 (or >= 0)."""
     expected = "a number >= 0" if allow_zero else "a number > 0"
     if type(value) not in (int, float):
         _array(name, value, expected)
@@ -227,10 +288,8 @@ def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
                 f"expected {name} to be {expected}, got an array of shape "
                 f"{value.shape} and dtype {value.dtype.name}"
             )
-    if isinstance(value, (int, float, np.generic, np.ndarray)):
-        number = float(value)
-        if not (number >= 0 if allow_zero else number > 0):
-            raise ValueError(f"expected {name} to be {expected}, got {value!r}")
+    least = 0 if allow_zero else np.nextafter(0, 1)
+    bounds(name, value, expected, least, np.inf)
 
 
 def reduction(value: Any) -> None:
@@ -257,8 +316,53 @@ def block_size(value: Any) -> None:
 
 
 def key(value: Any) -> None:
-    """Checks that `value` may be a JAX random key, typed or legacy."""
-    _array("key", value, "a random key, such as jax.random.key(0)")
+    """Checks that `value` is one JAX random key, typed or legacy."""
+    expected = "a random key, such as jax.random.key(0)"
+    _array("key", value, expected)
+    is_typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if not is_typed and value.dtype != jnp.uint32:
+        raise TypeError(
+            f"expected key to be {expected}, got an array of dtype {value.dtype.name}"
+        )
+    if value.shape not in ([()] if is_typed else [(2,), (4,)]):
+        raise ValueError(
+            f"expected key to be {expected}, got an array of shape {value.shape}; "
+            "use jax.vmap for several keys"
+        )
+
+
+def mesh(value: Any) -> None:
+    """Checks the mesh of a sweep: None or a mesh of devices."""
+    if value is None or (isinstance(value, jax.sharding.Mesh) and value.size):
+        return
+    raise TypeError(
+        "expected mesh to be None or a jax.sharding.Mesh of at least one device, such "
+        'as jax.make_mesh((2,), ("members",)), got '
+        f"{_type_name(value)}"
+    )
+
+
+def optimizer(value: Any) -> None:
+    """Checks an optax transformation."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            "expected optimizer to be an optax transformation, such as optax.sgd(0.1), "
+            f"got {_type_name(value)}"
+        )
+
+
+def function(name: str, value: Any, expected: str, *, is_static: bool = False) -> None:
+    """Checks a function; one that is a static argument of a program has a hash."""
+    if not callable(value):
+        raise TypeError(f"expected {name} to be {expected}, got {_type_name(value)}")
+    if is_static:
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(
+                f"expected {name} to be hashable, because programs are compiled once "
+                f"per {name}, got {_type_name(value)} ({error})"
+            ) from None
 
 
 def count(name: str, value: Any, *, least: int = 1, examples: int | None = None) -> int:
@@ -275,3 +379,162 @@ def count(name: str, value: Any, *, least: int = 1, examples: int | None = None)
     elif not isinstance(value, bool) and least <= number <= (examples or number):
         return number
     raise ValueError(f"expected {name} to be {expected}, got {value!r}")
+
+
+def _is_known(value: Any) -> bool:
+    """Whether this process can read the values of an array."""
+    if isinstance(value, Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+def _range(value: Any) -> tuple[float, float]:
+    """The least and the largest entry; NaN if there is one."""
+    if isinstance(value, jax.Array) and any(
+        device.platform != "cpu" for device in value.devices()
+    ):
+        with jax.ensure_compile_time_eval():  # also where other arrays are traced
+            return float(jnp.min(value)), float(jnp.max(value))
+    value = np.asarray(value)  # not a copy
+    if value.dtype == jnp.bfloat16:
+        value = value.astype(np.float32)  # ten times as fast
+    return float(value.min()), float(value.max())
+
+
+def bounds(
+    name: str,
+    value: Any,
+    expected: str,
+    low: float,
+    high: float,
+    *,
+    weight: Any = None,
+    hint: Callable[[str, np.ndarray], str] = lambda *_: "",
+) -> None:
+    """Checks that the entries of an array are in [low, high], if they are known.
+
+    Args:
+      name: The name of the argument.
+      value: A real array or a number.
+      expected: The bounds in words.
+      low: The least value.
+      high: The largest value.
+      weight: Weights [N]; the entries of examples of weight 0 may have any value.
+      hint: Says what the entries that count probably are, given the name.
+    """
+    if not _is_known(value) or not _is_known(weight):
+        return
+    least, largest = _range(value)
+    if low <= least and largest <= high:  # False for NaN
+        return
+    original = np.asarray(value)
+    value = original.astype(float)
+    counts = np.ones(value.shape, bool)
+    if weight is not None:
+        counts &= (np.asarray(weight) != 0).reshape(-1, *[1] * (value.ndim - 1))
+    wrong = counts & ~((value >= low) & (value <= high))
+    if not wrong.any():
+        return
+    index = np.unravel_index(np.argmax(wrong), value.shape)
+    where = f" at {name}[{', '.join(map(str, index))}]" if index else ""
+    where = hint(name, value[counts]) or where
+    raise ValueError(f"expected {name} to be {expected}, got {original[index]}{where}")
+
+
+def finite(name: str, value: Any, dtype: Any) -> None:
+    """Checks that known entries are finite in `dtype`."""
+    largest = float(jnp.finfo(dtype).max)
+    expected = f"finite in {jnp.dtype(dtype).name}"
+    bounds(name, value, expected, -largest, largest)
+
+
+def weights(name: str, value: Any, dtype: Any) -> None:
+    """Checks that known weights are finite and >= 0."""
+    largest = float(jnp.finfo(dtype).max)
+    bounds(name, value, "finite and >= 0", 0, largest)
+
+
+def label_values(name: str, y: Any, *, weight: Any = None) -> None:
+    """Checks that known labels are in [0, 1], except at weight 0."""
+    bounds(name, y, "in [0, 1]", 0, 1, weight=weight, hint=_label_hint)
+
+
+def _label_hint(name: str, y: np.ndarray) -> str:
+    """What labels outside [0, 1] probably are, and how to convert them."""
+    if not np.isfinite(y).all() or (y != np.rint(y)).any():
+        return ""
+    found = set(np.unique(y).tolist())
+    low, high = int(y.min()), int(y.max())
+    if found <= {-1, 1}:
+        return f" (labels -1/+1: use ({name} + 1) / 2)"
+    if found <= {1, 2}:
+        return f" (labels 1/2: use {name} - 1)"
+    if found <= {0, high}:
+        return f" (labels 0/{high}: use {name} / {high})"
+    if low >= 0 and 100 < high <= 255:
+        return f" (values 0...255: use {name} / 255)"
+    if low >= 0:
+        return (
+            f" (class numbers {low}...{high}: use one column per class, "
+            f"{name} == np.arange({low}, {high + 1}))"
+        )
+    return ""
+
+
+def examples(
+    x: Any,
+    y: Any,
+    weight: Any,
+    params_: Any,
+    names: tuple[str, str, str] = ("x", "y", "sample_weight"),
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Checks a data set and its known values; returns it in the dtypes of params.
+
+    Examples of weight 0 may have any labels, but one weight is not 0. Features that are
+    not finite are left to the run, whose optimizer may skip a batch.
+    """
+    x_name, y_name, weight_name = names
+    checked_x = features(x, params_, x_name)
+    n, outputs = checked_x.shape[0], params_[-1].w.shape[1]
+    dtype = accumulation_dtype(checked_x.dtype)
+    checked_y = labels(y, (n, outputs), dtype, name=y_name)
+    checked_weight = None
+    if weight is not None:
+        checked_weight = sample_weight(weight, n, dtype, weight_name)
+        weights(weight_name, weight, dtype)
+        if _is_known(weight) and _range(weight)[1] == 0:
+            raise ValueError(
+                f"expected {weight_name} to have an entry > 0, got only zeros"
+            )
+    # What was passed, which may be in host memory or have a larger range.
+    label_values(y_name, y, weight=weight)
+    return checked_x, checked_y, checked_weight
+
+
+def validation(
+    value: Any, params_: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
+    """Checks None, (x, y) or (x, y, weight); returns None or a triple."""
+    if value is None:
+        return None
+    is_sequence = isinstance(value, (tuple, list))
+    if not is_sequence or len(value) not in (2, 3):
+        got = f"{len(value)} items" if is_sequence else _type_name(value)
+        raise TypeError(
+            f"expected validation to be a tuple (x, y) or (x, y, weight), got {got}"
+        )
+    x, y, weight = (*value, None)[:3]
+    names = ("validation[0]", "validation[1]", "validation[2]")
+    return examples(x, y, weight, params_, names)
+
+
+def hparams(values: dict[str, Any], dtype: Any) -> None:
+    """Checks the hyperparameters that `sweep` itself uses, arrays [points].
+
+    `init_scale` may have any sign: the distribution of the weights is symmetric.
+    """
+    if "label_smoothing" in values:
+        name = "hparams['label_smoothing']"
+        bounds(name, values["label_smoothing"], "in [0, 1]", 0, 1)
+    if "pos_weight" in values:
+        weights("hparams['pos_weight']", values["pos_weight"], dtype)

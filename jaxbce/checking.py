@@ -170,8 +170,8 @@ def check_gradients(
       params: A tuple of `Layer` of any supported dtype.
       x: Features `[N, n_0]`.
       y: Labels in [0, 1], `[N, n_L]`.
-      sample_weight: Weights of the examples, `[N]`; None is all ones.
-      pos_weight: Weight of the positive class, a scalar or `[n_L]`.
+      sample_weight: Weights >= 0 of the examples, `[N]`; None is all ones.
+      pos_weight: Weight >= 0 of the positive class, a scalar or `[n_L]`.
       reduction: "mean" or "sum".
       dtype: The dtype in which fun is run. The references always use float64.
       tolerance: The tolerated relative error; None is `TOLERANCES[dtype]`. For
@@ -184,7 +184,7 @@ def check_gradients(
 
     Raises:
       TypeError: If an argument has an unsupported type or dtype.
-      ValueError: If shapes do not match, or a value is not finite.
+      ValueError: If shapes do not match, or a value is not finite or out of range.
 
     Example:
       >>> import jax, jaxbce
@@ -199,7 +199,7 @@ def check_gradients(
       Functions, SIAM Review 40(1), 1998.
     """
     dtype = _validate.float_dtype(dtype)
-    options = _options(params, x, y, sample_weight, pos_weight, reduction)
+    options = _options(params, x, y, sample_weight, pos_weight, reduction, dtype)
     if tolerance is None:
         tolerance = TOLERANCES[dtype.name]
     if not 0 < tolerance < np.inf:
@@ -243,7 +243,13 @@ def check_gradients(
 
 
 def _options(
-    params: Params, x: Any, y: Any, sample_weight: Any, pos_weight: Any, reduction: Any
+    params: Params,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    pos_weight: Any,
+    reduction: Any,
+    dtype: Any,
 ) -> dict[str, Any]:
     """Checks the arguments; returns those that differ from the defaults, by name."""
     n = _validate.features(x, params).shape[0]
@@ -251,15 +257,19 @@ def _options(
     _validate.labels(y, (n, outputs), jnp.float32)
     _validate.pos_weight(pos_weight, outputs, jnp.float32)
     _validate.reduction(reduction)
+    # Also where the weight is 0, because the references use every example.
+    _validate.finite("x", x, dtype)
+    _validate.label_values("y", y)
+    _validate.weights("pos_weight", pos_weight, dtype)
     options: dict[str, Any] = {}
     if sample_weight is not None:
         _validate.sample_weight(sample_weight, n, jnp.float32)
+        _validate.weights("sample_weight", sample_weight, dtype)
         options["sample_weight"] = _double(sample_weight)
     if np.ndim(pos_weight) or pos_weight != 1:
         options["pos_weight"] = _double(pos_weight)
-    for name, value in {"params": params, "x": x, "y": y, **options}.items():
-        if not all(np.isfinite(_double(t)).all() for t in jax.tree.leaves(value)):
-            raise ValueError(f"expected {name} to be finite, got a NaN or infinity")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        _validate.finite(f"params{jax.tree_util.keystr(path)}", leaf, dtype)
     if reduction != "mean":
         options["reduction"] = reduction
     return options

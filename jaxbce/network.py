@@ -76,8 +76,10 @@ def init(
       optax transformation accepts.
 
     Raises:
-      TypeError: If `sizes` is not a sequence of integers, or `dtype` is unsupported.
-      ValueError: If there are fewer than two sizes, or one is less than 1.
+      TypeError: If `key` is not a key, `sizes` is not a sequence of integers, or
+        `dtype` is unsupported.
+      ValueError: If there are several keys or fewer than two sizes, or a size is less
+        than 1.
 
     Example:
       >>> import jax, jaxbce
@@ -88,6 +90,7 @@ def init(
     References:
       He et al., Delving Deep into Rectifiers, 2015, arXiv:1502.01852, eq. 10.
     """
+    _validate.key(key)
     return _init(key, _validate.sizes(sizes), _validate.float_dtype(dtype))
 
 

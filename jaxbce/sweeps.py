@@ -206,16 +206,18 @@ def sweep(
     _validate.key(key)
     num_seeds = _validate.count("num_seeds", num_seeds)
     first_seed = _validate.count("first_seed", first_seed, least=0)
-    if not callable(make_optimizer):
-        raise TypeError(
-            "expected make_optimizer to be a function of a dict of hyperparameters, "
-            f"got {type(make_optimizer).__name__}"
-        )
-    for name, value, shape in (("x", x, "[N, n_0]"), ("y", y, "[N, n_L]")):
-        if getattr(value, "ndim", None) != 2:
-            raise ValueError(f"expected {name} of shape {shape}, got {np.shape(value)}")
+    expected = "a function of a dict of hyperparameters"
+    _validate.function("make_optimizer", make_optimizer, expected)
+    if make_penalty is not None:
+        _validate.function("make_penalty", make_penalty, f"None or {expected}")
+    if callback is not None:
+        expected = "None or a function of the number of members done"
+        _validate.function("callback", callback, expected)
+    _validate.mesh(mesh)
+    _validate.matrix("x", x, "[N, n_0]")
+    _validate.matrix("y", y, "[N, n_L]")
     dtype = _validate.float_dtype(dtype)
-    sizes = _validate.sizes((x.shape[1], *hidden, y.shape[1]))
+    sizes = (x.shape[1], *_validate.hidden(hidden), y.shape[1])
     points, values = _points(hparams, dtype)
     total = points * num_seeds
     shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
@@ -329,6 +331,7 @@ def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]
             )
         with np.errstate(over="ignore"):  # a value that overflows to inf just diverges
             values[name] = value.astype({"f": floating, "b": bool}.get(kind, np.int32))
+    _validate.hparams(values, floating)
     return shape[0], values
 
 

@@ -152,11 +152,11 @@ def fit(
       ((5,), True)
     """
     _validate.key(key)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            "expected optimizer to be an optax transformation, such as optax.sgd(0.1), "
-            f"got {type(optimizer).__name__}"
-        )
+    _validate.optimizer(optimizer)
+    if penalty is not None:
+        _validate.function("penalty", penalty, "None or a function of params")
+    if loss is not None:
+        _validate.function("loss", loss, "None or a function like jaxbce.loss")
     start = params.params if isinstance(params, FitResult) else params
     training, evaluated = datasets(start, x, y, sample_weight, validation, pos_weight)
     options = check_options(
@@ -208,6 +208,9 @@ def check_options(
     if patience is not None:
         patience = _validate.count("patience", patience)
     _validate.scalar("min_delta", min_delta, allow_zero=True)
+    if callback is not None:
+        expected = "None or a function of (step, train_loss, validation_loss)"
+        _validate.function("callback", callback, expected, is_static=True)
     return Options(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -237,31 +240,26 @@ def datasets(
     params: Params, x: Any, y: Any, sample_weight: Any, validation: Any, pos_weight: Any
 ) -> tuple[Dataset, tuple[Dataset, ...]]:
     """Checks the examples to train on, and those to evaluate: these, and any others."""
-    training = _dataset(params, x, y, sample_weight, pos_weight)
-    if validation is None:
-        return training, (training,)
-    if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
-        is_sequence = isinstance(validation, (tuple, list))
-        got = f"{len(validation)} items" if is_sequence else type(validation).__name__
-        raise TypeError(
-            f"expected validation to be a tuple (x, y) or (x, y, weight), got {got}"
-        )
-    x, y, weight = (*validation, None)[:3]
-    return training, (training, _dataset(params, x, y, weight, pos_weight))
+    _validate.params(params)
+    training = _validate.examples(x, y, sample_weight, params)
+    sets = [training]
+    if (checked := _validate.validation(validation, params)) is not None:
+        sets.append(checked)
+    p = _validate.pos_weight(pos_weight, params[-1].w.shape[1], training[1].dtype)
+    _validate.weights("pos_weight", pos_weight, p.dtype)
+    evaluated = tuple(_dataset(*examples, p) for examples in sets)
+    return evaluated[0], evaluated
 
 
-def _dataset(params: Params, x: Any, y: Any, weight: Any, pos_weight: Any) -> Dataset:
-    x = _validate.features(x, params)
-    n, outputs = x.shape[0], params[-1].w.shape[1]
-    dtype = _validate.accumulation_dtype(x.dtype)
-    y = _validate.labels(y, (n, outputs), dtype)
-    p = _validate.pos_weight(pos_weight, outputs, dtype)
-    if weight is not None:
-        s = _validate.sample_weight(weight, n, dtype)
-        x = drop_nonfinite(s == 0, x)
-        s = s / jnp.max(s)  # so that the sum cannot overflow
-        weight = s / jnp.mean(s)
-    return Dataset(x, y, weight, p)
+def _dataset(
+    x: jax.Array, y: jax.Array, s: jax.Array | None, pos_weight: jax.Array
+) -> Dataset:
+    if s is None:
+        return Dataset(x, y, None, pos_weight)
+    # The label of an example of weight 0 may be NaN, too.
+    x, y = drop_nonfinite(s == 0, x), drop_nonfinite(s == 0, y)
+    s = s / jnp.max(s)  # so that the sum cannot overflow
+    return Dataset(x, y, s / jnp.mean(s), pos_weight)
 
 
 class Programs(NamedTuple):

@@ -292,7 +292,11 @@ def test_a_function_of_numpy_alone_can_be_checked():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"x": jnp.full((37, 6), jnp.nan)}, ValueError, "x to be finite, got a NaN"),
+        (
+            {"x": jnp.full((37, 6), jnp.nan)},
+            ValueError,
+            "x to be finite in float64, got nan",
+        ),
         ({"y": jnp.zeros(37)}, ValueError, r"y of shape .* logits, got \(37,\)"),
         ({"reduction": "max"}, ValueError, "reduction .* got 'max'"),
         ({"dtype": "float16"}, TypeError, "dtype to be bfloat16, .* got float16"),

@@ -332,7 +332,7 @@ REFUSED = {
     "first": ({"first_seed": -1}, ValueError, "first_seed .* got -1"),
     "group": ({"group_size": 0}, ValueError, "group_size .* got 0"),
     "steps": ({"num_steps": -1}, ValueError, "num_steps .* got -1"),
-    "hidden": ({"hidden": (0,)}, ValueError, "at least two integers >= 1"),
+    "hidden": ({"hidden": (0,)}, ValueError, "hidden to be integers >= 1"),
     "batch": ({"batch_size": 99}, ValueError, "batch_size .* got 99"),
 }
 

@@ -551,7 +551,7 @@ REFUSED = {
     "labels": (
         {"validation": (jnp.ones((5, 5)), jnp.ones(5))},
         ValueError,
-        r"y of shape .* got \(5,\)",
+        r"validation\[1\] of shape .* got \(5,\)",
     ),
 }
 

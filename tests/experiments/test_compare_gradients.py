@@ -38,7 +38,14 @@ def toy(rows=20, **kwargs):
 )
 def test_every_depth_and_dtype_passes(hidden, dtype):
     parts = toy(hidden=hidden, dtype=dtype)
-    assert list(parts) == ["factors", "references", "tail", "networks", "training", "cost"]
+    assert list(parts) == [
+        "factors",
+        "references",
+        "tail",
+        "networks",
+        "training",
+        "cost",
+    ]
     assert all(compare_gradients.verdicts(parts))
     factors = 10 if len(hidden) == 1 else 0
     assert len(parts["factors"]) == factors + 1 + 2 * (len(hidden) + 1) + 2
