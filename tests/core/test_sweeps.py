@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxbce
-from jaxbce import sweeps
+from jaxbce import _traced, sweeps
 from tests.helpers import member, problem, relative_error
 
 KEY = jax.random.key(3)
@@ -351,3 +351,114 @@ def test_an_axis_without_values_is_refused():
         jaxbce.grid()
     with pytest.raises(ValueError, match=r"x of shape \[N, n_0\], got \(3,\)"):
         jaxbce.sweep(KEY, jnp.ones(3), jnp.ones(3), hparams=rates(2), **SMALL)
+
+
+# ------------------------------------------------- what is judged, read and heard
+
+
+def test_a_hyperparameter_that_nothing_reads_is_an_error_that_names_it():
+    x, y = data(dtype="float32")
+    hparams = jaxbce.grid(learning_rate=[0.1], batch_size=[8, 16], pos_weight=[1.0])
+    for _ in range(2):  # also of an optimizer that has been traced
+        with pytest.raises(
+            ValueError, match=r"expected all of hparams .* got batch_size"
+        ):
+            jaxbce.sweep(KEY, x, y, hparams=hparams, **SMALL)
+
+    def late(hp):
+        return optax.sgd(lambda t: jnp.asarray(hp["late"]))
+
+    def whole(hp):
+        return optax.adam(**hp)
+
+    options: Any = SMALL | {"num_steps": 1}
+    jaxbce.sweep(
+        KEY, x, y, hparams={"late": [0.1]}, **options | {"make_optimizer": late}
+    )
+    read = {"learning_rate": [0.1], "b1": [0.8]}
+    jaxbce.sweep(KEY, x, y, hparams=read, **options | {"make_optimizer": whole})
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_all_members_are_judged_by_one_loss(validation):
+    """A weight of 0 would otherwise win, and so would smoothed labels."""
+    with jax.enable_x64(True):
+        x, y = data()
+        held_out = (x[:9] + 0.1, y[:9]) if validation else None
+        hparams = jaxbce.grid(
+            learning_rate=[0.3],
+            pos_weight=[0.0, 0.5, 1.0, 10.0],
+            label_smoothing=[0.0, 0.5],
+        )
+        found = jaxbce.sweep(
+            KEY,
+            x,
+            y,
+            hparams=hparams,
+            pos_weight=2.0,
+            validation=held_out,
+            **SMALL | {"num_steps": 100, "dtype": "float64"},
+        )
+        best = np.argmin(found.best_loss[:, 0])
+        assert hparams["pos_weight"][best] > 0
+        for i in range(len(found.best_loss)):
+            params = member(found, i, 0).best_params
+            truth = jaxbce.loss(params, *(held_out or (x, y)), pos_weight=2.0)
+            np.testing.assert_allclose(found.best_loss[i, 0], truth, rtol=1e-10)
+
+
+def test_a_penalty_may_be_swept():
+    def make_penalty(hp):
+        return lambda params: hp["decay"] * optax.tree.norm(params, squared=True)
+
+    with jax.enable_x64(True):
+        x, y = data()
+        options: Any = {"num_steps": 20, "batch_size": 8, "dtype": "float64"}
+        found = jaxbce.sweep(
+            KEY,
+            x,
+            y,
+            hidden=(4,),
+            make_optimizer=lambda hp: optax.sgd(0.1),
+            make_penalty=make_penalty,
+            hparams={"decay": [0.0, 0.1]},
+            **options,
+        )
+        for i, decay in enumerate((0.0, 0.1)):
+            run = solo(
+                x,
+                y,
+                {},
+                0,
+                hidden=(4,),
+                make_optimizer=lambda hp: optax.sgd(0.1),
+                penalty=make_penalty({"decay": decay}),
+                **options,
+            )
+            assert relative_error(member(found, i, 0).params, run.params) <= 1e-10
+
+
+def test_a_callback_hears_the_number_of_members_done():
+    x, y = data(dtype="float32")
+    heard = []
+    options: Any = SMALL | {"num_seeds": 3, "group_size": 4, "callback": heard.append}
+    jaxbce.sweep(KEY, x, y, hparams=rates(5), **options)
+    assert heard == sorted(set(heard))
+    assert heard[-1] == 15
+    assert len(heard) > 1
+
+
+def test_fresh_functions_with_the_same_operations_are_one_program():
+    x, y = data(dtype="float32")
+    compiled = _traced.jitted.cache_info
+
+    def run(factor):
+        make = lambda hp: optax.sgd(factor * hp["learning_rate"])  # noqa: E731
+        options: Any = SMALL | {"make_optimizer": make, "num_steps": 7}
+        return jaxbce.sweep(KEY, x, y, hparams=rates(4), **options)
+
+    first = run(0.5)
+    before = compiled().misses
+    runs = [run(0.5 + 0.1 * i) for i in range(1, 5)]
+    assert compiled().misses == before
+    assert not np.allclose(first.params[0].w, runs[-1].params[0].w)
