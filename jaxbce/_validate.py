@@ -54,6 +54,13 @@ def _array(name: str, value: Any, expected: str) -> None:
     raise TypeError(f"expected {name} to be {expected}, got {got}")
 
 
+def _cast(value: Any, dtype: Any) -> jax.Array:
+    """`value` in `dtype`, at no cost if it is."""
+    if isinstance(value, jax.Array) and value.dtype == dtype:
+        return value
+    return jnp.asarray(value, dtype)
+
+
 def _kind(name: str, value: Any, *, floating: bool) -> None:
     if floating:
         ok, expected = value.dtype.name in DTYPES, _one_of(DTYPES)
@@ -186,7 +193,7 @@ def features(x: Any, params_: Any, name: str = "x") -> jax.Array:
         )
     if x.shape[0] == 0:
         raise ValueError(f"expected {name} of shape {shape}, N >= 1, got {x.shape}")
-    return jnp.asarray(x, dtype)
+    return _cast(x, dtype)
 
 
 def activations(value: Any, params_: Any) -> None:
@@ -224,7 +231,7 @@ def labels(
             f"expected {name} of shape {shape}, the shape of {output}, got "
             f"{y.shape}{hint}"
         )
-    return jnp.asarray(y, dtype)
+    return _cast(y, dtype)
 
 
 def real(name: str, value: Any) -> None:
@@ -244,19 +251,19 @@ def sample_weight(
             f"expected {name} of shape ({n},), one weight per example, got "
             f"{value.shape}"
         )
-    return jnp.asarray(value, dtype)
+    return _cast(value, dtype)
 
 
-def pos_weight(value: Any, outputs: int | None, dtype: Any) -> jax.Array:
+def pos_weight(value: Any, outputs: int | None, dtype: Any) -> Any:
     """Checks a scalar or [n_L] positive-class weight; returns it in `dtype`."""
     if isinstance(value, (bool, int, float)):
-        return jnp.asarray(value, dtype)
+        return np.asarray(value, dtype)
     shapes = "()" if outputs is None else f"() or ({outputs},)"
     _array("pos_weight", value, f"a number or an array of shape {shapes}")
     _kind("pos_weight", value, floating=False)
     if value.shape not in ((), (outputs,)):
         raise ValueError(f"expected pos_weight of shape {shapes}, got {value.shape}")
-    return jnp.asarray(value, dtype)
+    return _cast(value, dtype)
 
 
 def vector(v: Any, params_: Any) -> Any:

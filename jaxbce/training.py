@@ -240,7 +240,6 @@ def datasets(
     params: Params, x: Any, y: Any, sample_weight: Any, validation: Any, pos_weight: Any
 ) -> tuple[Dataset, tuple[Dataset, ...]]:
     """Checks the examples to train on, and those to evaluate: these, and any others."""
-    _validate.params(params)
     training = _validate.examples(x, y, sample_weight, params)
     sets = [training]
     if (checked := _validate.validation(validation, params)) is not None:
