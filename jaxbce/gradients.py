@@ -368,6 +368,10 @@ def loss(
     respect to params, x, y or either weight. Higher-order derivatives differentiate
     those functions, and stay accurate in the tails.
 
+    Inside `jax.shard_map`, `jax.grad` of this function with respect to replicated
+    params adds the gradients of all devices, as it does for any function. `jaxbce.grad`
+    is the gradient of the device's own examples.
+
     The arguments, errors and value are those of `value_and_grad`.
 
     Returns:

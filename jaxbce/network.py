@@ -15,6 +15,21 @@ from jaxbce._layouts import ROWS, Layout, drop_nonfinite
 class Layer(NamedTuple):
     """One affine layer, `a = h w + b`.
 
+    Networks of other libraries convert to a tuple of layers:
+
+        # PyTorch, which stores transposed weights
+        linear = [m for m in model if isinstance(m, torch.nn.Linear)]
+        arrays = [(m.weight.detach().T, m.bias.detach()) for m in linear]
+        params = tuple(Layer(*map(jnp.asarray, pair)) for pair in arrays)
+
+        # Flax Linen; for NNX, the kernel and bias of each nnx.Linear
+        dense = [variables["params"][f"Dense_{k}"] for k in range(depth)]
+        params = tuple(Layer(d["kernel"], d["bias"]) for d in dense)
+
+        # scikit-learn's MLPClassifier
+        arrays = zip(mlp.coefs_, mlp.intercepts_)
+        params = tuple(Layer(*map(jnp.asarray, pair)) for pair in arrays)
+
     Attributes:
       w: Weights `[n_in, n_out]`.
       b: Biases `[n_out]`.

@@ -106,6 +106,9 @@ def fit(
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       optimizer: Any optax transformation. `value`, `grad` and `value_fn` of the batch
         are passed to its `update` if it accepts them, and `grad_fn` if it names it.
+        The reported losses are those of the parameters that it updates. For
+        `optax.contrib.schedule_free` these are not the ones to use, which are
+        `schedule_free_eval_params(run.opt_state, run.params)`.
       num_steps: Number of steps; 0 returns the initial state of a run.
       batch_size: Number of examples per batch, 1 to N; None is N.
       validation: Features `[M, n_0]` and labels `[M, n_L]`, and optionally weights of

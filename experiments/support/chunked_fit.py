@@ -15,7 +15,7 @@ from experiments.support.config import TrainingConfig
 from experiments.support.datasets import Split
 from experiments.support.resumable import Checkpoints
 
-CHUNKS = 20  # at most; each ends with a checkpoint and moves the progress bar
+CHUNKS = 20  # at most; each ends with a checkpoint
 
 
 class Trained(NamedTuple):
@@ -68,7 +68,9 @@ class ChunkedFit:
         params = jaxbce.init(key_params, sizes, dtype=dtype)
         weight = jnp.asarray(pos_weight, validation[1].dtype)
 
-        def fit(run: Any, num_steps: int) -> jaxbce.FitResult:
+        def fit(
+            run: Any, num_steps: int, callback: Callable[..., None] | None = None
+        ) -> jaxbce.FitResult:
             return jaxbce.fit(
                 key_order,
                 run,
@@ -83,6 +85,7 @@ class ChunkedFit:
                 pos_weight=weight,
                 penalty=penalty,
                 loss=loss,
+                callback=callback,
             )
 
         self._fit = fit
@@ -110,18 +113,22 @@ class ChunkedFit:
             unit="step",
             disable=None,
         ) as bar:
+
+            def show(step: int, train_loss: float, validation_loss: float) -> None:
+                losses = f"train {train_loss:.4f}, valid {validation_loss:.4f}"
+                bar.set_postfix_str(losses, refresh=False)
+                bar.update(step - bar.n)
+
             while done < len(steps) and not self._stopped(run):
                 until = min(done + chunk, len(steps))
                 count = self._taken(until) - self._taken(done)
-                result = self._fit(run, count)
+                result = self._fit(run, count, None if bar.disable else show)
                 history[done:until, 0] = result.train_loss
                 history[done:until, 1] = result.validation_loss
                 run, done = _without_losses(result), until
                 if checkpoints is not None:
                     checkpoints.save(done, (run, history, np.int32(done)))
-                bar.update(count)
-                train_loss, valid_loss = history[done - 1]
-                bar.set_postfix_str(f"train {train_loss:.4f}, valid {valid_loss:.4f}")
+            jax.effects_barrier()  # waits for the last calls of `show`
         evaluated = np.flatnonzero(np.isfinite(history[:, 0]))
         return Trained(run, history[evaluated], steps[evaluated])
 

@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
 
 import jaxbce
 from tests.helpers import NETWORKS, TOLERANCE, member, problem, relative_error
@@ -134,3 +136,49 @@ X = jnp.ones((4, 3))
 def test_forward_rejects(params, x, error, match):
     with pytest.raises(error, match=match):
         jaxbce.forward(params, x)
+
+
+FEATURES = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+
+def test_networks_of_scikit_learn_convert_as_documented():
+    labels = np.array([0, 1, 0, 1, 1])
+    model = MLPClassifier((4,), max_iter=1, random_state=0)
+    with pytest.warns(ConvergenceWarning):
+        mlp = model.fit(FEATURES, labels)
+    arrays = zip(mlp.coefs_, mlp.intercepts_, strict=True)
+    params = tuple(jaxbce.Layer(*map(jnp.asarray, pair)) for pair in arrays)
+    found = jaxbce.predict_proba(params, FEATURES)[:, 0]
+    expected = np.asarray(mlp.predict_proba(FEATURES))[:, 1]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_networks_of_torch_convert_as_documented():
+    torch = pytest.importorskip("torch", reason="needs PyTorch, which is not installed")
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+    )
+    linear = [m for m in model if isinstance(m, torch.nn.Linear)]
+    arrays = [(m.weight.detach().T, m.bias.detach()) for m in linear]
+    params = tuple(jaxbce.Layer(*map(jnp.asarray, pair)) for pair in arrays)
+    expected = model(torch.tensor(FEATURES)).detach().numpy()
+    np.testing.assert_allclose(jaxbce.logits(params, FEATURES), expected, rtol=1e-5)
+
+
+def test_networks_of_flax_convert_as_documented():
+    linen = pytest.importorskip(
+        "flax.linen", reason="needs Flax, which is not installed"
+    )
+
+    class Network(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            h = linen.relu(linen.Dense(4)(x))
+            return linen.Dense(1)(h)
+
+    model, depth = Network(), 2
+    variables = model.init(jax.random.key(0), FEATURES)
+    dense = [variables["params"][f"Dense_{k}"] for k in range(depth)]
+    params = tuple(jaxbce.Layer(d["kernel"], d["bias"]) for d in dense)
+    expected = model.apply(variables, FEATURES)
+    np.testing.assert_allclose(jaxbce.logits(params, FEATURES), expected, rtol=1e-5)
