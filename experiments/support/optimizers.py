@@ -179,7 +179,13 @@ def build_family(
       InputError: As in `build`, or if the optimizer does not take what is swept.
     """
     rest = tuple((k, v) for k, v in args if k not in swept)
-    build(name, learning_rate=learning_rate, weight_decay=weight_decay, args=rest)
+    build(
+        name,
+        learning_rate=learning_rate,
+        schedule="constant" if "learning_rate" in swept else schedule,
+        weight_decay=weight_decay,
+        args=rest,
+    )
     make = available()[name]
     accepted = inspect.signature(make).parameters
     for argument in swept:

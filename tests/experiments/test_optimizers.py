@@ -139,6 +139,8 @@ def test_arguments_that_cannot_be_swept_are_refused():
         optimizers.build_family("sgd", swept=("b7",))
     with pytest.raises(InputError, match="adam: cannot be swept over nesterov"):
         optimizers.build_family("adam", swept=("nesterov",))
+    with pytest.raises(InputError, match="--schedule=cosine: needs --learning_rate"):
+        optimizers.build_family("lbfgs", swept=("weight_decay",), schedule="cosine")
     args = (("b1", "x"),)
     with pytest.raises(InputError, match="adam: cannot be swept over nothing"):
         optimizers.build_family("adam", swept=(), args=args)
