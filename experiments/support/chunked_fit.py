@@ -89,8 +89,7 @@ class ChunkedFit:
             )
 
         self._fit = fit
-        self._patience = training.patience
-        self._steps = _evaluation_steps(training)
+        self._training = training
         try:
             self._start = _without_losses(fit(params, 0))
             jax.eval_shape(lambda: fit(self._start, 1))
@@ -104,12 +103,15 @@ class ChunkedFit:
           checkpoints: If given, training resumes from the last checkpoint, and saves
             one after each chunk of steps.
         """
-        run, history, done = self._restore(checkpoints)
-        steps = self._steps
+        run, history, steps = self._restore(checkpoints)
+        done = len(steps)
+        rest = _evaluations_after(int(run.step), self._training)
+        steps = np.concatenate([steps, rest])
+        history = np.concatenate([history, np.full((len(rest), 2), np.nan)])
         chunk = -(-len(steps) // CHUNKS)  # evaluations
         with tqdm(
-            total=int(steps[-1]),
-            initial=self._taken(done),
+            total=self._training.steps,
+            initial=int(run.step),
             unit="step",
             disable=None,
         ) as bar:
@@ -121,44 +123,43 @@ class ChunkedFit:
 
             while done < len(steps) and not self._stopped(run):
                 until = min(done + chunk, len(steps))
-                count = self._taken(until) - self._taken(done)
+                count = int(steps[until - 1]) - int(run.step)
                 result = self._fit(run, count, None if bar.disable else show)
                 history[done:until, 0] = result.train_loss
                 history[done:until, 1] = result.validation_loss
                 run, done = _without_losses(result), until
                 if checkpoints is not None:
-                    checkpoints.save(done, (run, history, np.int32(done)))
+                    checkpoints.save(done, (run, history[:done], steps[:done]))
             jax.effects_barrier()  # waits for the last calls of `show`
         evaluated = np.flatnonzero(np.isfinite(history[:, 0]))
         return Trained(run, history[evaluated], steps[evaluated])
 
-    def _restore(self, checkpoints: Checkpoints | None) -> tuple[Any, np.ndarray, int]:
-        """The run, its history and the number of evaluations so far."""
-        history = np.full((len(self._steps), 2), np.nan)
-        saved = None
-        if checkpoints is not None:
-            saved = checkpoints.restore((self._start, history, np.int32(0)))
-        if saved is None:
-            return self._start, history, 0
-        run, history, done = saved
-        print(f"Resuming from step {int(run.step)} of {self._steps[-1]}.", flush=True)
-        return run, np.array(history), int(done)
-
-    def _taken(self, evaluations: int) -> int:
-        """Number of steps taken when that many evaluations are done."""
-        return int(self._steps[evaluations - 1]) if evaluations else 0
+    def _restore(
+        self, checkpoints: Checkpoints | None
+    ) -> tuple[Any, np.ndarray, np.ndarray]:
+        """The run so far, and the losses and steps of its evaluations."""
+        done = (checkpoints.last if checkpoints else None) or 0
+        start = self._start, np.zeros((done, 2)), np.zeros(done, np.int64)
+        if checkpoints is None or not done:
+            return start
+        run, history, steps = checkpoints.restore(start)
+        print(
+            f"Resuming from step {int(run.step)} of {self._training.steps}.", flush=True
+        )
+        return run, np.asarray(history), np.asarray(steps)
 
     def _stopped(self, run: jaxbce.FitResult) -> bool:
+        patience = self._training.patience
         stale = int(run.step) - int(run.best_step)
-        out_of_patience = self._patience is not None and stale >= self._patience
+        out_of_patience = patience is not None and stale >= patience
         return int(run.diverged_at) >= 0 or out_of_patience
 
 
-def _evaluation_steps(training: TrainingConfig) -> np.ndarray:
-    """Number of steps taken at each evaluation, `[evaluations]`."""
+def _evaluations_after(first: int, training: TrainingConfig) -> np.ndarray:
+    """Number of steps taken at each evaluation after step `first`, `[evaluations]`."""
     every = training.evaluate_every or training.steps
-    evaluations = -(-training.steps // every)
-    return np.minimum(np.arange(1, evaluations + 1) * every, training.steps)
+    count = -(-(training.steps - first) // every)
+    return np.minimum(first + np.arange(1, count + 1) * every, training.steps)
 
 
 def _without_losses(run: jaxbce.FitResult) -> Any:

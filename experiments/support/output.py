@@ -15,6 +15,7 @@ import sklearn
 from tabulate import tabulate
 
 import jaxbce
+from experiments.support.cli import InputError
 
 
 def environment() -> dict[str, Any]:
@@ -89,6 +90,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Readers see either the complete old file or the complete new one, even after a
     crash.
+
+    Raises:
+      InputError: If it cannot be written, for example because the disk is full.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -96,6 +100,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

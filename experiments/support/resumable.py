@@ -22,17 +22,21 @@ from tqdm import tqdm
 from experiments.support import output
 from experiments.support.cli import InputError
 
-FORMAT = 2  # version of config.json and of the folder that it describes
+FORMAT = 3  # version of config.json and of the folder that it describes
 
 
 @contextlib.contextmanager
-def lock_output_dir(folder: Path, configuration: dict[str, Any]) -> Iterator[None]:
+def lock_output_dir(
+    folder: Path, configuration: dict[str, Any], *, may_extend: bool = False
+) -> Iterator[None]:
     """Locks a folder for one run, so that no other run writes to it.
 
     Args:
       folder: An existing folder.
       configuration: The configuration of the run, which is written to `config.json`. If
-        the folder already has that file, it must hold the same configuration.
+        the folder already has that file, it must hold the same configuration. Files of
+        the same content are the same data, whatever their path.
+      may_extend: Whether the configuration may differ by having more steps.
 
     Raises:
       InputError: If another process uses the folder, or it holds another run.
@@ -42,7 +46,7 @@ def lock_output_dir(folder: Path, configuration: dict[str, Any]) -> Iterator[Non
     except filelock.Timeout:
         raise InputError(f"--output_dir={folder}: another run is using it") from None
     with held:
-        _check_configuration(folder, configuration)
+        _check_configuration(folder, configuration, may_extend)
         yield
 
 
@@ -50,8 +54,8 @@ def lock_output_dir(folder: Path, configuration: dict[str, Any]) -> Iterator[Non
 def open_checkpoints(
     folder: Path, configuration: dict[str, Any]
 ) -> Iterator["Checkpoints"]:
-    """Locks a folder for one run, and opens its checkpoints."""
-    with lock_output_dir(folder, configuration):
+    """Locks a folder for one run, which may be extended, and opens its checkpoints."""
+    with lock_output_dir(folder, configuration, may_extend=True):
         checkpoints = Checkpoints(folder)
         try:
             yield checkpoints
@@ -59,7 +63,9 @@ def open_checkpoints(
             checkpoints.close()
 
 
-def _check_configuration(folder: Path, configuration: dict[str, Any]) -> None:
+def _check_configuration(
+    folder: Path, configuration: dict[str, Any], may_extend: bool
+) -> None:
     """Writes the configuration, or checks that the folder has the same one."""
     # Encode and decode it, because JSON turns tuples into lists.
     mine = json.loads(json.dumps({"format": FORMAT, **configuration}))
@@ -71,24 +77,45 @@ def _check_configuration(folder: Path, configuration: dict[str, Any]) -> None:
                     f"--output_dir={folder}: has {name} but no config.json, so that "
                     "their run is unknown; use another folder"
                 )
-        with output.atomic_write(folder / "config.json") as path:
-            path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
     elif theirs.get("format") != FORMAT:
         raise InputError(
             f"--output_dir={folder}: holds a run of another version of these "
             f"experiments (format {theirs.get('format', 1)}, expected {FORMAT}); use "
             "another folder"
         )
-    elif theirs != mine:
-        names = sorted(set(mine) | set(theirs))
-        changed = [n for n in names if mine.get(n) != theirs.get(n)]
-        shown = ", ".join(
-            f"{n}={theirs.get(n)} there, {mine.get(n)} here" for n in changed
-        )
-        raise InputError(
-            f"--output_dir={folder}: holds another run, with {shown}; use another "
-            "folder"
-        )
+    elif changed := _differences(mine, theirs):
+        if not (may_extend and _is_extension(mine, theirs, changed)):
+            shown = ", ".join(
+                f"{name}={theirs.get(name)} there, {mine.get(name)} here"
+                for name in changed
+            )
+            raise InputError(
+                f"--output_dir={folder}: holds another run, with {shown}; use another "
+                "folder"
+            )
+    else:
+        return
+    with output.atomic_write(folder / "config.json") as path:
+        path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The names of the values that differ."""
+    names = sorted(set(mine) | set(theirs))
+    if "data_digest" in mine:  # which tells whether the data are the same
+        names.remove("data")
+    return [name for name in names if mine.get(name) != theirs.get(name)]
+
+
+def _is_extension(
+    mine: dict[str, Any], theirs: dict[str, Any], changed: list[str]
+) -> bool:
+    """Whether a run is the beginning of another one, which has more steps."""
+    return (
+        set(changed) <= {"num_steps", "evaluate_every"}
+        and mine["num_steps"] > theirs["num_steps"]
+        and mine["schedule"] == "constant"  # other schedules depend on the steps
+    )
 
 
 def _read_configuration(folder: Path) -> dict[str, Any] | None:
@@ -118,6 +145,11 @@ class Checkpoints:
             ),
         )
 
+    @property
+    def last(self) -> int | None:
+        """The number of the last checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
     def save(self, step: int, tree: Any) -> None:
         """Saves a pytree of arrays; the checkpoint is complete when this returns.
 
@@ -142,7 +174,7 @@ class Checkpoints:
         Raises:
           InputError: If the checkpoint has another structure or is damaged.
         """
-        step = self._manager.latest_step()
+        step = self.last
         if step is None:
             return None
         leaves, structure = jax.tree.flatten(like)

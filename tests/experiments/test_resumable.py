@@ -46,6 +46,19 @@ def test_a_folder_is_of_one_configuration(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == written
 
 
+def test_the_same_data_may_have_another_path(tmp_path):
+    digested = {"data": "a.csv", "data_digest": "1234", **CONFIGURATION}
+    with opened(tmp_path, digested):
+        pass
+    with opened(tmp_path, digested | {"data": "/elsewhere/b.csv"}):
+        pass
+    with (
+        pytest.raises(InputError, match="another run, with data_digest=1234 there, 5"),
+        opened(tmp_path, digested | {"data_digest": "5678"}),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, "{"])
 def test_a_damaged_configuration_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
@@ -57,12 +70,12 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     assert (tmp_path / "config.json").read_text() == text
 
 
-@pytest.mark.parametrize("number", [None, 1, 3, "2"])
+@pytest.mark.parametrize("number", [None, 1, 4, "3"])
 def test_a_folder_of_another_format_is_refused(tmp_path, number):
     found = {"a": [1], "b": "text"} | ({} if number is None else {"format": number})
     (tmp_path / "config.json").write_text(json.dumps(found))
     shown = 1 if number is None else number
-    message = rf"another version of these experiments \(format {shown}, expected 2\)"
+    message = rf"another version of these experiments \(format {shown}, expected 3\)"
     with pytest.raises(InputError, match=message), opened(tmp_path):
         pass
     assert json.loads((tmp_path / "config.json").read_text()) == found

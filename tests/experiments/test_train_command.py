@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ import pytest
 from sklearn.datasets import load_iris
 
 from experiments import train
-from experiments.support import artifacts, chunked_fit, datasets, resumable
+from experiments.support import artifacts, chunked_fit, datasets, output, resumable
 from experiments.support.cli import InputError
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from tests.experiments.files import odd_keys
@@ -351,6 +352,42 @@ def test_interrupted_and_resumed_it_ends_the_same_to_the_bit(
     assert files(folder) == files(tmp_path)
 
 
+def test_a_run_with_more_steps_continues_from_its_checkpoint(copied, tmp_path, capsys):
+    longer = moons(folder=copied, num_steps=60, evaluate_every=15)
+    assert capsys.readouterr().out == "Resuming from step 30 of 60.\n"
+    assert [entry["step"] for entry in longer["history"]] == [10, 20, 30, 45, 60]
+    whole = moons(num_steps=60, evaluate_every=15)
+    assert longer["history"][-2:] == whole["history"][-2:]
+    before = files(copied)
+    for options, message in [
+        ({"num_steps": 30}, "num_steps=60 there, 30 here; use another"),
+        ({"num_steps": 90, "seed": 1}, "num_steps=60 there, 90 here, seed=0 there, 1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            moons(folder=copied, **options)
+    assert files(copied) == before
+    cosine = {"optimizer": OptimizerConfig(schedule="cosine")}
+    (tmp_path / "cosine").mkdir()
+    moons(folder=tmp_path / "cosine", **cosine)
+    with pytest.raises(InputError, match="num_steps=30 there, 60 here"):
+        moons(folder=tmp_path / "cosine", num_steps=60, **cosine)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    def write(path):
+        with output.atomic_write(path) as partial:
+            partial.write_bytes(bytes(2 << 20))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(InputError, match=r"large\.bin: File too large$"):
+            write(tmp_path / "large.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(copied):
     before = files(copied)
     with pytest.raises(
@@ -388,14 +425,14 @@ FLAGS += ("--num_steps=30", "--evaluate_every=10")
 
 def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(copied):
     config = copied / "config.json"
-    assert json.loads(config.read_text()) == {"format": 2, **EARLIER}
+    assert json.loads(config.read_text()) == {"format": 3, **EARLIER}
     config.write_text(json.dumps(EARLIER))
     before = files(copied)
     status, _, err = run_command("train", *FLAGS, f"--output_dir={copied}")
     assert status == 2
     assert err == (
         f"train: --output_dir={copied}: holds a run of another version of these "
-        "experiments (format 1, expected 2); use another folder\n"
+        "experiments (format 1, expected 3); use another folder\n"
     )
     assert files(copied) == before
     assert json.loads(config.read_text()) == EARLIER
@@ -515,7 +552,7 @@ def test_a_mistake_is_one_line_before_any_work_and_leaves_nothing(
 
 def test_durations_are_needed_in_steps():
     with pytest.raises(ValueError, match="that `check` returned"):
-        chunked_fit._evaluation_steps(TrainingConfig())
+        chunked_fit._evaluations_after(0, TrainingConfig())
 
 
 def test_runs_that_stop_early_say_so(capsys):
