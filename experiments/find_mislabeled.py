@@ -191,7 +191,7 @@ def score_folds(
     seeds: int,
     folds: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Scores examples; returns scores by key and mean probabilities of label 1, `[N]`.
+    """Scores examples; returns scores by key, and mean probabilities of labels.
 
     Args:
       x: Features `[N, n_0]`.
@@ -201,28 +201,29 @@ def score_folds(
       seeds: Networks per fold.
       folds: Number of folds.
 
+    Returns:
+      Scores by key, `[N]`, and mean probabilities of labels 0 and 1, `[N, 2]`, computed
+      in float64.
+
     Raises:
       InputError: If a network diverges.
     """
     family = optimizer.build_family(training.steps)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=training.seed)
     scores = {name: np.zeros(len(x)) for name in (*SCORES, *CONTROL)}
-    probability = np.zeros(len(x))
+    probability = np.zeros((len(x), 2))
 
     with jax.enable_x64(training.dtype == "float64"):
 
-        def data(rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
-            return (
-                jnp.asarray(x[rows], training.dtype),
-                jnp.asarray(given[rows, None], training.dtype),
-            )
+        def data(rows: np.ndarray, dtype: str) -> tuple[jax.Array, jax.Array]:
+            return jnp.asarray(x[rows], dtype), jnp.asarray(given[rows, None], dtype)
 
         for fold, (others, held_out) in enumerate(
             tqdm(list(splitter.split(x, given)), unit="fold", disable=None)
         ):
             networks = jaxbce.sweep(
                 jax.random.fold_in(jax.random.key(training.seed), fold),
-                *data(others),
+                *data(others, training.dtype),
                 hidden=training.hidden,
                 make_optimizer=family.make_optimizer,
                 make_penalty=family.make_penalty,
@@ -234,9 +235,12 @@ def score_folds(
             )
             if (networks.diverged_at >= 0).any():
                 raise cli.InputError("networks diverged; try a smaller --learning_rate")
-            params = jax.tree.map(lambda leaf: leaf[0], networks.params)
-            fold_scores, y_hat = _score(params, *data(held_out))
-            probability[held_out] = y_hat
+            with jax.enable_x64(True):  # where float32 would round, ranks would tie
+                params = jax.tree.map(
+                    lambda leaf: jnp.asarray(leaf[0], jnp.float64), networks.params
+                )
+                found = _score(params, *data(held_out, "float64"))
+                fold_scores, probability[held_out] = jax.tree.map(np.asarray, found)
             for name, values in fold_scores.items():
                 scores[name][held_out] = values
     return scores, probability
@@ -244,7 +248,7 @@ def score_folds(
 
 @jax.jit
 def _score(params: Any, x: jax.Array, y: jax.Array) -> tuple[dict[str, Any], Any]:
-    """Scores, each `[N]`, and probabilities of label 1, `[N]`; means over networks."""
+    """Means over networks: scores `[N]`, and probabilities of both labels `[N, 2]`."""
     scores = jax.vmap(per_example.scores, (0, None, None))(params, x, y)
     a = jax.vmap(jaxbce.logits, (0, None))(params, x)[:, :, 0]  # [networks, N]
     ell = jaxbce.bce_with_logits(a, jnp.broadcast_to(y[:, 0], a.shape))
@@ -256,7 +260,8 @@ def _score(params: Any, x: jax.Array, y: jax.Array) -> tuple[dict[str, Any], Any
         "input_norm": scores.input_norm,
     }
     means = {name: jnp.mean(values, axis=0) for name, values in by_network.items()}
-    return means, jnp.mean(jax.nn.sigmoid(a), axis=0)
+    both = jax.nn.sigmoid(jnp.stack([-a, a], axis=-1))  # accurate in both tails
+    return means, jnp.mean(both, axis=0)
 
 
 def rank(
@@ -271,7 +276,7 @@ def rank(
     ((target, classes),) = table.classes.items()
     labels = np.array([f"{target}={value}" for value in classes])[given.astype(int)]
     rows = pd.DataFrame({"row": np.arange(len(given)), "label": labels})
-    rows["probability_of_label"] = np.where(given == 1, probability, 1 - probability)
+    rows["probability_of_label"] = np.where(given == 1, *probability.T[::-1])
     rows = rows.assign(**{name: scores[name] for name in SCORES})
     if flipped.any():
         rows["flipped"] = flipped
@@ -294,11 +299,10 @@ def confident_learning(
     except ImportError:
         return None
     labels = given.astype(int)
-    probabilities = np.stack([1 - probability, probability], axis=1)
     marks = cleanlab_filter.find_label_issues(
-        labels, probabilities, filter_by="confident_learning"
+        labels, probability, filter_by="confident_learning"
     )
-    quality = cleanlab_rank.get_label_quality_scores(labels, probabilities)
+    quality = cleanlab_rank.get_label_quality_scores(labels, probability)
     return {"marks": marks, "score": 1 - quality + marks}
 
 

@@ -122,18 +122,16 @@ def run(
 
         trained = fit.train(checkpoints)
 
-        probabilities = predict_all(trained, splits)
+        logits = predict_all(trained, splits)
         if with_baselines:
-            probabilities |= metrics.fit_baselines(
-                splits, training.hidden, training.seed
-            )
+            logits |= metrics.fit_baselines(splits, training.hidden, training.seed)
         result = {
             "configuration": configuration,
             **summary(trained),
-            "metrics": metrics.table(splits, list(table.classes), probabilities),
+            "metrics": metrics.table(splits, list(table.classes), logits),
         }
         if folder is not None:
-            artifacts.save(folder, result, table, splits, preprocessor, probabilities)
+            artifacts.save(folder, result, table, splits, preprocessor, logits)
     return result
 
 
@@ -147,7 +145,7 @@ def positive_weights(pos_weight: float | str, y: np.ndarray) -> tuple[float, ...
 def predict_all(
     trained: Trained, splits: dict[str, datasets.Split]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The network's probabilities of label 1, by model and split, each `[n, n_L]`.
+    """The network's logits of label 1, by model and split, each `[n, n_L]`.
 
     Raises:
       InputError: If the run diverged before its first evaluation.
@@ -160,7 +158,7 @@ def predict_all(
     params = trained.run.best_params
     return {
         artifacts.NETWORK: {
-            name: artifacts.predict(params, split.x) for name, split in splits.items()
+            name: metrics.logits(params, split.x) for name, split in splits.items()
         }
     }
 
@@ -183,8 +181,7 @@ def summary(trained: Trained) -> dict[str, Any]:
 def _predict(file: str) -> None:
     if cli.OUTPUT_DIR.value is None:
         raise cli.InputError("--predict needs --output_dir, the folder of the run")
-    with jax.enable_x64(True):  # in case the parameters are float64
-        rows, path = artifacts.score(file, Path(cli.OUTPUT_DIR.value))
+    rows, path = artifacts.score(file, Path(cli.OUTPUT_DIR.value))
     print(f"{rows} rows scored: {path}")
 
 

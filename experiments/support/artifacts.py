@@ -8,18 +8,12 @@ import jax
 import joblib
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 from sklearn.compose import ColumnTransformer
 
-import jaxbce
-from experiments.support import cli, datasets, output, plots, table_io
+from experiments.support import cli, datasets, metrics, output, plots, table_io
 
 NETWORK = "jaxbce"
-
-
-def predict(params: Any, x: np.ndarray) -> np.ndarray:
-    """Probabilities `[N, n_L]` in float64 for preprocessed features `[N, n_0]`."""
-    features = jax.numpy.asarray(x, params[0].w.dtype)
-    return np.asarray(jaxbce.predict_proba(params, features), np.float64)
 
 
 def save(
@@ -28,7 +22,7 @@ def save(
     table: datasets.Table,
     splits: dict[str, datasets.Split],
     preprocessor: ColumnTransformer,
-    probabilities: dict[str, dict[str, np.ndarray]],
+    logits: dict[str, dict[str, np.ndarray]],
 ) -> None:
     """Writes the model, the metrics, the predictions and the pictures.
 
@@ -38,7 +32,7 @@ def save(
       table: The data.
       splits: Its splits.
       preprocessor: The preprocessor, fitted on the training rows.
-      probabilities: Probabilities of label 1 by model and split, `[n, n_L]`.
+      logits: Logits of label 1 by model and split, `[n, n_L]`, float64.
     """
     params = jax.tree.map(np.asarray, result["params"])
     with output.atomic_write(folder / "model.joblib") as path:
@@ -51,24 +45,31 @@ def save(
     with output.atomic_write(folder / "losses.csv") as path:
         pd.DataFrame(result["history"]).to_csv(path, index=False)
     with output.atomic_write(folder / "predictions.csv") as path:
-        _predictions(table, splits, probabilities[NETWORK]).to_csv(path, index=False)
-    _draw(folder, result, table, splits, probabilities)
+        _predictions(table, splits, logits[NETWORK]).to_csv(path, index=False)
+    _draw(folder, result, table, splits, logits)
     _draw_boundary(folder, table, splits, preprocessor, params)
 
 
 def _predictions(
     table: datasets.Table,
     splits: dict[str, datasets.Split],
-    probability: dict[str, np.ndarray],
+    logits: dict[str, np.ndarray],
 ) -> pd.DataFrame:
-    """Label and probability of every row of the table, in the table's order."""
+    """Label, logit and probability of every row of the table, in the table's order."""
     rows = pd.concat(
         pd.DataFrame({"row": split.rows, "split": name})
         .join(_columns("", table.classes, split.y.astype(int)))
-        .join(_columns("probability of ", table.classes, probability[name]))
+        .join(_scores(table.classes, logits[name]))
         for name, split in splits.items()
     )
     return rows.sort_values("row")
+
+
+def _scores(classes: dict[str, tuple[Any, Any]], logits: np.ndarray) -> pd.DataFrame:
+    """The columns for logits `[N, n_L]`, and for their probabilities."""
+    return _columns("logit of ", classes, logits).join(
+        _columns("probability of ", classes, expit(logits))
+    )
 
 
 def _columns(
@@ -83,7 +84,7 @@ def _draw(
     result: dict[str, Any],
     table: datasets.Table,
     splits: dict[str, datasets.Split],
-    probabilities: dict[str, dict[str, np.ndarray]],
+    logits: dict[str, dict[str, np.ndarray]],
 ) -> None:
     """Draws the losses, and the ROC curve and reliability of each target."""
     history = pd.DataFrame(result["history"])
@@ -99,10 +100,7 @@ def _draw(
             folder / f"roc_and_reliability{number}.png",
             target,
             splits["test"].y[:, column],
-            {
-                name: by_split["test"][:, column]
-                for name, by_split in probabilities.items()
-            },
+            {name: by_split["test"][:, column] for name, by_split in logits.items()},
         )
 
 
@@ -121,7 +119,7 @@ def _draw_boundary(
 
     def probability(plane: np.ndarray) -> np.ndarray:
         x = preprocessor.transform(pd.DataFrame(plane, columns=names))
-        return predict(params, np.asarray(x))[:, 0]
+        return expit(metrics.logits(params, np.asarray(x))[:, 0])
 
     plots.boundary(
         folder / "boundary.png",
@@ -156,11 +154,11 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     if categories:
         _report_new_categories(file, features, preprocessor, categories)
     x = datasets.preprocess(file, preprocessor, features)
-    probability = _columns("probability of ", classes, predict(params, x))
-    probability.insert(0, "row", np.arange(len(x)))
+    scored = _scores(classes, metrics.logits(params, x))
+    scored.insert(0, "row", np.arange(len(x)))
     path = folder / f"{Path(file).stem}.scored.csv"
     with output.atomic_write(path) as partial:
-        probability.to_csv(partial, index=False)
+        scored.to_csv(partial, index=False)
     return len(x), path
 
 

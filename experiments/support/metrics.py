@@ -1,14 +1,22 @@
-"""Metrics of predicted probabilities, and scikit-learn's models to compare with."""
+"""Metrics of logits, and scikit-learn's models to compare with.
+
+All metrics are computed from logits in float64. Probabilities round to 0 and 1 where
+logits still differ.
+"""
 
 import warnings
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 from sklearn import metrics
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
+import jaxbce
 from experiments.support.datasets import Split
 
 CALIBRATION_BINS = 10
@@ -20,25 +28,39 @@ HEADINGS = {  # for the keys of `score`
 }
 
 
-def score(y: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+def logits(params: Any, x: np.ndarray) -> np.ndarray:
+    """Logits `[N, n_L]` of preprocessed features `[N, n_0]`, computed in float64."""
+    with jax.enable_x64(True):
+        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        return np.asarray(jaxbce.logits(cast, jnp.asarray(x, jnp.float64)))
+
+
+def score(y: np.ndarray, logit: np.ndarray) -> dict[str, float]:
     """Computes the metrics of one output.
 
     Args:
       y: Labels, `[N]`; both 0 and 1 occur.
-      probability: Probabilities of label 1, `[N]`.
+      logit: Logits of label 1, `[N]`, float64.
 
     Returns:
-      "log_loss" in nats, "accuracy" at 0.5, "roc_auc", "brier_score" and the expected
-      "calibration_error" over ten bins of equal width.
+      "log_loss" in nats, "accuracy" at a probability of 0.5, "roc_auc", "brier_score"
+      and the expected "calibration_error" over ten bins of equal width.
     """
-    probability = np.asarray(probability, np.float64)
+    probability = expit(logit)
     return {
-        "log_loss": float(metrics.log_loss(y, probability, labels=[0, 1])),
-        "accuracy": float(metrics.accuracy_score(y, probability > 0.5)),
-        "roc_auc": float(metrics.roc_auc_score(y, probability)),
+        "log_loss": log_loss(y, logit),
+        "accuracy": float(metrics.accuracy_score(y, logit > 0)),
+        "roc_auc": float(metrics.roc_auc_score(y, logit)),
         "brier_score": float(metrics.brier_score_loss(y, probability)),
         "calibration_error": calibration_error(y, probability),
     }
+
+
+def log_loss(y: np.ndarray, logit: np.ndarray) -> float:
+    """Mean cross-entropy in nats of labels and float64 logits of the same shape."""
+    with jax.enable_x64(True):
+        ell = jaxbce.bce_with_logits(jnp.asarray(logit), jnp.asarray(y, jnp.float64))
+        return float(jnp.mean(ell))
 
 
 def calibration_error(y: np.ndarray, probability: np.ndarray) -> float:
@@ -64,7 +86,7 @@ def fit_baselines(
       seed: Seed of MLPClassifier.
 
     Returns:
-      By model and split, probabilities `[n, n_L]`.
+      By model and split, logits `[n, n_L]`.
     """
     models = {
         "logistic regression": lambda: LogisticRegression(max_iter=1000),
@@ -76,22 +98,36 @@ def fit_baselines(
         for name, make in models.items():
             fitted = [make().fit(splits["train"].x, y) for y in splits["train"].y.T]
             result[name] = {
-                split: np.stack([m.predict_proba(data.x)[:, 1] for m in fitted], axis=1)
+                split: np.stack([_decision(m, data.x) for m in fitted], axis=1)
                 for split, data in splits.items()
             }
     return result
 
 
+def _decision(model: Any, x: np.ndarray) -> np.ndarray:
+    """The logits `[N]` of a fitted model of scikit-learn."""
+    if isinstance(model, MLPClassifier):  # it has only probabilities
+        layers = zip(model.coefs_, model.intercepts_, strict=True)
+        return logits(tuple(jaxbce.Layer(w, b) for w, b in layers), x)[:, 0]
+    return model.decision_function(x)
+
+
 def table(
     splits: dict[str, Split],
     targets: list[str],
-    probabilities: dict[str, dict[str, np.ndarray]],
+    logits: dict[str, dict[str, np.ndarray]],
 ) -> list[dict[str, Any]]:
-    """Metrics as rows, one per split, model and target."""
+    """Metrics as rows, one per split, model and target.
+
+    Args:
+      splits: The data.
+      targets: Names of the outputs.
+      logits: Logits by model and split, `[n, n_L]`.
+    """
     return [
         {"model": model, "split": split, "target": target}
         | score(data.y[:, column], by_split[split][:, column])
         for split, data in splits.items()
-        for model, by_split in probabilities.items()
+        for model, by_split in logits.items()
         for column, target in enumerate(targets)
     ]

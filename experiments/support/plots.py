@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
+from scipy.special import expit
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
@@ -45,15 +46,16 @@ def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -
 
 
 def roc_and_reliability(
-    path: Path, target: str, y: np.ndarray, probabilities: dict[str, np.ndarray]
+    path: Path, target: str, y: np.ndarray, logits: dict[str, np.ndarray]
 ) -> None:
-    """Draws ROC curves and reliability of each model's probabilities `[N]`."""
+    """Draws ROC curves and reliability of each model's logits `[N]`."""
     figure, (roc, reliability) = plt.subplots(
         1, 2, figsize=(10, 4.6), layout="constrained"
     )
-    for name, probability in probabilities.items():
-        false_positive, true_positive, _ = roc_curve(y, probability)
+    for name, logit in logits.items():
+        false_positive, true_positive, _ = roc_curve(y, logit)
         roc.plot(false_positive, true_positive, label=name)
+        probability = expit(logit)
         share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
         _, rows = np.unique(calibration_bins(probability), return_counts=True)
         area = 10 + 600 * rows / len(y)

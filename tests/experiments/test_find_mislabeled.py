@@ -5,12 +5,14 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 from cleanlab.rank import get_label_quality_scores
 from sklearn.datasets import load_digits
 
+import jaxbce
 from experiments import find_mislabeled
 from experiments.support import datasets
 from experiments.support.cli import InputError
@@ -92,7 +94,7 @@ def test_rows_are_ranked_by_networks_that_have_not_seen_them(result):
     assert rows["el2n"].is_monotonic_decreasing
     assert rows["flipped"].sum() == 100
     np.testing.assert_allclose(
-        1 - rows["el2n"], rows["probability_of_label"], atol=1e-5
+        1 - rows["el2n"], rows["probability_of_label"], atol=1e-15
     )
     given = rows.set_index("row").sort_index()
     upper = given["label"] == "moon=upper"
@@ -102,7 +104,21 @@ def test_rows_are_ranked_by_networks_that_have_not_seen_them(result):
     probabilities = np.where(upper.to_numpy()[:, None], [[1, 0]], [[0, 1]])
     probabilities = probabilities * (2 * p - 1)[:, None] + (1 - p)[:, None]
     quality = get_label_quality_scores((~upper).to_numpy().astype(int), probabilities)
-    np.testing.assert_allclose(quality, p, atol=1e-6)
+    np.testing.assert_allclose(quality, p, atol=1e-12)
+
+
+def test_saturated_networks_still_rank_labels():
+    """Logits of 20 and 30 have one probability in float32, but not in float64."""
+    layer: Any = jaxbce.Layer
+    params = (layer(jnp.ones((1, 1, 1)), jnp.zeros((1, 1))),)  # of one network
+    x, y = np.array([[20.0], [30.0], [-30.0]]), np.array([[0.0], [0.0], [0.0]])
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: leaf.astype(float), params)
+        scores, probability = find_mislabeled._score(params, x, y)
+        el2n = np.asarray(scores["el2n"])
+        assert el2n[1] > el2n[0]
+    tail = np.exp(-30) / (1 + np.exp(-30))
+    np.testing.assert_allclose(np.diag(probability[1:]), [tail, tail], rtol=1e-14)
 
 
 def test_a_label_that_only_its_own_row_supports_is_suspicious_out_of_fold():
@@ -146,7 +162,7 @@ def test_several_targets_are_refused():
 def test_without_cleanlab_the_rest_is_printed(result, monkeypatch, capsys):
     for name in ("cleanlab", "cleanlab.filter", "cleanlab.rank"):
         monkeypatch.setitem(sys.modules, name, None)
-    given, probability = np.array([0.0, 1.0]), np.array([0.2, 0.8])
+    given, probability = np.array([0.0, 1.0]), np.array([[0.8, 0.2], [0.2, 0.8]])
     assert find_mislabeled.confident_learning(given, probability) is None
     scores = dict.fromkeys((*find_mislabeled.SCORES, "input_norm"), given)
     rows = find_mislabeled.compare_scores(given > 0, scores, None)
@@ -225,7 +241,7 @@ def test_rows_are_ordered_by_the_score_asked_for(result, name):
     scores = {key: by_row[key].to_numpy() for key in find_mislabeled.SCORES}
     flipped = by_row["flipped"].to_numpy()
     given = np.where(flipped, 1 - MOONS.y[:, 0], MOONS.y[:, 0])
-    p = np.full(1000, 0.5)
+    p = np.full((1000, 2), 0.5)
     rows = find_mislabeled.rank(MOONS, given, flipped, p, scores, name)
     key = next(k for k, shown in find_mislabeled.SCORES.items() if shown == name)
     assert rows[key].is_monotonic_decreasing

@@ -1,22 +1,70 @@
-"""Metrics of predicted probabilities."""
+"""Metrics of logits."""
 
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import expit, logit
+from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
 
+import jaxbce
 from experiments.support import datasets, metrics
 
 
 def test_metrics_are_what_their_names_say():
     y = np.array([0, 0, 1, 1])
-    p = np.array([0.0, 0.6, 0.6, 1.0])
-    found = metrics.score(y, p)
+    found = metrics.score(y, logit([1e-300, 0.6, 0.6, 1 - 1e-16]))
     assert np.isclose(found["log_loss"], -np.log([1, 0.4, 0.6, 1]).mean())
     assert found["accuracy"] == 0.75
     assert found["roc_auc"] == 0.875
     assert np.isclose(found["brier_score"], (0.36 + 0.16) / 4)
     assert np.isclose(found["calibration_error"], abs(1 - 1.2) / 4)
     assert set(metrics.HEADINGS) < set(found)
+
+
+def test_every_metric_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    a = rng.normal(scale=4, size=500).round(1)  # with ties
+    y = (rng.random(500) < expit(a / 2)).astype(float)
+    found, p = metrics.score(y, a), expit(a)
+    expected = {
+        "log_loss": sklearn_metrics.log_loss(y, p),
+        "accuracy": sklearn_metrics.accuracy_score(y, p > 0.5),
+        "roc_auc": sklearn_metrics.roc_auc_score(y, a),
+        "brier_score": sklearn_metrics.brier_score_loss(y, p),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
+
+
+def test_logits_of_any_size_count_as_what_they_are():
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=200) * 10 ** rng.uniform(-3, 3, 200)  # up to thousands
+    y = rng.integers(0, 2, 200).astype(float)
+    wrong = (1 - 2 * y) * a.astype(np.longdouble)
+    expected = np.logaddexp(0, wrong).mean()
+    np.testing.assert_allclose(metrics.log_loss(y, a), float(expected), rtol=1e-14)
+    # Their probabilities are all 1, but the logits are in the right order.
+    assert metrics.score(np.array([0, 0, 1, 1]), np.arange(40.0, 44))["roc_auc"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_computed_in_float64_whatever_the_parameters(dtype):
+    params = jaxbce.init(jax.random.key(0), (3, 4, 2), dtype=dtype)
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    (w_1, b_1), (w_2, b_2) = jax.tree.map(lambda t: np.asarray(t, np.float64), params)
+    expected = np.maximum(x @ w_1 + b_1, 0) @ w_2 + b_2
+    found = metrics.logits(params, x)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert jnp.zeros(()).dtype == np.float32  # as before
 
 
 def test_calibration_bins_are_those_of_scikit_learn():
@@ -36,12 +84,12 @@ def test_a_row_is_of_its_model_split_and_target():
     y = np.array([[0, 1], [1, 0], [1, 1], [0, 0]], float)
     split = datasets.Split(np.arange(4), np.zeros((4, 1)), y)
     splits = {"train": split, "test": split}
-    right, wrong = np.where(y, 0.9, 0.1), np.where(y, 0.4, 0.6)
-    probabilities = {
+    right, wrong = np.where(y, 2.0, -2.0), np.where(y, -0.5, 0.5)
+    logits = {
         "one": {"train": right, "test": wrong},
         "other": {"train": wrong, "test": np.stack([right[:, 0], wrong[:, 1]], 1)},
     }
-    rows = metrics.table(splits, ["a", "b"], probabilities)
+    rows = metrics.table(splits, ["a", "b"], logits)
     accuracy = {(r["model"], r["split"], r["target"]): r["accuracy"] for r in rows}
     assert accuracy == {
         ("one", "train", "a"): 1.0,
@@ -67,5 +115,22 @@ def test_baselines_are_fitted_on_the_training_rows_for_each_output():
     for by_split in found.values():
         assert by_split["train"].shape == (60, 2)
         np.testing.assert_allclose(by_split["test"], by_split["train"][:10])
-    accuracy = np.mean((found["logistic regression"]["train"] > 0.5) == y, axis=0)
+    accuracy = np.mean((found["logistic regression"]["train"] > 0) == y, axis=0)
     assert accuracy.min() > 0.9
+
+
+def test_logits_of_baselines_give_the_probabilities_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 2))
+    y = (x.sum(axis=1) + rng.normal(size=80) > 0).astype(float)[:, None]
+    split = datasets.Split(np.arange(80), x, y)
+    found = metrics.fit_baselines({"train": split}, (4,), seed=0)
+    models: Any = {
+        "logistic regression": LogisticRegression(max_iter=1000),
+        "MLPClassifier": MLPClassifier((4,), random_state=0, max_iter=200),
+    }
+    for name, model in models.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            p = model.fit(x, y[:, 0]).predict_proba(x)[:, 1]
+        np.testing.assert_allclose(expit(found[name]["train"][:, 0]), p, rtol=1e-12)

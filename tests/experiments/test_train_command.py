@@ -14,6 +14,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
 from sklearn.datasets import load_iris
 
 from experiments import train
@@ -193,7 +194,7 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
 
 
 def test_keys_of_results_are_snake_case(trained):
-    targets = r"(probability of )?(virginica=1|big=yes)"
+    targets = r"((logit|probability) of )?(virginica=1|big=yes)"
     assert odd_keys(trained[0], ignored=targets) == {}
     model = joblib.load(trained[0] / "model.joblib")
     assert set(model) == {"preprocessor", "params", "classes"}
@@ -217,10 +218,13 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     for target in ("virginica=1", "big=yes"):
         name = target.split("=")[0]
         assert kept[target].tolist() == iris[name].isin([1, "yes"]).astype(int).tolist()
-        a = scored[f"probability of {target}"].to_numpy()
-        b = kept[f"probability of {target}"].to_numpy()
-        np.testing.assert_allclose(a[1:], b[1:], rtol=1e-5)
+        a = scored[f"logit of {target}"].to_numpy()
+        b = kept[f"logit of {target}"].to_numpy()
+        np.testing.assert_allclose(a[1:], b[1:], rtol=1e-12)
         assert a[0] != b[0]
+        for table in (scored, kept):
+            probability = expit(table[f"logit of {target}"])
+            np.testing.assert_allclose(table[f"probability of {target}"], probability)
     missing = new.drop(columns="color")
     missing.to_csv(tmp_path / "missing.csv", index=False)
     with pytest.raises(InputError, match="no column 'color'"):
