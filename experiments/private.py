@@ -12,7 +12,7 @@ distributions give (ε, δ) for adding or removing one example. For every ε, an
 privacy, --seeds networks are trained, all in one program. Expect a test accuracy on
 digits of about 0.91 at ε = 3, and 0.98 without privacy.
 
-ε covers the parameters of one network, released alone. It does not cover the accuracies
+ε covers the parameters of one network, released alone. It does not cover the metrics
 printed here, choosing among rows of the table, or standardizing by the training
 examples. With --bounds, which must be known without looking at the data, nothing is
 standardized. The noise is only as secret as --seed.
@@ -38,6 +38,7 @@ from experiments.support import (
     config,
     datasets,
     dp_accounting,
+    metrics,
     output,
     plots,
 )
@@ -90,6 +91,7 @@ HELP = {
 LEARNING_RATE = 0.01  # default for adam
 MAX_BATCH_SIZE = 256
 BOUNDS = {"digits": (0.0, 16.0)}
+METRICS = ("accuracy", "roc_auc", "log_loss")
 CHUNKS = 20  # of steps; each moves the progress bar
 
 Row = dict[str, Any]
@@ -170,9 +172,8 @@ def run(
             sampling=sampling,
             seeds=seeds,
         )
-        accuracies = {
-            name: accuracy(params, splits[name], training.dtype)
-            for name in ("validation", "test")
+        scores = {
+            name: evaluate(params, splits[name]) for name in ("validation", "test")
         }
     return {
         "configuration": {
@@ -186,12 +187,13 @@ def run(
             **training.as_dict(),
             "batch_size": sampling["batch_size"],
             "bounds": bounds,
+            "base_rate": np.mean(splits["test"].y, axis=0).tolist(),
         },
         "rows": summarize(
             [*privacy.epsilons, np.inf],
             [*spent, np.inf],
             [*noise, 0.0],
-            accuracies,
+            scores,
             clipped,
         ),
         "clipped": clipped,
@@ -369,27 +371,38 @@ def padded_batches(
         yield padded
 
 
-def accuracy(params: Any, split: datasets.Split, dtype: str) -> np.ndarray:
-    """Accuracy of each network, `[levels, seeds]`; NaN if its logits are not finite."""
+def evaluate(params: Any, split: datasets.Split) -> dict[str, np.ndarray]:
+    """Metrics of each network, means over outputs, `[levels, seeds]` each.
 
-    @jax.jit
-    def fraction_correct(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        each = jax.vmap(jax.vmap(jaxbce.logits, (0, None)), (0, None))
-        a = each(params, x)  # [seeds, levels, N, n_L]
-        correct = jnp.mean((a > 0) == (y > 0.5), axis=(2, 3))
-        return jnp.where(jnp.isfinite(a).all(axis=(2, 3)), correct, jnp.nan)
+    Args:
+      params: Parameters, leaves `[seeds, levels, ...]`.
+      split: The examples.
 
-    return np.asarray(fraction_correct(params, jnp.asarray(split.x, dtype), split.y)).T
+    Returns:
+      By name of `METRICS`; NaN if a network's logits are not finite.
+    """
+    params = jax.tree.map(np.asarray, params)
+    seeds, levels = params[0].b.shape[:2]
+    found = {name: np.full((levels, seeds), np.nan) for name in METRICS}
+    for index in np.ndindex(levels, seeds):
+        network = jax.tree.map(lambda leaf, i=index[::-1]: leaf[i], params)
+        a = metrics.logits(network, split.x)
+        if not np.isfinite(a).all():
+            continue
+        by_output = [metrics.score(*pair) for pair in zip(split.y.T, a.T, strict=True)]
+        for name in METRICS:
+            found[name][index] = np.mean([score[name] for score in by_output])
+    return found
 
 
 def summarize(
     epsilons: list[float],
     spent: list[float],
     noise: list[float],
-    accuracies: dict[str, np.ndarray],
+    scores: dict[str, dict[str, np.ndarray]],
     clipped: np.ndarray,
 ) -> list[Row]:
-    """One row per level: ε spent, noise, mean accuracies and their standard errors."""
+    """One row per level: ε spent, noise, mean metrics and their standard errors."""
     seeds, num_steps = clipped.shape[1:]
     tenth = -(-num_steps // 10)
     rows = []
@@ -399,10 +412,11 @@ def summarize(
             "epsilon_spent": spent[i],
             "noise_multiplier": noise[i],
         }
-        for split, values in accuracies.items():
-            row[f"{split}_accuracy"] = float(values[i].mean())
-            error = values[i].std(ddof=1) / seeds**0.5 if seeds > 1 else None
-            row[f"{split}_accuracy_se"] = None if error is None else float(error)
+        for split, by_metric in scores.items():
+            for name, values in by_metric.items():
+                row[f"{split}_{name}"] = float(values[i].mean())
+                error = values[i].std(ddof=1) / seeds**0.5 if seeds > 1 else None
+                row[f"{split}_{name}_se"] = None if error is None else float(error)
         row["clipped_first_tenth"] = float(np.mean(clipped[i, :, :tenth]))
         row["clipped_last_tenth"] = float(np.mean(clipped[i, :, -tenth:]))
         rows.append(row)
@@ -442,27 +456,33 @@ def _report(result: dict[str, Any]) -> None:
     shown = []
     for row in rows:
         is_private = row["epsilon"] < np.inf
-        error = row["test_accuracy_se"]
         shown.append(
             {
                 "ε": f"{row['epsilon']:g}" if is_private else "not private",
                 "ε spent": f"{row['epsilon_spent']:.4f}" if is_private else "",
-                "noise multiplier": f"{row['noise_multiplier']:.3f}"
+                "noise": f"{row['noise_multiplier']:.3f}"
                 if row["noise_multiplier"]
                 else "0",
-                "validation accuracy": f"{row['validation_accuracy']:.4f}",
-                "test accuracy": f"{row['test_accuracy']:.4f}"
-                + ("" if error is None else f" ± {error:.4f}"),
+                "test accuracy": _with_error(row, "test_accuracy"),
+                "ROC AUC": _with_error(row, "test_roc_auc"),
+                "log-loss": _with_error(row, "test_log_loss"),
                 "clipped at first": f"{row['clipped_first_tenth']:.2f}",
                 "at last": f"{row['clipped_last_tenth']:.2f}",
             }
         )
     print(output.table(shown))
     print(
-        f"\nAccuracies are means over {configuration['seeds']} networks ± their "
-        "standard error. The last two columns are the fractions of rows clipped in the "
-        "first and the last tenth of the steps."
+        f"\nNoise is the noise multiplier. Metrics are means over "
+        f"{configuration['seeds']} networks ± their standard error. The last two "
+        "columns are the fractions of rows clipped in the first and the last tenth of "
+        "the steps."
     )
+    targets = datasets.label_1(configuration["classes"])
+    for target, share in zip(targets, configuration["base_rate"], strict=True):
+        print(
+            f"{target} in {share:.1%} of the test rows; always predicting the more "
+            f"common label has an accuracy of {max(share, 1 - share):.4f}."
+        )
     if configuration["bounds"] is None:
         print(
             "Features were standardized by the training rows, which ε does not cover. "
@@ -470,6 +490,11 @@ def _report(result: dict[str, Any]) -> None:
         )
     if configuration["delta"] >= 1 / configuration["rows"]:
         print("Warning: δ is at least 1 / rows, which allows publishing a whole row.")
+
+
+def _with_error(row: Row, name: str) -> str:
+    error = row[f"{name}_se"]
+    return f"{row[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def save(folder: Path, result: dict[str, Any]) -> None:
@@ -485,7 +510,9 @@ def save(folder: Path, result: dict[str, Any]) -> None:
     fractions = pd.DataFrame({"step": np.arange(clipped.shape[1]), **columns})
     with output.atomic_write(folder / "clipped.csv") as path:
         fractions.to_csv(path, index=False)
-    plots.private(folder / "private.png", rows, clipped)
+    shares = result["configuration"]["base_rate"]
+    guess = float(np.mean([max(share, 1 - share) for share in shares]))
+    plots.private(folder / "private.png", rows, clipped, guess)
 
 
 def _optimizer() -> OptimizerConfig:

@@ -163,39 +163,38 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
     _save(figure, path)
 
 
-def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None:
-    """Draws test accuracy over ε, and the fraction of examples clipped over steps.
+def private(
+    path: Path, rows: list[dict[str, Any]], clipped: np.ndarray, guess: float
+) -> None:
+    """Draws test metrics over ε, and the fraction of examples clipped over steps.
 
     Args:
       path: The file to write.
       rows: As `experiments.private` makes them; the last one is not private.
       clipped: Fraction of examples clipped, `[ε, steps]`, in the order of `rows`.
+      guess: Accuracy of always predicting the more common label.
     """
-    figure, (accuracy, share) = plt.subplots(
-        1, 2, figsize=(10, 4), layout="constrained"
+    figure, (accuracy, auc, share) = plt.subplots(
+        1, 3, figsize=(14, 4), layout="constrained"
     )
     *private_rows, plain = rows
-    accuracy.errorbar(
-        [row["epsilon"] for row in private_rows],
-        [row["test_accuracy"] for row in private_rows],
-        [row["test_accuracy_se"] or 0.0 for row in private_rows],
-        marker="o",
-        capsize=3,
-        label="private",
-    )
-    mean, error = plain["test_accuracy"], plain["test_accuracy_se"] or 0.0
-    accuracy.axhline(mean, color="C1", label="not private")
-    accuracy.axhspan(mean - error, mean + error, color="C1", alpha=0.2, lw=0)
-    accuracy.set(
-        xlabel="ε",
-        xscale="log",
-        ylabel="test accuracy, mean ± s.e.",
-        title="What privacy costs",
-    )
-    ticks = [row["epsilon"] for row in private_rows]
-    accuracy.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    accuracy.minorticks_off()
-    accuracy.legend(loc="lower right")
+    epsilons = [row["epsilon"] for row in private_rows]
+    accuracy.axhline(guess, color="grey", ls=":", label="the more common label")
+    auc.axhline(0.5, color="grey", ls=":", label="chance")
+    for axes, key, name in (
+        (accuracy, "test_accuracy", "test accuracy"),
+        (auc, "test_roc_auc", "test ROC AUC"),
+    ):
+        means = [row[key] for row in private_rows]
+        errors = [row[f"{key}_se"] or 0.0 for row in private_rows]
+        axes.errorbar(epsilons, means, errors, marker="o", capsize=3, label="private")
+        mean, error = plain[key], plain[f"{key}_se"] or 0.0
+        axes.axhline(mean, color="C1", label="not private")
+        axes.axhspan(mean - error, mean + error, color="C1", alpha=0.2, lw=0)
+        axes.set(xlabel="ε", xscale="log", ylabel=f"{name}, mean ± s.e.", title=name)
+        axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
+        axes.minorticks_off()
+        axes.legend()
     window = max(1, clipped.shape[1] // 50)
     steps = np.arange(clipped.shape[1] // window) * window + window / 2
     for i, row in enumerate(private_rows):

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
 import pytest
 
+import jaxbce
 from experiments import private
-from experiments.support import datasets, dp_accounting
+from experiments.support import datasets, dp_accounting, metrics
 from experiments.support.cli import InputError
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from experiments.support.dp_accounting import PrivacyConfig
@@ -93,13 +95,28 @@ def test_a_run_says_what_it_did(result):
 
 
 def test_a_mean_has_its_standard_error():
-    accuracies = {"test": np.array([[0.5, 0.7, 0.9]])}
-    (row,) = private.summarize([1.0], [0.9], [2.0], accuracies, np.zeros((1, 3, 4)))
+    scores = {"test": {"accuracy": np.array([[0.5, 0.7, 0.9]])}}
+    (row,) = private.summarize([1.0], [0.9], [2.0], scores, np.zeros((1, 3, 4)))
     assert np.isclose(row["test_accuracy"], 0.7)
     assert np.isclose(row["test_accuracy_se"], 0.2 / 3**0.5)
-    single = {"test": np.array([[0.5]])}
+    single = {"test": {"accuracy": np.array([[0.5]])}}
     (row,) = private.summarize([1.0], [0.9], [2.0], single, np.zeros((1, 1, 4)))
     assert row["test_accuracy_se"] is None
+
+
+def test_metrics_of_rare_labels_are_those_of_the_logits():
+    params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+    split = datasets.split(datasets.load(dataset="moons"), 0)[0]["test"]
+    y = np.zeros_like(split.y)
+    y[:6] = 1
+    networks = jax.tree.map(lambda t: jnp.stack([jnp.stack([t, 1e30 * t])]), params)
+    found = private.evaluate(networks, split._replace(y=y))
+    expected = metrics.score(y[:, 0], metrics.logits(params, split.x)[:, 0])
+    for name in private.METRICS:
+        assert found[name].shape == (2, 1)
+        assert found[name][0, 0] == expected[name]
+    broken = jax.tree.map(lambda t: jnp.full_like(t, jnp.inf)[None, None], params)
+    assert np.isnan(private.evaluate(broken, split)["roc_auc"]).all()
 
 
 @pytest.mark.usefixtures("known_noise")
@@ -198,7 +215,7 @@ def test_the_noise_is_in_units_of_the_norm(monkeypatch):
         return (), np.zeros((2, 2, 10))
 
     monkeypatch.setattr(private, "train", train)
-    monkeypatch.setattr(private, "accuracy", lambda *_: np.ones((2, 2)))
+    monkeypatch.setattr(private, "evaluate", lambda *_: {"accuracy": np.ones((2, 2))})
     found = run(privacy={"max_grad_norm": 0.25})
     assert found["rows"][0]["noise_multiplier"] == 2.0
     assert given["levels"] == [(0.25 * 2.0, 0.25), (0.0, np.inf)]
@@ -243,8 +260,13 @@ def test_the_command_prints_and_writes_the_same_as_run(printed, result):
     assert [row["epsilon"] for row in document["rows"]] == [0.5, 1, np.inf]
     assert document["configuration"]["batch_size"] == 100
     assert list(pd.read_csv(folder / "private.csv")) == [
-        *("epsilon", "epsilon_spent", "noise_multiplier", "validation_accuracy"),
-        *("validation_accuracy_se", "test_accuracy", "test_accuracy_se"),
+        *("epsilon", "epsilon_spent", "noise_multiplier"),
+        *(
+            f"{split}_{name}{end}"
+            for split in ("validation", "test")
+            for name in private.METRICS
+            for end in ("", "_se")
+        ),
         *("clipped_first_tenth", "clipped_last_tenth"),
     ]
     assert len(pd.read_csv(folder / "private.csv")) == 3
