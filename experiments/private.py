@@ -18,9 +18,10 @@ examples. With --bounds, which must be known without looking at the data, nothin
 standardized. The noise is only as secret as --seed.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from experiments.support import (
     metrics,
     output,
     plots,
+    resumable,
 )
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from jaxbce import per_example
@@ -117,6 +119,7 @@ def run(
     training: TrainingConfig,
     seeds: int = 5,
     bounds: tuple[float, float] | None = None,
+    make_folder: Callable[[], Path | None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains networks for every ε, and without privacy.
 
@@ -128,11 +131,14 @@ def run(
         and None is a quarter of the training examples, at most 256.
       seeds: Networks per ε.
       bounds: Bounds of all features, known beforehand; None standardizes the features.
+      make_folder: Called once all arguments are known to be valid; returns the folder
+        in which to save the results, or None.
 
     Returns:
-      "configuration"; "rows", one per ε, and a last one without privacy; and "clipped",
-      the fraction of each batch that was clipped, `[levels, seeds, steps]`, where the
-      last level is without privacy.
+      "configuration"; "base_rate", the share of label 1 among the test examples, per
+      output; "rows", one per ε, and a last one without privacy; and "clipped", the
+      fraction of each batch that was clipped, `[levels, seeds, steps]`, where the last
+      level is without privacy.
 
     Raises:
       InputError: If an argument cannot be used.
@@ -152,18 +158,33 @@ def run(
     training = training.check(rows, table.name)
     transformation = build_optimizer(optimizer, training)
 
-    # Find the noise for each ε.
     sampling = {
         "rows": rows,
         "batch_size": training.batch_size or rows,
         "num_steps": training.steps,
     }
-    noise, spent = find_noise(privacy, sampling)
+    configuration = {
+        "data": table.name,
+        "data_digest": datasets.digest(table),
+        "classes": table.classes,
+        "rows": rows,
+        "seeds": seeds,
+        **privacy._asdict(),
+        **optimizer.as_dict(),
+        **training.as_dict(),
+        "batch_size": sampling["batch_size"],
+        "bounds": bounds,
+    }
+    with jax.enable_x64(training.dtype == "float64"), contextlib.ExitStack() as stack:
+        if (folder := make_folder()) is not None:
+            stack.enter_context(resumable.lock_output_dir(folder, configuration))
 
-    # Train networks for all of them, and without noise or clipping.
-    norm = privacy.max_grad_norm
-    levels = [*(NoiseLevel(n * norm, norm) for n in noise), NoiseLevel(0.0, np.inf)]
-    with jax.enable_x64(training.dtype == "float64"):
+        # Find the noise for each ε.
+        noise, spent = find_noise(privacy, sampling)
+
+        # Train networks for all of them, and without noise or clipping.
+        norm = privacy.max_grad_norm
+        levels = [*(NoiseLevel(n * norm, norm) for n in noise), NoiseLevel(0.0, np.inf)]
         params, clipped = train(
             splits["train"],
             transformation,
@@ -175,29 +196,21 @@ def run(
         scores = {
             name: evaluate(params, splits[name]) for name in ("validation", "test")
         }
-    return {
-        "configuration": {
-            "data": table.name,
-            "data_digest": datasets.digest(table),
-            "classes": table.classes,
-            "rows": rows,
-            "seeds": seeds,
-            **privacy._asdict(),
-            **optimizer.as_dict(),
-            **training.as_dict(),
-            "batch_size": sampling["batch_size"],
-            "bounds": bounds,
+        result = {
+            "configuration": configuration,
             "base_rate": np.mean(splits["test"].y, axis=0).tolist(),
-        },
-        "rows": summarize(
-            [*privacy.epsilons, np.inf],
-            [*spent, np.inf],
-            [*noise, 0.0],
-            scores,
-            clipped,
-        ),
-        "clipped": clipped,
-    }
+            "rows": summarize(
+                [*privacy.epsilons, np.inf],
+                [*spent, np.inf],
+                [*noise, 0.0],
+                scores,
+                clipped,
+            ),
+            "clipped": clipped,
+        }
+        if folder is not None:
+            save(folder, result)
+    return result
 
 
 def find_noise(
@@ -478,7 +491,7 @@ def _report(result: dict[str, Any]) -> None:
         "the steps."
     )
     targets = datasets.label_1(configuration["classes"])
-    for target, share in zip(targets, configuration["base_rate"], strict=True):
+    for target, share in zip(targets, result["base_rate"], strict=True):
         print(
             f"{target} in {share:.1%} of the test rows; always predicting the more "
             f"common label has an accuracy of {max(share, 1 - share):.4f}."
@@ -500,7 +513,7 @@ def _with_error(row: Row, name: str) -> str:
 def save(folder: Path, result: dict[str, Any]) -> None:
     """Writes the table, the fractions clipped over steps, and the picture."""
     rows, clipped = result["rows"], result["clipped"].mean(axis=1)  # [levels, steps]
-    document = {"configuration": result["configuration"], "rows": rows}
+    document = {key: value for key, value in result.items() if key != "clipped"}
     output.write_results(folder, "private", document, rows)
     columns = {
         f"epsilon_{row['epsilon']:g}": line
@@ -510,8 +523,7 @@ def save(folder: Path, result: dict[str, Any]) -> None:
     fractions = pd.DataFrame({"step": np.arange(clipped.shape[1]), **columns})
     with output.atomic_write(folder / "clipped.csv") as path:
         fractions.to_csv(path, index=False)
-    shares = result["configuration"]["base_rate"]
-    guess = float(np.mean([max(share, 1 - share) for share in shares]))
+    guess = float(np.mean([max(share, 1 - share) for share in result["base_rate"]]))
     plots.private(folder / "private.png", rows, clipped, guess)
 
 
@@ -524,7 +536,6 @@ def _optimizer() -> OptimizerConfig:
 
 def main() -> int:
     """Trains the networks, prints the table and writes the files."""
-    folder = cli.output_dir()
     privacy = dp_accounting.PrivacyConfig(
         epsilons=tuple(sorted(set(_numbers("epsilon", _EPSILON.value)))),
         delta=_DELTA.value,
@@ -543,11 +554,11 @@ def main() -> int:
         training=training,
         seeds=cli.SEEDS.value or DEFAULTS["seeds"],
         bounds=bounds,
+        make_folder=cli.output_dir,
     )
     _report(result)
-    if folder is not None:
-        save(folder, result)
-        print(f"\nIn {folder}: private.json, private.csv, clipped.csv, private.png")
+    if cli.OUTPUT_DIR.value is not None:
+        output.print_files(Path(cli.OUTPUT_DIR.value))
     return 0
 
 

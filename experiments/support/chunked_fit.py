@@ -140,9 +140,10 @@ class ChunkedFit:
         """The run so far, and the losses and steps of its evaluations."""
         done = (checkpoints.last if checkpoints else None) or 0
         start = self._start, np.zeros((done, 2)), np.zeros(done, np.int64)
-        if checkpoints is None or not done:
+        saved = checkpoints.restore(start) if checkpoints else None
+        if saved is None:
             return start
-        run, history, steps = checkpoints.restore(start)
+        run, history, steps = saved
         print(
             f"Resuming from step {int(run.step)} of {self._training.steps}.", flush=True
         )

@@ -1,6 +1,7 @@
 """`experiments.private`: what it claims is what the accountant says of what it does."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -275,6 +276,14 @@ def test_the_command_prints_and_writes_the_same_as_run(printed, result):
     assert len(fractions) == 10
     np.testing.assert_allclose(fractions["epsilon_1"], result["clipped"][1].mean(0))
     assert (folder / "private.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_of_another_run_is_refused(printed, tmp_path):
+    folder = shutil.copytree(printed[0], tmp_path / "copied")
+    flags = (*FLAGS, "--max_grad_norm=0.25", f"--output_dir={folder}")
+    status, _, err = run_command("private", *flags)
+    assert status == 2
+    assert "holds another run, with max_grad_norm=0.5 there, 0.25 here" in err
 
 
 def test_keys_of_results_are_snake_case(printed):

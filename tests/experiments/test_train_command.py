@@ -363,14 +363,15 @@ def test_a_run_with_more_steps_continues_from_its_checkpoint(copied, tmp_path, c
     whole = moons(num_steps=60, evaluate_every=15)
     assert longer["history"][-2:] == whole["history"][-2:]
     before = files(copied)
-    for options, message in [
+    refused: list[tuple[Any, str]] = [
         ({"num_steps": 30}, "num_steps=60 there, 30 here; use another"),
         ({"num_steps": 90, "seed": 1}, "num_steps=60 there, 90 here, seed=0 there, 1"),
-    ]:
+    ]
+    for options, message in refused:
         with pytest.raises(InputError, match=message):
             moons(folder=copied, **options)
     assert files(copied) == before
-    cosine = {"optimizer": OptimizerConfig(schedule="cosine")}
+    cosine: Any = {"optimizer": OptimizerConfig(schedule="cosine")}
     (tmp_path / "cosine").mkdir()
     moons(folder=tmp_path / "cosine", **cosine)
     with pytest.raises(InputError, match="num_steps=30 there, 60 here"):
