@@ -5,7 +5,7 @@ import pytest
 
 import jaxbce
 from jaxbce.network import Layer
-from tests.helpers import problem
+from tests.helpers import LAYOUTS, problem
 
 
 def by_hand(params, x, y, *, pos_weight=1.0, mask=lambda a: a > 0):
@@ -184,7 +184,7 @@ def test_a_leaf_is_judged_by_its_own_norm_and_not_by_the_gradients():
     assert {c.leaf for c in report.comparisons if not c.passed} == {"[0].w"}
 
 
-@pytest.mark.parametrize("fun", [jaxbce.value_and_grad, by_hand])
+@pytest.mark.parametrize("fun", [*LAYOUTS.values(), by_hand], ids=[*LAYOUTS, "by hand"])
 def test_a_correct_gradient_passes_at_20_seeds(fun):
     # Under one jit, so that its operations are not compiled one by one.
     fun = jax.jit(fun) if fun is by_hand else fun
