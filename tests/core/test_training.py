@@ -809,6 +809,16 @@ def test_a_wrapper_that_skips_bad_steps_has_its_say(wrap):
     assert relative_error(run.params, truth) <= 1e-6
 
 
+def test_params_and_state_stay_finite_where_a_wrapper_gives_up():
+    params, x, y = arguments(dtype="float32")
+    x[0, 0] = np.nan
+    optimizer = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 1)
+    run = fit(params, x, y, optimizer=optimizer)
+    assert run.diverged_at == 1  # it skips step 0
+    assert equal(run.params, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.opt_state))
+
+
 def test_a_weight_of_zero_ignores_whatever_the_features_are():
     params, x, y = arguments(dtype="float32")
     weight = np.ones(len(x), np.float32)
@@ -828,9 +838,22 @@ def test_a_weight_of_zero_ignores_whatever_the_features_are():
 
 
 def test_a_negative_loss_is_a_divergence_under_tracing():
+    params, x, _ = arguments(dtype="float32")
+    y = np.where(jaxbce.logits(params, x) > 0, 2, -1)
+    run = jax.jit(lambda y: fit(params, x, y))(y)
+    assert run.diverged_at == 0
+
+
+@pytest.mark.parametrize("name", ["penalty", "loss"])
+def test_a_loss_of_the_users_that_is_not_finite_is_a_divergence(name):
     params, x, y = arguments(dtype="float32")
-    run = jax.jit(lambda y: fit(params, x, y))(2 * y - 1)  # labels −1 and +1
-    assert run.diverged_at >= 0
+
+    def infinite(*_, **__):
+        return jnp.float32(jnp.inf)
+
+    run = fit(params, x, y, **{name: infinite})
+    assert run.diverged_at == 0
+    assert equal(run.params, params)
 
 
 def test_an_improvement_below_min_delta_does_not_count():
