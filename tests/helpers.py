@@ -192,7 +192,7 @@ NETWORKS = {
     "one hidden layer": (7, 5, 1),
     "three hidden layers": (6, 8, 7, 5, 1),
     "five outputs": (6, 9, 5),
-    "no hidden layer": (4, 2),
+    "no hidden layer": (8, 2),  # as many features as columns are padded to
 }
 
 

@@ -12,6 +12,8 @@ import jaxbce
 from experiments.support import baselines, timing
 from jaxbce import gradients
 from jaxbce._blocks import sum_over_blocks
+from jaxbce._layouts import ROWS, Columns
+from jaxbce.network import propagate
 from tests.helpers import (
     LAYOUTS,
     NETWORKS,
@@ -72,6 +74,20 @@ def test_value_and_gradient_are_autodiffs_in_float64(sizes, name, dtype, layout)
         relative_error((value, grads), (truth.value, truth.params)) <= TOLERANCE[dtype]
     )
     assert value.dtype == (jnp.float32 if dtype == "bfloat16" else dtype)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("layout", [ROWS, Columns(3)], ids=LAYOUTS)
+def test_deltas_and_gradients_of_bfloat16_are_accumulated_in_float32(layout, outputs):
+    def derivation(params, x):
+        params = layout.convert(params)
+        a, h = propagate(params, layout.arrange(layout.pad(x)), layout)
+        delta = gradients.pull_back(params, jaxbce.Activations(a, h), a[-1], layout)
+        return a, delta, gradients.contract(h[:-1], delta, layout)
+
+    params = jaxbce.init(jax.random.key(0), (3, 4, outputs), dtype="bfloat16")
+    found = jax.eval_shape(derivation, params, jnp.ones((5, 3), "bfloat16"))
+    assert {t.dtype.name for t in jax.tree.leaves(found)} == {"float32"}
 
 
 DIFFERENTIATED = ["mean", "weights", "everything"]
