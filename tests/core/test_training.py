@@ -17,7 +17,7 @@ from jax import P
 from sklearn.neural_network import MLPClassifier
 
 import jaxbce
-from jaxbce import _traced, gradients
+from jaxbce import _layouts, _traced, gradients
 from tests.helpers import TOLERANCE, loss_reference, member, problem, relative_error
 
 KEY = jax.random.key(7)
@@ -695,9 +695,16 @@ def triple(honest):
     [("pull_back", triple_all_but_the_last, (3, 1)), ("contract", triple, (3, 3))],
     ids=["pull_back", "contract"],
 )
-@pytest.mark.parametrize("rows", [19, 1], ids=["columns", "rows"])
-def test_training_follows_the_one_derivation(monkeypatch, rows, name, corrupt, factors):
+@pytest.mark.parametrize(
+    ("rows", "layout"),
+    [(19, _layouts.Columns(5)), (1, _layouts.ROWS)],
+    ids=["columns", "rows"],
+)
+def test_training_follows_the_one_derivation(
+    monkeypatch, rows, layout, name, corrupt, factors
+):
     """Corrupting it corrupts `fit` and `sweep` in the same way as `value_and_grad`."""
+    assert _layouts.for_training(rows, 5) == layout
     sgd = optax.sgd(1.0)
     with jax.enable_x64(True):
         _, x, y = arguments(rows=19)
