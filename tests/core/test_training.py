@@ -819,7 +819,7 @@ def test_a_wrapper_that_skips_bad_steps_has_its_say(wrap):
 def test_params_and_state_stay_finite_where_a_wrapper_gives_up():
     params, x, y = arguments(dtype="float32")
     x[0, 0] = np.nan
-    optimizer = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 1)
+    optimizer: Any = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 1)
     run = fit(params, x, y, optimizer=optimizer)
     assert run.diverged_at == 1  # it skips step 0
     assert equal(run.params, params)
