@@ -848,11 +848,16 @@ def test_a_weight_of_zero_ignores_whatever_the_features_are():
             np.testing.assert_allclose(run.validation_loss[-1], alone, rtol=1e-5)
 
 
-def test_a_negative_loss_is_a_divergence_under_tracing():
+@pytest.mark.parametrize(
+    ("optimizer", "at"),
+    [(ADAM, 0), (optax.apply_if_finite(SGD, 5), 20)],
+    ids=["at the step", "at the evaluation"],
+)
+def test_a_negative_loss_is_a_divergence_under_tracing(optimizer, at):
     params, x, _ = arguments(dtype="float32")
     y = np.where(jaxbce.logits(params, x) > 0, 2, -1)
-    run = jax.jit(lambda y: fit(params, x, y))(y)
-    assert run.diverged_at == 0
+    run = jax.jit(lambda y: fit(params, x, y, optimizer=optimizer))(y)
+    assert run.diverged_at == at
 
 
 @pytest.mark.parametrize("name", ["penalty", "loss"])
