@@ -297,6 +297,22 @@ def test_pos_weights_of_each_output_are_differentiated_by_output():
     assert relative_error(mine, truth) <= TOLERANCE["float64"]
 
 
+def test_the_derivative_in_a_weight_of_zero_is_autodiffs():
+    p = problem((4, 3, 2))
+    s = np.where(np.arange(37) % 5, p.sample_weight, 0)
+
+    @jax.jit
+    def in_sample_weight(s, *arguments):
+        return [
+            jax.grad(lambda s: loss(*arguments, sample_weight=s))(s)  # noqa: B023
+            for loss in (jaxbce.loss, loss_reference)
+        ]
+
+    with jax.enable_x64(True):
+        mine, truth = in_sample_weight(s, *p.arguments())
+    assert relative_error(mine, truth) <= TOLERANCE["float64"]
+
+
 def test_deltas_are_the_derivatives_in_the_pre_activations():
     p = problem((5, 6, 4, 2))
     with jax.enable_x64(True):

@@ -826,7 +826,7 @@ def test_params_and_state_stay_finite_where_a_wrapper_gives_up():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.opt_state))
 
 
-def test_a_weight_of_zero_ignores_whatever_the_features_are():
+def test_a_weight_of_zero_ignores_whatever_the_features_and_labels_are():
     params, x, y = arguments(dtype="float32")
     # Features of 3e38 give hidden units of inf, and their difference is NaN.
     first, last = params
@@ -838,10 +838,16 @@ def test_a_weight_of_zero_ignores_whatever_the_features_are():
     truth = fit(params, x, y, sample_weight=weight)
     unweighted = fit(params, x, y)
     for bad in (1e20, 3e38, np.inf, np.nan):
-        worse = np.where(kept[:, None], x, np.float32(bad))
-        validation = (worse, y, weight)
-        for mine, s, expected in ((worse, weight, truth), (x, None, unweighted)):
-            run = fit(params, mine, y, sample_weight=s, validation=validation)
+        worse = (
+            np.where(kept[:, None], x, np.float32(bad)),
+            np.where(kept[:, None], y, np.float32(np.nan)),
+        )
+        validation = (*worse, weight)
+        for examples, s, expected in (
+            (worse, weight, truth),
+            ((x, y), None, unweighted),
+        ):
+            run = fit(params, *examples, sample_weight=s, validation=validation)
             assert equal(run.params, expected.params)
             assert run.diverged_at == -1
             alone = jaxbce.loss(run.params, x[kept], y[kept])
