@@ -167,10 +167,19 @@ def test_hessian_of_loss_is_autodiffs(second, block_size):
 def test_second_derivatives_are_exact_in_the_tail():
     params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),)
     hessian = jax.jit(jax.hessian(jaxbce.loss))
+
+    @jax.jit
+    @jax.jacfwd
+    def in_pos_weight(p, params, x):
+        return jaxbce.grad(params, x, np.ones((1, 1), "f"), pos_weight=p)[0].b
+
     for a in (10.0, 20.0, 40.0, 80.0):
-        h = hessian(params, np.full((1, 1), a, "f"), np.ones((1, 1), "f"))
+        x = np.full((1, 1), a, "f")
+        h = hessian(params, x, np.ones((1, 1), "f"))
         truth = np.exp(-a) / (1 + np.exp(-a)) ** 2  # σ(a) σ(−a)
         np.testing.assert_allclose(h[0].b[0].b, truth, rtol=1e-6)
+        slope = in_pos_weight(np.float32(1), params, x)
+        np.testing.assert_allclose(slope, [-np.exp(-a) / (1 + np.exp(-a))], rtol=1e-6)
 
 
 def test_corrupting_pull_back_corrupts_every_derivative_of_loss(monkeypatch):
@@ -387,17 +396,20 @@ def test_infinite_logits_give_finite_gradients(block_size, layout):
 
 @IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("block_size", [None, 2])
-def test_rows_of_weight_zero_count_for_nothing_even_at_infinite_loss(
+def test_rows_of_weight_zero_count_for_nothing_whatever_their_features(
     block_size, layout
 ):
     p = problem((3, 4, 1), rows=6)
     params, x, y = p.arguments(np.float32)
-    x = np.concatenate([np.full_like(x[:2], 3e38), x[2:]])  # finite, infinite loss
+    truth = jaxbce.value_and_grad(params, x[2:], y[2:])
     s = np.array([0, 0, 1, 1, 1, 1], "f")
-    counted, _ = LAYOUTS[layout](params, x, y, sample_weight=np.ones(6, "f"))
-    assert not np.isfinite(counted)
-    found = LAYOUTS[layout](params, x, y, sample_weight=s, block_size=block_size)
-    assert relative_error(found, jaxbce.value_and_grad(params, x[2:], y[2:])) <= 1e-6
+    for bad in (3e38, np.inf, np.nan):  # 3e38 is finite, its loss is infinite
+        worse = np.concatenate([np.full_like(x[:2], bad), x[2:]])
+        counted, _ = LAYOUTS[layout](params, worse, y, sample_weight=np.ones(6, "f"))
+        assert not np.isfinite(counted)
+        options = {"sample_weight": s, "block_size": block_size}
+        found = LAYOUTS[layout](params, worse, y, **options)
+        assert relative_error(found, truth) <= 1e-6
 
 
 def test_a_batch_is_the_mean_of_its_rows_in_any_order():
