@@ -12,7 +12,7 @@ import pytest
 from jax import P
 
 import jaxbce
-from jaxbce import curvature, gradients, per_example
+from jaxbce import _layouts, curvature, gradients, per_example
 from tests.helpers import member, problem, relative_error
 
 
@@ -280,6 +280,17 @@ def test_each_device_computes_with_its_share_of_the_examples(axis_type):
             assert "f32[40,6]" not in text
             assert "all-gather" not in text
         assert per_example.norms(params, x, y).sharding.is_equivalent_to(sharding, 1)
+
+
+@pytest.mark.parametrize(("size", "axis"), [(8, "examples"), (5, None)])
+def test_devices_share_a_batch_if_they_divide_it(size, axis):
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("examples",), axis_types=explicit)
+    with jax.set_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, P("examples"))
+        x = jax.device_put(np.ones((40, 5), "f"), sharding)
+        batch = _layouts.take(x, jnp.arange(size))
+        assert jax.typeof(batch).sharding.spec == P(axis, None)
 
 
 def assert_close(mine, theirs):
