@@ -157,6 +157,7 @@ class Columns(NamedTuple):
 
     Features have one more row of ones, so that the gradient of the first layer's biases
     is a column of the same product as that of its weights, and are padded with zeros.
+    In bfloat16 that product rounds δ, which `Rows` sums in float32 for the biases.
 
     Attributes:
       features: The number of features, n_0.
