@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -161,9 +162,27 @@ def check_batch(
     else:
         s = _validate.sample_weight(sample_weight, n, dtype)
         s = shard(s, like=x)
+        s = rescale(s) if reduction == "mean" else s
         x = drop_nonfinite(s == 0, x)
         c = s / jnp.sum(s) if reduction == "mean" else s
     return Batch(x, y, c, p)
+
+
+def rescale(s: jax.Array) -> jax.Array:
+    """Weights times a power of two, so that the largest is in [2, 4).
+
+    Their sum then neither overflows nor vanishes. XLA may flush subnormal weights to 0,
+    so these are read from their bits, which are an integer proportional to them.
+    """
+    info: Any = jnp.finfo(s.dtype)
+    bits = lax.bitcast_convert_type(s, f"uint{info.bits}")
+    large = s / info.smallest_normal
+    exact = bits.astype(s.dtype) * 2.0**-info.nmant
+    is_subnormal = bits < 1 << info.nmant
+    large += lax.stop_gradient(jnp.where(is_subnormal, exact - large, 0))
+    s = jnp.where(jnp.max(s) < info.smallest_normal**0.5, large, s)
+    exponent = jnp.frexp(jnp.max(s))[1]
+    return s * jnp.ldexp(jnp.ones((), s.dtype), 2 - exponent)
 
 
 @jit(static_argnames=("reduction", "block_size"))

@@ -256,8 +256,8 @@ def _dataset(
     if s is None:
         return Dataset(x, y, None, pos_weight)
     # The label of an example of weight 0 may be NaN, too.
+    s = gradients.rescale(s)
     x, y = drop_nonfinite(s == 0, x), drop_nonfinite(s == 0, y)
-    s = s / jnp.max(s)  # so that the sum cannot overflow
     return Dataset(x, y, s / jnp.mean(s), pos_weight)
 
 
