@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -50,6 +51,11 @@ class FitResult(NamedTuple):
     step: jax.Array
 
 
+jax.export.register_namedtuple_serialization(
+    FitResult, serialized_name="jaxbce.FitResult"
+)
+
+
 def fit(
     key: jax.Array,
     params: Params | FitResult,
@@ -81,7 +87,9 @@ def fit(
     `fit` is compiled once per combination of shapes, static options and operations of
     the optimizer, penalty and loss. Their numbers are arguments of the compiled
     program, so the same optimizer with another learning rate does not compile again.
-    Programs that have not been used for long are freed.
+    Programs that have not been used for long are freed. A program exported by
+    `jax.export` may leave N symbolic; to serialize it, register the states of the
+    optimizer with `jax.export`, or drop `opt_state` from the result.
 
     The run is frozen, and `diverged_at` set, at the first step whose loss is not finite
     (or is negative, from labels outside [0, 1]), and at an evaluation whose training
@@ -588,7 +596,7 @@ def _over_batches(
     def epoch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         t, carry = state
         number = t // per_epoch
-        order = jax.random.permutation(jax.random.fold_in(key, number), n)
+        order = _permutation(jax.random.fold_in(key, number), n)
 
         def batch(t: jax.Array, carry: Any) -> Any:
             # A short last batch is padded at its start with examples of the previous
@@ -599,7 +607,7 @@ def _over_batches(
                 return body(t, indices, jnp.full(size, 1 / size), carry)
             start = jnp.minimum(first, n - size)
             indices = lax.dynamic_slice_in_dim(order, start, size)
-            is_new = start + jnp.arange(size) >= first
+            is_new = start + jnp.arange(size, dtype=start.dtype) >= first
             weight = is_new.astype(float) / jnp.minimum(size, n - first).astype(float)
             return body(t, indices, weight, carry)
 
@@ -607,6 +615,21 @@ def _over_batches(
         return until, lax.fori_loop(t, until, batch, carry)
 
     return lax.while_loop(lambda state: state[0] < end, epoch, (begin, carry))[1]
+
+
+def _permutation(key: jax.Array, n: int) -> jax.Array:
+    """`jax.random.permutation(key, n)`, also for a symbolic n."""
+    if isinstance(n, int):
+        return jax.random.permutation(key, n)
+
+    def shuffle(_: Any, state: tuple[jax.Array, jax.Array]) -> Any:
+        key, order = state
+        key, subkey = jax.random.split(key)
+        return key, lax.sort_key_val(jax.random.bits(subkey, (n,)), order)[1]
+
+    count = jnp.asarray(n)  # JAX sorts by 32 random bits until ties are unlikely
+    rounds = 1 + jnp.int32(count > 1625) + jnp.int32(count > 2642245)
+    return lax.fori_loop(0, rounds, shuffle, (key, jnp.arange(n)))[1]
 
 
 @jax.custom_batching.custom_vmap

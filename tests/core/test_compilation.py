@@ -12,7 +12,7 @@ import pytest
 from jax import P
 
 import jaxbce
-from jaxbce import curvature, gradients, per_example
+from jaxbce import curvature, gradients, per_example, training
 from tests.helpers import member, problem, relative_error
 
 
@@ -289,17 +289,81 @@ def assert_close(mine, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in QUANTITIES if name not in list(QUANTITIES)[-3:]]
+FIT: Any = {"optimizer": optax.sgd(0.1), "num_steps": 8, "evaluate_every": 3}
+
+
+def weighted_fit(params, x, y, batch_size=None):
+    s = 1 + y[:, 0]
+    options = {"validation": (x, y, s), "sample_weight": s, "batch_size": batch_size}
+    return jaxbce.fit(jax.random.key(0), params, x, y, **FIT, **options)
+
+
+EXPORTED = (
+    {name: QUANTITIES[name] for name in list(QUANTITIES)[:-3]}
+    | {
+        "forward": lambda params, x, y: jaxbce.forward(params, x),
+        "logits": lambda params, x, y: jaxbce.logits(params, x),
+        "predict_proba": lambda params, x, y: jaxbce.predict_proba(params, x),
+        "weighted deltas": lambda params, x, y: jaxbce.deltas(
+            params, jaxbce.forward(params, x), y, sample_weight=y[:, 0]
+        ),
+        "bce_with_logits": lambda params, x, y: jaxbce.bce_with_logits(
+            jaxbce.logits(params, x), y, **WEIGHTED
+        ),
+        "weighted value_and_grad": lambda params, x, y: jaxbce.value_and_grad(
+            params, x, y, sample_weight=1 + y[:, 0]
+        ),
+        "fit": lambda params, x, y: jaxbce.fit(jax.random.key(0), params, x, y, **FIT),
+        "weighted fit": weighted_fit,
+        "fit in batches": functools.partial(weighted_fit, batch_size=5),
+    }
+    | {
+        name: ON_A_MESH[name]
+        for name in (
+            *("loss", "value_and_grad", "grad in blocks", "grad of loss"),
+            *("deltas", "chain_rule", "bce"),
+        )
+    }
 )
-def test_quantities_export_with_a_symbolic_number_of_examples(name):
-    (n,) = jax.export.symbolic_shape("n")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, "n") for name in EXPORTED), ("grad in blocks", "2*n"), ("fit", "2*n")],
+)
+def test_exports_with_a_symbolic_number_of_examples(name, size):
+    (n,) = jax.export.symbolic_shape(size, constraints=[f"{size} >= 5"])
     params, x, y = small_problem()
     symbolic = [jax.ShapeDtypeStruct((n, *t.shape[1:]), t.dtype) for t in (x, y)]
-    exported = jax.export.export(jax.jit(QUANTITIES[name]))(params, *symbolic)
-    for rows in (14, 5):
+    exported = jax.export.export(jax.jit(EXPORTED[name]))(params, *symbolic)
+    for rows in (14, 6):
         arguments = small_problem(rows=rows)
-        assert_close(exported.call(*arguments), QUANTITIES[name](*arguments))
+        assert_close(exported.call(*arguments), EXPORTED[name](*arguments))
+
+
+@pytest.mark.parametrize("name", ["forward", "chain_rule", "weighted fit"])
+def test_exported_programs_are_serialized_with_their_types(name):
+    def function(*arguments):
+        result = EXPORTED[name](*arguments)
+        return result._replace(opt_state=()) if "fit" in name else result
+
+    arguments = small_problem(rows=14)
+    exported = jax.export.export(jax.jit(function))(*arguments)
+    found = jax.export.deserialize(exported.serialize()).call(*arguments)
+    expected = function(*arguments)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 1000, 2000])
+def test_the_order_of_a_symbolic_number_of_examples_is_that_of_jax(rows):
+    (n,) = jax.export.symbolic_shape("n")
+    key = jax.random.key(0)
+    exported = jax.export.export(
+        jax.jit(lambda x: training._permutation(key, x.shape[0]))
+    )(jax.ShapeDtypeStruct((n,), "float32"))
+    found = exported.call(jnp.zeros(rows))
+    np.testing.assert_array_equal(found, jax.random.permutation(key, rows))
 
 
 SUMS = ["clipped_value_and_grad", "noise_scale", "hvp", "ggn_vp"]
