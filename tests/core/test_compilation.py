@@ -168,20 +168,6 @@ def small_problem(dtype="float32", rows=28):
 
 
 @EVERY_QUANTITY
-def test_quantities_trace_in_strict_modes(name):
-    def quantity(*arguments):  # a new function, which no cache knows
-        return QUANTITIES[name](*arguments)
-
-    with jax.numpy_rank_promotion("raise"):
-        with jax.checking_leaks():
-            jax.eval_shape(quantity, *small_problem())
-        with jax.enable_x64(True):
-            for dtype in ("float32", "float64"):
-                found = jax.eval_shape(quantity, *small_problem(dtype))
-                assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
-
-
-@EVERY_QUANTITY
 def test_quantities_map_over_networks_and_devices(name):
     params, x, y = small_problem()
     networks = [params, jax.tree.map(lambda leaf: leaf / 2, params)]
@@ -221,7 +207,7 @@ ON_A_MESH = QUANTITIES | {
     "grad of loss": lambda params, x, y: jax.grad(
         lambda *args: jaxbce.loss(*args[:3], sample_weight=args[3], pos_weight=args[4]),
         argnums=(0, 1, 2, 3, 4),
-    )(params, x, y, 1 + y[:, 0], 2.0),
+    )(params, x, y, 1 + y[:, 0], np.asarray(2, y.dtype)),
     "deltas": lambda params, x, y: jaxbce.deltas(params, jaxbce.forward(params, x), y),
     "chain_rule": jaxbce.chain_rule,
     "bce": lambda params, x, y: jaxbce.bce(jaxbce.predict_proba(params, x), y),
@@ -280,6 +266,45 @@ def test_each_device_computes_with_its_share_of_the_examples(axis_type):
             assert "f32[40,6]" not in text
             assert "all-gather" not in text
         assert per_example.norms(params, x, y).sharding.is_equivalent_to(sharding, 1)
+
+
+@pytest.mark.parametrize("name", ON_A_MESH)
+def test_functions_trace_in_strict_modes(name):
+    def function(*arguments):  # a new function, which no cache knows
+        return ON_A_MESH[name](*arguments)
+
+    with jax.numpy_rank_promotion("raise"):
+        with jax.checking_leaks():
+            jax.eval_shape(function, *small_problem())
+        with jax.enable_x64(True):
+            for dtype in ("float32", "float64"):
+                found = jax.eval_shape(function, *small_problem(dtype))
+                assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
+
+
+def test_networks_train_together_in_strict_modes():
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.enable_x64(True),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
+        params, x, y = small_problem()
+        key, rates = jax.random.key(0), jnp.array([0.1, 0.2], "float32")
+        options: Any = {"num_steps": 7, "batch_size": 5, "evaluate_every": 3}
+        options |= {"validation": (x, y)}
+
+        @jax.vmap
+        def train(rate):
+            return jaxbce.fit(key, params, x, y, optimizer=optax.sgd(rate), **options)
+
+        losses = train(rates).train_loss
+        options |= {"hidden": (4,), "hparams": {"rate": rates}, "dtype": "float32"}
+        options |= {"make_optimizer": lambda hp: optax.sgd(hp["rate"])}
+        result = jaxbce.sweep(key, x, y, **options)
+    for found in (losses, result.train_loss, result.validation_loss):
+        assert found.dtype == "float32"
+        assert np.isfinite(found).all()
 
 
 def assert_close(mine, theirs):
