@@ -413,6 +413,23 @@ def test_rows_of_weight_zero_count_for_nothing_whatever_their_features(
         assert relative_error(found, truth) <= 1e-6
 
 
+@pytest.mark.parametrize("scale", [2.0**124, 2.0**100, 2.0**-100, 2.0**-120])
+def test_the_mean_is_relative_to_weights_of_any_size(scale):
+    p = problem((5, 4, 1))
+    params, x, y = p.arguments(np.float32)
+    s = p.sample_weight.astype("f")
+    s[0] = 0
+    differentiate = jax.value_and_grad(
+        lambda params, s: jaxbce.loss(params, x, y, sample_weight=s), argnums=(0, 1)
+    )
+    value, (grads, slope) = differentiate(params, s)
+    scaled_value, (scaled_grads, scaled_slope) = differentiate(params, scale * s)
+    assert scaled_value == value
+    assert relative_error(scaled_grads, grads) == 0
+    if scale < 2.0**120:  # it is subnormal there
+        assert relative_error(scale * scaled_slope, slope) <= 1e-6
+
+
 def test_a_batch_is_the_mean_of_its_rows_in_any_order():
     p = problem((5, 6, 2), rows=11)
     with jax.enable_x64(True):
