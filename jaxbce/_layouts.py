@@ -146,7 +146,8 @@ class Rows(NamedTuple):
         n, n_out, n_in = h.shape[0], d.shape[1], h.shape[1]
         chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)
         narrows = 1 < n_out < n_in and not is_sharded(h)
-        if narrows and chunks > 1 and n * n_out * n_in >= _LARGE_PRODUCT:
+        is_static = isinstance(n, int)  # not symbolic, as in an exported program
+        if narrows and chunks > 1 and is_static and n * n_out * n_in >= _LARGE_PRODUCT:
             d, h = d.reshape(chunks, -1, n_out), h.reshape(chunks, -1, n_in)
             return jnp.sum(matmul(d.swapaxes(1, 2), h), axis=0).T, b
         return matmul(d.T, h).T, b
@@ -157,6 +158,7 @@ class Columns(NamedTuple):
 
     Features have one more row of ones, so that the gradient of the first layer's biases
     is a column of the same product as that of its weights, and are padded with zeros.
+    In bfloat16 that product rounds δ, which `Rows` sums in float32 for the biases.
 
     Attributes:
       features: The number of features, n_0.
@@ -177,7 +179,7 @@ class Columns(NamedTuple):
         """
         n, n_in = x.shape
         extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
-        ones = jnp.eye(1, extra, dtype=x.dtype).repeat(n, 0)
+        ones = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype), (n, extra))
         return jnp.concatenate([x, shard(ones, like=x)], 1)
 
     def arrange(self, t: jax.Array) -> jax.Array:
@@ -216,4 +218,4 @@ def for_training(batch_size: int, features: int) -> Layout:
     Columns are as fast or faster for every shape measured on CPU but for batches of one
     example.
     """
-    return Columns(features) if batch_size > 1 else ROWS
+    return ROWS if batch_size == 1 else Columns(features)  # the size may be symbolic

@@ -509,9 +509,11 @@ def examples(
     if weight is not None:
         checked_weight = sample_weight(weight, n, dtype, weight_name)
         weights(weight_name, weight, dtype)
-        if _is_known(weight) and _range(weight)[1] == 0:
+        least = float(jnp.finfo(dtype).smallest_normal)  # XLA may flush others to 0
+        if _is_known(weight) and (largest := _range(weight)[1]) < least:
             raise ValueError(
-                f"expected {weight_name} to have an entry > 0, got only zeros"
+                f"expected {weight_name} to have an entry >= {least:.1e}, got at most "
+                f"{largest:.1e}"
             )
     # What was passed, which may be in host memory or have a larger range.
     label_values(y_name, y, weight=weight)

@@ -161,9 +161,18 @@ def check_batch(
     else:
         s = _validate.sample_weight(sample_weight, n, dtype)
         s = shard(s, like=x)
+        s = rescale(s) if reduction == "mean" else s
         x = drop_nonfinite(s == 0, x)
         c = s / jnp.sum(s) if reduction == "mean" else s
     return Batch(x, y, c, p)
+
+
+def rescale(s: jax.Array) -> jax.Array:
+    """Weights times a power of two that keeps their sum and its inverse in range."""
+    largest = jnp.max(s)
+    factor = jnp.where(largest > 2.0**64, 2.0**-64, 1.0)
+    factor = jnp.where(largest < 2.0**-64, 2.0**64, factor)
+    return s * factor.astype(s.dtype)
 
 
 @jit(static_argnames=("reduction", "block_size"))
@@ -192,7 +201,7 @@ def value_and_grad(
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
       sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones. Examples
         of weight 0 are ignored, even if their loss is infinite. The mean is NaN if all
-        weights are 0.
+        weights are 0, or so small that XLA flushes them to 0 (below 1.2e-38).
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
       reduction: "mean" or "sum" over examples; outputs are always summed.
       block_size: The largest number of examples per block. Temporary memory grows with

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -64,6 +65,11 @@ class SweepResult(NamedTuple):
     best_loss: np.ndarray
     best_step: np.ndarray
     step: np.ndarray
+
+
+jax.export.register_namedtuple_serialization(
+    SweepResult, serialized_name="jaxbce.SweepResult"
+)
 
 
 def grid(**axes: Any) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -50,6 +51,11 @@ class FitResult(NamedTuple):
     step: jax.Array
 
 
+jax.export.register_namedtuple_serialization(
+    FitResult, serialized_name="jaxbce.FitResult"
+)
+
+
 def fit(
     key: jax.Array,
     params: Params | FitResult,
@@ -81,7 +87,9 @@ def fit(
     `fit` is compiled once per combination of shapes, static options and operations of
     the optimizer, penalty and loss. Their numbers are arguments of the compiled
     program, so the same optimizer with another learning rate does not compile again.
-    Programs that have not been used for long are freed.
+    Programs that have not been used for long are freed. A program exported by
+    `jax.export` may leave N symbolic if batches are full. To serialize it, register the
+    states of the optimizer with `jax.export`, or drop `opt_state` from the result.
 
     The run is frozen, and `diverged_at` set, at the first step whose loss is not finite
     (or is negative, from labels outside [0, 1]), and at an evaluation whose training
@@ -259,8 +267,8 @@ def _dataset(
     if s is None:
         return Dataset(x, y, None, pos_weight)
     # The label of an example of weight 0 may be NaN, too.
+    s = gradients.rescale(s)
     x, y = drop_nonfinite(s == 0, x), drop_nonfinite(s == 0, y)
-    s = s / jnp.max(s)  # so that the sum cannot overflow
     return Dataset(x, y, s / jnp.mean(s), pos_weight)
 
 
@@ -602,7 +610,7 @@ def _over_batches(
                 return body(t, indices, jnp.full(size, 1 / size), carry)
             start = jnp.minimum(first, n - size)
             indices = lax.dynamic_slice_in_dim(order, start, size)
-            is_new = start + jnp.arange(size) >= first
+            is_new = start + jnp.arange(size, dtype=start.dtype) >= first
             weight = is_new.astype(float) / jnp.minimum(size, n - first).astype(float)
             return body(t, indices, weight, carry)
 

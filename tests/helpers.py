@@ -22,6 +22,9 @@ from absl.testing import flagsaver
 
 import jaxbce
 from experiments.support import cli
+from jaxbce import gradients
+from jaxbce._blocks import examples_per_block
+from jaxbce._layouts import Columns
 from jaxbce.network import Params
 
 # Relative error of a leaf, ‖a − b‖ / ‖b‖, by the dtype that computed a.
@@ -189,7 +192,7 @@ NETWORKS = {
     "one hidden layer": (7, 5, 1),
     "three hidden layers": (6, 8, 7, 5, 1),
     "five outputs": (6, 9, 5),
-    "no hidden layer": (4, 2),
+    "no hidden layer": (8, 2),  # as many features as columns are padded to
 }
 
 
@@ -208,6 +211,32 @@ def problem(sizes: tuple[int, ...], rows: int = 37, seed: int = 0) -> Problem:
         rng.random((rows, sizes[-1])),
     )
     return Problem(params, x, y, rng.random(rows) + 0.1)
+
+
+@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+def _value_and_grad_in_columns(
+    params: Params,
+    x: Any,
+    y: Any,
+    *,
+    sample_weight: Any = None,
+    pos_weight: Any = 1.0,
+    reduction: Any = "mean",
+    block_size: Any = "auto",
+) -> tuple[jax.Array, Params]:
+    """`jaxbce.value_and_grad` with examples as columns, as training loops have them."""
+    batch = gradients.check_batch(params, x, y, sample_weight, pos_weight, reduction)
+    n, features = batch.x.shape
+    columns = Columns(features)
+    size = examples_per_block(block_size, params, n)
+    form = gradients.Form(size, sample_weight is not None, columns)
+    batch = batch._replace(x=columns.pad(batch.x))
+    total, _ = gradients.accumulate(columns.convert(params), batch, form)
+    return total.value, gradients.cast_like(columns.convert(total.grads), params)
+
+
+# The derivation in each layout, as a function of rows.
+LAYOUTS = {"rows": jaxbce.value_and_grad, "columns": _value_and_grad_in_columns}
 
 
 def loss_reference(

@@ -5,7 +5,7 @@ import pytest
 
 import jaxbce
 from jaxbce.network import Layer
-from tests.helpers import problem
+from tests.helpers import LAYOUTS, problem
 
 
 def by_hand(params, x, y, *, pos_weight=1.0, mask=lambda a: a > 0):
@@ -184,7 +184,7 @@ def test_a_leaf_is_judged_by_its_own_norm_and_not_by_the_gradients():
     assert {c.leaf for c in report.comparisons if not c.passed} == {"[0].w"}
 
 
-@pytest.mark.parametrize("fun", [jaxbce.value_and_grad, by_hand])
+@pytest.mark.parametrize("fun", [*LAYOUTS.values(), by_hand], ids=[*LAYOUTS, "by hand"])
 def test_a_correct_gradient_passes_at_20_seeds(fun):
     # Under one jit, so that its operations are not compiled one by one.
     fun = jax.jit(fun) if fun is by_hand else fun
@@ -200,7 +200,7 @@ def test_a_correct_gradient_passes_at_20_seeds(fun):
 def test_weights_and_reduction_reach_the_function_and_the_oracles():
     s = jnp.asarray(SQUARE.sample_weight)
     every = {"sample_weight": s, "pos_weight": 2.5, "reduction": "sum"}
-    assert check(jaxbce.value_and_grad, **every).passed
+    assert all(check(fun, **every).passed for fun in LAYOUTS.values())
     for name in every:
 
         def ignores(params, x, y, name=name, **options):
@@ -257,12 +257,13 @@ def test_the_tail_has_a_verdict_of_its_own():
     assert errors[-40.0, 0] < 1e-14
 
 
+@pytest.mark.parametrize("fun", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lower_precision_passes_by_its_own_tolerance(dtype):
-    report = check(jaxbce.value_and_grad, dtype=dtype)
+def test_lower_precision_passes_by_its_own_tolerance(dtype, fun):
+    report = check(fun, dtype=dtype)
     assert report.passed, str(report)
     assert report.tail_passed, str(report)
-    assert not check(jaxbce.value_and_grad, dtype=dtype, tolerance=1e-12).passed
+    assert not check(fun, dtype=dtype, tolerance=1e-12).passed
 
 
 @pytest.mark.parametrize("before", [False, True])

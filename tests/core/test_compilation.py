@@ -12,7 +12,7 @@ import pytest
 from jax import P
 
 import jaxbce
-from jaxbce import curvature, gradients, per_example
+from jaxbce import _layouts, curvature, gradients, per_example
 from tests.helpers import member, problem, relative_error
 
 
@@ -168,20 +168,6 @@ def small_problem(dtype="float32", rows=28):
 
 
 @EVERY_QUANTITY
-def test_quantities_trace_in_strict_modes(name):
-    def quantity(*arguments):  # a new function, which no cache knows
-        return QUANTITIES[name](*arguments)
-
-    with jax.numpy_rank_promotion("raise"):
-        with jax.checking_leaks():
-            jax.eval_shape(quantity, *small_problem())
-        with jax.enable_x64(True):
-            for dtype in ("float32", "float64"):
-                found = jax.eval_shape(quantity, *small_problem(dtype))
-                assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
-
-
-@EVERY_QUANTITY
 def test_quantities_map_over_networks_and_devices(name):
     params, x, y = small_problem()
     networks = [params, jax.tree.map(lambda leaf: leaf / 2, params)]
@@ -221,7 +207,7 @@ ON_A_MESH = QUANTITIES | {
     "grad of loss": lambda params, x, y: jax.grad(
         lambda *args: jaxbce.loss(*args[:3], sample_weight=args[3], pos_weight=args[4]),
         argnums=(0, 1, 2, 3, 4),
-    )(params, x, y, 1 + y[:, 0], 2.0),
+    )(params, x, y, 1 + y[:, 0], np.asarray(2, y.dtype)),
     "deltas": lambda params, x, y: jaxbce.deltas(params, jaxbce.forward(params, x), y),
     "chain_rule": jaxbce.chain_rule,
     "bce": lambda params, x, y: jaxbce.bce(jaxbce.predict_proba(params, x), y),
@@ -282,6 +268,56 @@ def test_each_device_computes_with_its_share_of_the_examples(axis_type):
         assert per_example.norms(params, x, y).sharding.is_equivalent_to(sharding, 1)
 
 
+@pytest.mark.parametrize(("size", "axis"), [(8, "examples"), (5, None)])
+def test_devices_share_a_batch_if_they_divide_it(size, axis):
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("examples",), axis_types=explicit)
+    with jax.set_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, P("examples"))
+        x = jax.device_put(np.ones((40, 5), "f"), sharding)
+        batch = _layouts.take(x, jnp.arange(size))
+        assert jax.typeof(batch).sharding.spec == P(axis, None)
+
+
+@pytest.mark.parametrize("name", ON_A_MESH)
+def test_functions_trace_in_strict_modes(name):
+    def function(*arguments):  # a new function, which no cache knows
+        return ON_A_MESH[name](*arguments)
+
+    with jax.numpy_rank_promotion("raise"):
+        with jax.checking_leaks():
+            jax.eval_shape(function, *small_problem())
+        with jax.enable_x64(True):
+            for dtype in ("float32", "float64"):
+                found = jax.eval_shape(function, *small_problem(dtype))
+                assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
+
+
+def test_networks_train_together_in_strict_modes():
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.enable_x64(True),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
+        params, x, y = small_problem()
+        key, rates = jax.random.key(0), jnp.array([0.1, 0.2], "float32")
+        options: Any = {"num_steps": 7, "batch_size": 5, "evaluate_every": 3}
+        options |= {"validation": (x, y)}
+
+        @jax.vmap
+        def train(rate):
+            return jaxbce.fit(key, params, x, y, optimizer=optax.sgd(rate), **options)
+
+        losses = train(rates).train_loss
+        options |= {"hidden": (4,), "hparams": {"rate": rates}, "dtype": "float32"}
+        options |= {"make_optimizer": lambda hp: optax.sgd(hp["rate"])}
+        result = jaxbce.sweep(key, x, y, **options)
+    for found in (losses, result.train_loss, result.validation_loss):
+        assert found.dtype == "float32"
+        assert np.isfinite(found).all()
+
+
 def assert_close(mine, theirs):
     """Within 1e-4 of the largest entry of each leaf; infinite entries are equal."""
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
@@ -289,17 +325,69 @@ def assert_close(mine, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in QUANTITIES if name not in list(QUANTITIES)[-3:]]
+FIT: Any = {"optimizer": optax.sgd(0.1), "num_steps": 8, "evaluate_every": 3}
+
+
+def weighted_fit(params, x, y):
+    s = 1 + y[:, 0]
+    options = {"validation": (x, y, s), "sample_weight": s}
+    return jaxbce.fit(jax.random.key(0), params, x, y, **FIT, **options)
+
+
+EXPORTED = (
+    {name: QUANTITIES[name] for name in list(QUANTITIES)[:-3]}
+    | {
+        "forward": lambda params, x, y: jaxbce.forward(params, x),
+        "logits": lambda params, x, y: jaxbce.logits(params, x),
+        "predict_proba": lambda params, x, y: jaxbce.predict_proba(params, x),
+        "weighted deltas": lambda params, x, y: jaxbce.deltas(
+            params, jaxbce.forward(params, x), y, sample_weight=y[:, 0]
+        ),
+        "bce_with_logits": lambda params, x, y: jaxbce.bce_with_logits(
+            jaxbce.logits(params, x), y, **WEIGHTED
+        ),
+        "weighted value_and_grad": lambda params, x, y: jaxbce.value_and_grad(
+            params, x, y, sample_weight=1 + y[:, 0]
+        ),
+        "fit": lambda params, x, y: jaxbce.fit(jax.random.key(0), params, x, y, **FIT),
+        "weighted fit": weighted_fit,
+    }
+    | {
+        name: ON_A_MESH[name]
+        for name in (
+            *("loss", "value_and_grad", "grad in blocks", "grad of loss"),
+            *("deltas", "chain_rule", "bce"),
+        )
+    }
 )
-def test_quantities_export_with_a_symbolic_number_of_examples(name):
-    (n,) = jax.export.symbolic_shape("n")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, "n") for name in EXPORTED), ("grad in blocks", "2*n")],
+)
+def test_exports_with_a_symbolic_number_of_examples(name, size):
+    (n,) = jax.export.symbolic_shape(size)
     params, x, y = small_problem()
     symbolic = [jax.ShapeDtypeStruct((n, *t.shape[1:]), t.dtype) for t in (x, y)]
-    exported = jax.export.export(jax.jit(QUANTITIES[name]))(params, *symbolic)
-    for rows in (14, 5):
+    exported = jax.export.export(jax.jit(EXPORTED[name]))(params, *symbolic)
+    for rows in (14, 6):
         arguments = small_problem(rows=rows)
-        assert_close(exported.call(*arguments), QUANTITIES[name](*arguments))
+        assert_close(exported.call(*arguments), EXPORTED[name](*arguments))
+
+
+@pytest.mark.parametrize("name", ["forward", "chain_rule", "weighted fit"])
+def test_exported_programs_are_serialized_with_their_types(name):
+    def function(*arguments):
+        result = EXPORTED[name](*arguments)
+        return result._replace(opt_state=()) if "fit" in name else result
+
+    arguments = small_problem(rows=14)
+    exported = jax.export.export(jax.jit(function))(*arguments)
+    found = jax.export.deserialize(exported.serialize()).call(*arguments)
+    expected = function(*arguments)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert_close(found, expected)
 
 
 SUMS = ["clipped_value_and_grad", "noise_scale", "hvp", "ggn_vp"]

@@ -12,7 +12,10 @@ import jaxbce
 from experiments.support import baselines, timing
 from jaxbce import gradients
 from jaxbce._blocks import sum_over_blocks
+from jaxbce._layouts import ROWS, Columns
+from jaxbce.network import propagate
 from tests.helpers import (
+    LAYOUTS,
     NETWORKS,
     TOLERANCE,
     autodiff,
@@ -33,12 +36,15 @@ OPTIONS = {
 BLOCKS = [None, "auto", 1, 7, 36, 37, 1000]
 
 
-@jax.jit
-def of_every_option(params, x, y, sample_weight, pos_weight):
+IN_BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def of_every_option(params, x, y, sample_weight, pos_weight, *, layout):
     """Value and gradient with each of OPTIONS, in one program per shape and dtype."""
     weights = {"sample_weight": sample_weight, "pos_weight": pos_weight}
     return {
-        name: jaxbce.value_and_grad(
+        name: LAYOUTS[layout](
             params, x, y, **{k: weights.get(k, v) for k, v in chosen.items()}
         )
         for name, chosen in OPTIONS.items()
@@ -46,19 +52,20 @@ def of_every_option(params, x, y, sample_weight, pos_weight):
 
 
 @functools.cache
-def found_and_rounded(sizes, dtype):
+def found_and_rounded(sizes, dtype, layout):
     p = problem(sizes).rounded(dtype)
     with jax.enable_x64(dtype == "float64"):
         s = p.sample_weight.astype(jnp.dtype(dtype))
         wide = np.float64 if dtype == "float64" else np.float32
-        return of_every_option(*p.arguments(dtype), s, wide(2.5)), p
+        return of_every_option(*p.arguments(dtype), s, wide(2.5), layout=layout), p
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS.keys())
-def test_value_and_gradient_are_autodiffs_in_float64(sizes, name, dtype):
-    found, p = found_and_rounded(sizes, dtype)
+def test_value_and_gradient_are_autodiffs_in_float64(sizes, name, dtype, layout):
+    found, p = found_and_rounded(sizes, dtype, layout)
     value, grads = found[name]
     with jax.enable_x64(dtype == "float64"):
         chex.assert_trees_all_equal_shapes_and_dtypes(grads, p.arguments(dtype)[0])
@@ -67,6 +74,21 @@ def test_value_and_gradient_are_autodiffs_in_float64(sizes, name, dtype):
         relative_error((value, grads), (truth.value, truth.params)) <= TOLERANCE[dtype]
     )
     assert value.dtype == (jnp.float32 if dtype == "bfloat16" else dtype)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("layout", [ROWS, Columns(3)], ids=LAYOUTS)
+def test_bfloat16_activations_have_sums_and_deltas_in_float32(layout, outputs):
+    def derivation(params, x):
+        params = layout.convert(params)
+        a, h = propagate(params, layout.arrange(layout.pad(x)), layout)
+        delta = gradients.pull_back(params, jaxbce.Activations(a, h), a[-1], layout)
+        return h[:-1], (a, delta, gradients.contract(h[:-1], delta, layout))
+
+    params = jaxbce.init(jax.random.key(0), (3, 4, outputs), dtype="bfloat16")
+    h, sums = jax.eval_shape(derivation, params, jnp.ones((5, 3), "bfloat16"))
+    assert {t.dtype.name for t in h} == {"bfloat16"}
+    assert {t.dtype.name for t in jax.tree.leaves(sums)} == {"float32"}
 
 
 DIFFERENTIATED = ["mean", "weights", "everything"]
@@ -146,10 +168,19 @@ def test_hessian_of_loss_is_autodiffs(second, block_size):
 def test_second_derivatives_are_exact_in_the_tail():
     params = (jaxbce.Layer(jnp.ones((1, 1)), jnp.zeros(1)),)
     hessian = jax.jit(jax.hessian(jaxbce.loss))
+
+    @jax.jit
+    @jax.jacfwd
+    def in_pos_weight(p, params, x):
+        return jaxbce.grad(params, x, np.ones((1, 1), "f"), pos_weight=p)[0].b
+
     for a in (10.0, 20.0, 40.0, 80.0):
-        h = hessian(params, np.full((1, 1), a, "f"), np.ones((1, 1), "f"))
+        x = np.full((1, 1), a, "f")
+        h = hessian(params, x, np.ones((1, 1), "f"))
         truth = np.exp(-a) / (1 + np.exp(-a)) ** 2  # σ(a) σ(−a)
         np.testing.assert_allclose(h[0].b[0].b, truth, rtol=1e-6)
+        slope = in_pos_weight(np.float32(1), params, x)
+        np.testing.assert_allclose(slope, [-np.exp(-a) / (1 + np.exp(-a))], rtol=1e-6)
 
 
 def test_corrupting_pull_back_corrupts_every_derivative_of_loss(monkeypatch):
@@ -189,8 +220,8 @@ def by_blocks(block_size, name):
     def everything(*arguments):
         loss = functools.partial(jaxbce.loss, **extra)
         in_x_and_y = jax.grad(loss, argnums=(1, 2))(*arguments)
-        value_and_grad = jaxbce.value_and_grad(*arguments, **extra)
-        return value_and_grad, loss(*arguments), in_x_and_y
+        of_layouts = [fun(*arguments, **extra) for fun in LAYOUTS.values()]
+        return of_layouts, loss(*arguments), in_x_and_y
 
     with jax.enable_x64(True):
         return everything(*p.arguments())
@@ -199,10 +230,11 @@ def by_blocks(block_size, name):
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("name", ["mean", "everything"])
 def test_blocks_equal_one_pass(block_size, name):
-    one, value, in_x_and_y = by_blocks(None, name)
+    (one, columns), value, in_x_and_y = by_blocks(None, name)
     blocks, loss, by_row = by_blocks(block_size, name)
     assert relative_error(value, one[0]) <= 1e-14
-    assert relative_error(blocks, one) <= 1e-14
+    assert relative_error(columns, one) <= 1e-14
+    assert relative_error(blocks, [one, one]) <= 1e-14
     assert relative_error(loss, one[0]) <= 1e-14
     assert relative_error(by_row, in_x_and_y) <= 1e-13
 
@@ -234,20 +266,23 @@ def test_temporary_memory_is_constant_in_the_number_of_rows():
     assert large <= 2 * 2**20
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS.keys())
-def test_scikit_learns_backward_pass_agrees(sizes):
-    found, p = found_and_rounded(sizes, "float64")
+def test_scikit_learns_backward_pass_agrees(sizes, layout):
+    found, p = found_and_rounded(sizes, "float64", layout)
     theirs = baselines.scikit_learn_gradient(*p[:3])
     _, grads = found["mean"]
     assert relative_error(jax.tree.leaves(grads), theirs) <= TOLERANCE["float64"]
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("sizes", [(7, 5, 1), (6, 8, 7, 5, 1)])
-def test_scikit_learns_backward_pass_agrees_with_weights(sizes):
+def test_scikit_learns_backward_pass_agrees_with_weights(sizes, layout):
     p = problem(sizes)
     p = p._replace(y=np.round(p.y))
     with jax.enable_x64(True):
-        found = of_every_option(*p.arguments(), p.sample_weight, np.float64(3))
+        case = *p.arguments(), p.sample_weight, np.float64(3)
+        found = of_every_option(*case, layout=layout)
     # With one output and hard labels a positive class's weight is the rows' own.
     s = p.sample_weight * np.where(p.y[:, 0] == 1, 3.0, 1.0)
     theirs = baselines.scikit_learn_gradient(*p[:3], sample_weight=s)
@@ -269,6 +304,22 @@ def test_pos_weights_of_each_output_are_differentiated_by_output():
 
     with jax.enable_x64(True):
         mine, truth = in_pos_weight(np.array([0.5, 3.0]), *p.arguments())
+    assert relative_error(mine, truth) <= TOLERANCE["float64"]
+
+
+def test_the_derivative_in_a_weight_of_zero_is_autodiffs():
+    p = problem((4, 3, 2))
+    s = np.where(np.arange(37) % 5, p.sample_weight, 0)
+
+    @jax.jit
+    def in_sample_weight(s, *arguments):
+        return [
+            jax.grad(lambda s: loss(*arguments, sample_weight=s))(s)  # noqa: B023
+            for loss in (jaxbce.loss, loss_reference)
+        ]
+
+    with jax.enable_x64(True):
+        mine, truth = in_sample_weight(s, *p.arguments())
     assert relative_error(mine, truth) <= TOLERANCE["float64"]
 
 
@@ -309,15 +360,16 @@ def test_relu_has_derivative_zero_at_zero():
     np.testing.assert_array_equal(jaxbce.chain_rule(params, x, y).dh1_da1, 0)
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("y", [0.0, 1.0])
-def test_loss_and_gradient_are_exact_in_the_tail(dtype, y):
+def test_loss_and_gradient_are_exact_in_the_tail(dtype, y, layout):
     # One weight of 1 and no bias: the logit is x, exactly.
     params = (jaxbce.Layer(jnp.ones((1, 1), dtype), jnp.zeros(1, dtype)),)
     label = np.full((1, 1), y, "f")
     for a in np.linspace(0.25, 80, 320) * (1 if y else -1):
         x = np.full((1, 1), a).astype(jnp.dtype(dtype))
-        value, grads = jaxbce.value_and_grad(params, x, label)
+        value, grads = LAYOUTS[layout](params, x, label)
         a = abs(float(x[0, 0]))
         tolerance = 1e-6 if dtype == "float32" else 2.0**-7
         np.testing.assert_allclose(value, np.log1p(np.exp(-a)), rtol=tolerance)
@@ -326,34 +378,56 @@ def test_loss_and_gradient_are_exact_in_the_tail(dtype, y):
         np.testing.assert_allclose(found, slope, rtol=tolerance)
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("block_size", [None, 1])
-def test_infinite_logits_give_finite_gradients(block_size):
+def test_infinite_logits_give_finite_gradients(block_size, layout):
     # Logits of inf, −inf, 1, from biases that weights and features keep finite.
     params = (jaxbce.Layer(jnp.ones((1, 3)), jnp.array([jnp.inf, -jnp.inf, 0.0])),)
     x = jnp.ones((2, 1))
     right, wrong = jnp.array([[1.0, 0.0, 1.0]] * 2), jnp.array([[0.0, 1.0, 1.0]] * 2)
     kwargs = {"reduction": "sum", "block_size": block_size}
-    value, grads = jaxbce.value_and_grad(params, x, right, **kwargs)
+    value, grads = LAYOUTS[layout](params, x, right, **kwargs)
     assert np.isfinite(value)
     np.testing.assert_array_equal(np.asarray(grads[0].b)[:2], [0, 0])
-    value, grads = jaxbce.value_and_grad(params, x, wrong, **kwargs)
+    value, grads = LAYOUTS[layout](params, x, wrong, **kwargs)
     assert value == jnp.inf
     np.testing.assert_array_equal(np.asarray(grads[0].b)[:2], [2, -2])
     assert np.isfinite(jax.tree.leaves(grads)[0]).all()
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("block_size", [None, 2])
-def test_rows_of_weight_zero_count_for_nothing_even_at_infinite_loss(block_size):
+def test_rows_of_weight_zero_count_for_nothing_whatever_their_features(
+    block_size, layout
+):
     p = problem((3, 4, 1), rows=6)
     params, x, y = p.arguments(np.float32)
-    x = np.concatenate([np.full_like(x[:2], 3e38), x[2:]])  # finite, infinite loss
-    s = np.array([0, 0, 1, 1, 1, 1], "f")
-    assert not np.isfinite(jaxbce.loss(params, x, y))
-    value, grads = jaxbce.value_and_grad(
-        params, x, y, sample_weight=s, block_size=block_size
-    )
     truth = jaxbce.value_and_grad(params, x[2:], y[2:])
-    assert relative_error((value, grads[1].b), (truth[0], truth[1][1].b)) <= 1e-6
+    s = np.array([0, 0, 1, 1, 1, 1], "f")
+    for bad in (3e38, np.inf, np.nan):  # 3e38 is finite, its loss is infinite
+        worse = np.concatenate([np.full_like(x[:2], bad), x[2:]])
+        counted, _ = LAYOUTS[layout](params, worse, y, sample_weight=np.ones(6, "f"))
+        assert not np.isfinite(counted)
+        options = {"sample_weight": s, "block_size": block_size}
+        found = LAYOUTS[layout](params, worse, y, **options)
+        assert relative_error(found, truth) <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [2.0**124, 2.0**100, 2.0**-100, 2.0**-120])
+def test_the_mean_is_relative_to_weights_of_any_size(scale):
+    p = problem((5, 4, 1))
+    params, x, y = p.arguments(np.float32)
+    s = p.sample_weight.astype("f")
+    s[0] = 0
+    differentiate = jax.value_and_grad(
+        lambda params, s: jaxbce.loss(params, x, y, sample_weight=s), argnums=(0, 1)
+    )
+    value, (grads, slope) = differentiate(params, s)
+    scaled_value, (scaled_grads, scaled_slope) = differentiate(params, scale * s)
+    assert scaled_value == value
+    assert relative_error(scaled_grads, grads) == 0
+    if scale < 2.0**120:  # it is subnormal there
+        assert relative_error(scale * scaled_slope, slope) <= 1e-6
 
 
 def test_a_batch_is_the_mean_of_its_rows_in_any_order():
@@ -381,13 +455,14 @@ def test_weights_of_two_are_rows_given_twice():
         assert relative_error(mine, truth) <= 1e-13
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("block_size", [None, 10])
-def test_vmap_over_networks_is_each_network(block_size):
+def test_vmap_over_networks_is_each_network(block_size, layout):
     problems = [problem((4, 3, 1), seed=seed) for seed in range(5)]
     many = jax.tree.map(lambda *leaves: np.stack(leaves), *(p.params for p in problems))
     with jax.enable_x64(True):
         _, x, y = problems[0].arguments()
-        one = functools.partial(jaxbce.value_and_grad, block_size=block_size)
+        one = functools.partial(LAYOUTS[layout], block_size=block_size)
         together = jax.jit(jax.vmap(one, (0, None, None)))(many, x, y)
         for i, p in enumerate(problems):
             alone = jaxbce.value_and_grad(p.params, x, y)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxbce
-from tests.helpers import TOLERANCE, loss_reference, relative_error
+from tests.helpers import LAYOUTS, TOLERANCE, loss_reference, relative_error
 
 EXAMPLES = settings(
     max_examples=40,
@@ -92,7 +92,7 @@ def reference(arguments, weights, *, reduction):
 
 @functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
 def found(arguments, weights, **static):
-    together = jaxbce.value_and_grad(*arguments, **weights, **static)
+    together = {k: f(*arguments, **weights, **static) for k, f in LAYOUTS.items()}
     return together, jax.grad(jaxbce.loss)(*arguments, **weights, **static)
 
 
@@ -106,14 +106,16 @@ def check_against_autodiff(call):
         static = {"reduction": form.reduction, "block_size": form.block_size}
         mine, through = found(arguments, weights, **static)
     mine, through, truth = jax.tree.map(np.asarray, (mine, through, truth))
-    assert relative_error(through, mine[1]) <= TOLERANCE[dtype]
+    assert relative_error(through, mine["rows"][1]) <= TOLERANCE[dtype]
     assert all(np.isfinite(np.asarray(t, float)).all() for t in jax.tree.leaves(mine))
     # In lower precision a relu may round to its other side, and a sum may cancel:
     # what is then bounded is the error against the whole, not against each leaf.
     if dtype == "float64":
         scale = np.sqrt(sum(np.sum(np.square(t)) for t in jax.tree.leaves(truth)))
-        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(truth), strict=True):
-            assert np.linalg.norm(a - b) <= TOLERANCE[dtype] * scale
+        for layout in mine.values():
+            pairs = zip(jax.tree.leaves(layout), jax.tree.leaves(truth), strict=True)
+            for a, b in pairs:
+                assert np.linalg.norm(a - b) <= TOLERANCE[dtype] * scale
 
 
 @EXAMPLES

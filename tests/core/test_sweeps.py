@@ -443,9 +443,8 @@ def test_a_callback_hears_the_number_of_members_done():
     heard = []
     options: Any = SMALL | {"num_seeds": 3, "group_size": 4, "callback": heard.append}
     jaxbce.sweep(KEY, x, y, hparams=rates(5), **options)
-    assert heard == sorted(set(heard))
-    assert heard[-1] == 15
-    assert len(heard) > 1
+    # The points of a seed are two groups of at most 4, one per device.
+    assert heard == [5, 10, 15]
 
 
 def test_fresh_functions_with_the_same_operations_are_one_program():

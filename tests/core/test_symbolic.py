@@ -1,11 +1,11 @@
 """SymPy derives the gradient from the loss and finds the library's own identical.
 
-The programs that JAX traces from the public functions are read with symbols for
-numbers, and each entry is proved equal to what `sympy.diff` makes of the textbook
-loss, in exact arithmetic. Only comparisons look at numbers: a rational point says
-which way each goes, so a proof holds wherever all of them go that way. The hidden
-layer's 16 patterns of active units and the two sides of softplus, each taken by
-itself, leave out only the kinks.
+The programs that JAX traces from the public functions, and from the derivation with
+examples as columns, are read with symbols for numbers. Each entry is proved equal to
+what `sympy.diff` makes of the textbook loss, in exact arithmetic. Only comparisons look
+at numbers: a rational point says which way each goes, so a proof holds wherever all of
+them go that way. The hidden layer's 16 patterns of active units and the two sides of
+softplus, each taken by itself, leave out only the kinks.
 """
 
 import functools
@@ -25,6 +25,7 @@ from jax.extend.core import Literal
 import jaxbce
 from jaxbce import gradients
 from jaxbce.losses import softplus
+from tests.helpers import LAYOUTS
 
 symbols: Callable[..., Any] = functools.partial(sympy.symarray, real=True)
 
@@ -84,6 +85,16 @@ def dot_general(left, right, *, dimension_numbers, **_):
     return np.tensordot(left, right, contract)
 
 
+def iota(*, dimension, shape, **_):
+    return exact(np.indices(shape)[dimension])
+
+
+def slice_(array, *, start_indices, limit_indices, strides):
+    starts, limits = start_indices, limit_indices
+    steps = strides or [1] * array.ndim
+    return array[tuple(map(slice, starts, limits, steps))]
+
+
 def broadcast_in_dim(array, *, shape, broadcast_dimensions, **_):
     kept = dict(zip(broadcast_dimensions, array.shape, strict=True))
     aligned = array.reshape([kept.get(k, 1) for k in range(len(shape))])
@@ -113,6 +124,11 @@ ARRAY = {
     "integer_pow": lambda v, *, y: v**y,
     "reduce_sum": lambda v, *, axes, **_: v.sum(axes),
     "transpose": lambda v, *, permutation: v.transpose(permutation),
+    "reshape": lambda v, *, new_sizes, **_: v.reshape(new_sizes),
+    "squeeze": lambda v, *, dimensions: v.squeeze(dimensions),
+    "concatenate": lambda *arrays, dimension: np.concatenate(arrays, dimension),
+    "slice": slice_,
+    "iota": iota,
     "convert_element_type": convert_element_type,
     "broadcast_in_dim": broadcast_in_dim,
     "dot_general": dot_general,
@@ -206,6 +222,7 @@ def derivative_at(fun, value, point):
 # The proof.
 
 
+@functools.cache  # both layouts often have the same entry
 def cancels(expr):
     """Whether it is 0 as a rational function of E = exp(a) > 0 and log(1 + E)."""
     exponents = {}
@@ -270,17 +287,21 @@ def test_each_factor_of_the_chain_rule_is_the_derivative_it_names(name):
     assert unproved(run(jaxbce.chain_rule, point, params, x, y), derived) == []
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("name", [*SMALL, *DEEP])
-def test_value_and_grad_is_the_loss_and_its_derivative(name, reduction):
+@functools.cache
+def value_and_derivative(name, reduction):
     (params, x, y, weights), point = problem(name)
     weights = weights if reduction == "mean" else {}
-    program = functools.partial(
-        jaxbce.value_and_grad, reduction=reduction, block_size=None
-    )
     value = loss(params, x, y, weights, reduction, point)
-    derived = value, derivatives(value, params)
-    assert unproved(run(program, point, params, x, y, **weights), derived) == []
+    return (params, x, y, weights), point, (value, derivatives(value, params))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("name", [*SMALL, *DEEP])
+def test_value_and_grad_is_the_loss_and_its_derivative(name, reduction, layout):
+    (*arguments, weights), point, derived = value_and_derivative(name, reduction)
+    program = functools.partial(LAYOUTS[layout], reduction=reduction, block_size=None)
+    assert unproved(run(program, point, *arguments, **weights), derived) == []
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -328,21 +349,23 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("layer", "wrong"), WRONG.values(), ids=WRONG)
-def test_just_the_leaves_of_a_wrong_gradient_are_unproved(monkeypatch, layer, wrong):
+def test_just_the_leaves_of_a_wrong_gradient_are_unproved(
+    monkeypatch, layer, wrong, layout
+):
     honest = gradients.pull_back
 
     def pull_back(params, activations, delta, layout):
         d1, d2 = honest(params, activations, delta, layout)
-        return wrong(d1, d2, d2 @ params[1].w.T, activations.h[1])
+        return wrong(d1, d2, layout.back(d2, params[1].w), activations.h[1])
 
     monkeypatch.setattr(gradients, "pull_back", pull_back)
-    (params, x, y, weights), point = problem("2-2-1 1001")
+    (*arguments, weights), point, derived = value_and_derivative("2-2-1 1001", "mean")
     # Not under jit, which would keep the wrong trace, or already has the right one.
-    program = functools.partial(inspect.unwrap(jaxbce.value_and_grad), block_size=None)
-    _, found = run(program, point, params, x, y, **weights)
-    derived = derivatives(loss(params, x, y, weights, "mean", point), params)
-    assert unproved(found, derived) == [f"[{layer}].w", f"[{layer}].b"]
+    program = functools.partial(inspect.unwrap(LAYOUTS[layout]), block_size=None)
+    _, found = run(program, point, *arguments, **weights)
+    assert unproved(found, derived[1]) == [f"[{layer}].w", f"[{layer}].b"]
 
 
 def test_an_unknown_primitive_and_a_point_on_a_kink_are_refused():

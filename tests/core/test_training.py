@@ -17,7 +17,7 @@ from jax import P
 from sklearn.neural_network import MLPClassifier
 
 import jaxbce
-from jaxbce import _traced, gradients
+from jaxbce import _layouts, _traced, gradients
 from tests.helpers import TOLERANCE, loss_reference, member, problem, relative_error
 
 KEY = jax.random.key(7)
@@ -695,9 +695,16 @@ def triple(honest):
     [("pull_back", triple_all_but_the_last, (3, 1)), ("contract", triple, (3, 3))],
     ids=["pull_back", "contract"],
 )
-@pytest.mark.parametrize("rows", [19, 1], ids=["columns", "rows"])
-def test_training_follows_the_one_derivation(monkeypatch, rows, name, corrupt, factors):
+@pytest.mark.parametrize(
+    ("rows", "layout"),
+    [(19, _layouts.Columns(5)), (1, _layouts.ROWS)],
+    ids=["columns", "rows"],
+)
+def test_training_follows_the_one_derivation(
+    monkeypatch, rows, layout, name, corrupt, factors
+):
     """Corrupting it corrupts `fit` and `sweep` in the same way as `value_and_grad`."""
+    assert _layouts.for_training(rows, 5) == layout
     sgd = optax.sgd(1.0)
     with jax.enable_x64(True):
         _, x, y = arguments(rows=19)
@@ -809,28 +816,67 @@ def test_a_wrapper_that_skips_bad_steps_has_its_say(wrap):
     assert relative_error(run.params, truth) <= 1e-6
 
 
-def test_a_weight_of_zero_ignores_whatever_the_features_are():
+def test_params_and_state_stay_finite_where_a_wrapper_gives_up():
     params, x, y = arguments(dtype="float32")
+    x[0, 0] = np.nan
+    optimizer: Any = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 1)
+    run = fit(params, x, y, optimizer=optimizer)
+    assert run.diverged_at == 1  # it skips step 0
+    assert equal(run.params, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.opt_state))
+
+
+def test_a_weight_of_zero_ignores_whatever_the_features_and_labels_are():
+    params, x, y = arguments(dtype="float32")
+    # Features of 3e38 give hidden units of inf, and their difference is NaN.
+    first, last = params
+    last = last._replace(w=jnp.abs(last.w) * np.array([[1], [-1], [1], [-1]], "f"))
+    params = (first._replace(w=jnp.abs(first.w) + 1), last)
     weight = np.ones(len(x), np.float32)
     weight[::5] = 0
     kept = weight > 0
     truth = fit(params, x, y, sample_weight=weight)
-    validation = (x, y, weight)
+    unweighted = fit(params, x, y)
     for bad in (1e20, 3e38, np.inf, np.nan):
-        worse = np.where(kept[:, None], x, np.float32(bad))
-        run = fit(
-            params, worse, y, sample_weight=weight, validation=(worse, *validation[1:])
+        worse = (
+            np.where(kept[:, None], x, np.float32(bad)),
+            np.where(kept[:, None], y, np.float32(np.nan)),
         )
-        assert equal(run.params, truth.params)
-        assert run.diverged_at == -1
-        alone = jaxbce.loss(run.params, x[kept], y[kept])
-        np.testing.assert_allclose(run.validation_loss[-1], alone, rtol=1e-5)
+        validation = (*worse, weight)
+        for examples, s, expected in (
+            (worse, weight, truth),
+            ((x, y), None, unweighted),
+        ):
+            run = fit(params, *examples, sample_weight=s, validation=validation)
+            assert equal(run.params, expected.params)
+            assert run.diverged_at == -1
+            alone = jaxbce.loss(run.params, x[kept], y[kept])
+            np.testing.assert_allclose(run.validation_loss[-1], alone, rtol=1e-5)
 
 
-def test_a_negative_loss_is_a_divergence_under_tracing():
+@pytest.mark.parametrize(
+    ("optimizer", "at"),
+    [(ADAM, 0), (optax.apply_if_finite(SGD, 5), 20)],
+    ids=["at the step", "at the evaluation"],
+)
+def test_a_negative_loss_is_a_divergence_under_tracing(optimizer, at):
+    params, x, _ = arguments(dtype="float32")
+    y = np.where(jaxbce.logits(params, x) > 0, 2, -1)
+    run = jax.jit(lambda y: fit(params, x, y, optimizer=optimizer))(y)
+    assert run.diverged_at == at
+
+
+@pytest.mark.parametrize("name", ["penalty", "loss"])
+def test_a_loss_of_the_users_that_is_not_finite_is_a_divergence(name):
     params, x, y = arguments(dtype="float32")
-    run = jax.jit(lambda y: fit(params, x, y))(2 * y - 1)  # labels −1 and +1
-    assert run.diverged_at >= 0
+
+    def infinite(*_, **__):
+        return jnp.float32(jnp.inf)
+
+    options: Any = {name: infinite}
+    run = fit(params, x, y, **options)
+    assert run.diverged_at == 0
+    assert equal(run.params, params)
 
 
 def test_an_improvement_below_min_delta_does_not_count():

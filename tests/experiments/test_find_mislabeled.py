@@ -88,6 +88,12 @@ def test_ten_percent_of_moons_are_found(result):
     assert marked["marked"] >= marked["marked_and_flipped"] > 50
 
 
+def test_no_value_is_nan_while_it_runs():
+    with jax.debug_nans(True):
+        result = run(flip_fraction=0.1, num_steps=20, seeds=1, folds=2)
+    assert len(result["found"])
+
+
 def test_rows_are_ranked_by_networks_that_have_not_seen_them(result):
     rows = result["rows"]
     assert sorted(rows["row"]) == list(range(1000))
