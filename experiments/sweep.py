@@ -152,7 +152,9 @@ class Plan:
                 f"--pos_weight={weight}: expected a finite number >= 0"
             )
         self.splits, _ = datasets.split(table, training.seed)
-        self.training = training.check(len(self.splits["train"].x), table.name)
+        rows = len(self.splits["train"].x)
+        self.training = training.check(rows, table.name)
+        optimizer = optimizer.fill_in(rows)
         if len(set(programs)) < len(programs):
             raise cli.InputError("--hidden or --optimizer repeats a value")
         count = search.size() * seeds * len(programs)

@@ -94,7 +94,8 @@ def run(
     """
     # Check everything before anything is written or trained.
     splits, preprocessor = datasets.split(table, training.seed)
-    training = training.check(len(splits["train"].x), table.name)
+    rows = len(splits["train"].x)
+    training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
     weight = positive_weights(training.pos_weight, splits["train"].y)
     configuration = {
         "data": table.name,

@@ -37,9 +37,10 @@ SCHEDULE = flags.DEFINE_enum(
 )
 WEIGHT_DECAY = flags.DEFINE_float(
     "weight_decay",
-    0.001,
+    None,
     "The optimizer's own weight_decay if it has one, as adamw does. Otherwise this "
-    "times the weights is added to their gradient.",
+    "times the weights is added to their gradient. If not set, 1 / the number of "
+    "training examples: the prior of scikit-learn's LogisticRegression.",
     lower_bound=0.0,
 )
 HIDDEN = flags.DEFINE_multi_string(
@@ -91,6 +92,7 @@ OPTIMIZER_FLAGS = (
     "weight_decay",
 )
 DEFAULT_EPOCHS = 60
+DEFAULT_PRIOR = 1.0  # weight decay times the number of training examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,14 +105,14 @@ class OptimizerConfig:
       learning_rate: None is the optimizer's own default, or 0.003 if it has none.
       schedule: "constant", "cosine", "warmup-cosine" or "exponential".
       weight_decay: The optimizer's own, or else the strength of an L2 penalty on the
-        weights.
+        weights; None is 1 divided by the number of training examples.
     """
 
     optimizer: str = "adam"
     optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     schedule: str = "constant"
-    weight_decay: float = 0.001
+    weight_decay: float | None = None
 
     @classmethod
     def from_flags(cls, **defaults: Any) -> Self:
@@ -126,6 +128,16 @@ class OptimizerConfig:
             schedule=SCHEDULE.value,
             weight_decay=WEIGHT_DECAY.value,
         )
+
+    def fill_in(self, rows: int) -> Self:
+        """The configuration with the `weight_decay` for this many training examples.
+
+        The loss is a mean over examples, so the same prior on the weights counts less
+        the more examples there are.
+        """
+        if self.weight_decay is not None:
+            return self
+        return dataclasses.replace(self, weight_decay=DEFAULT_PRIOR / rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The optimizer's entries in the configuration file."""
@@ -144,6 +156,8 @@ class OptimizerConfig:
         )
 
     def _options(self, num_steps: int) -> dict[str, Any]:
+        if self.weight_decay is None:
+            raise ValueError("expected an OptimizerConfig that `fill_in` returned")
         return {
             "learning_rate": self.learning_rate,
             "schedule": self.schedule,

@@ -313,7 +313,7 @@ def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path):
         "optimizer_args": {},
         "learning_rate": None,
         "schedule": "constant",
-        "weight_decay": 0.001,
+        "weight_decay": 1 / 600,
         "batch_size": None,
         "num_steps": 60,
         "evaluate_every": 1,

@@ -377,7 +377,7 @@ EARLIER = {  # config.json of a run by an earlier version
     "optimizer_args": {},
     "learning_rate": 0.1,
     "schedule": "constant",
-    "weight_decay": 0.001,
+    "weight_decay": 1 / 600,
     "batch_size": None,
     "num_steps": 30,
     "evaluate_every": 10,
