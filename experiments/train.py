@@ -57,8 +57,9 @@ _PREDICT = flags.DEFINE_string(
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
-    "pos_weight": "Weight of label 1 in the loss, or 'balanced': the number of "
-    "training examples with label 0 divided by the number with label 1.",
+    "pos_weight": "Weight p of label 1 in the loss, or 'balanced': the number of "
+    "training examples with label 0 divided by the number with label 1. Probabilities "
+    "in all metrics and files are corrected for it: logit - log p.",
 }
 LOSSES = {"manual": None, "autodiff": baselines.plain_objective}
 
@@ -123,7 +124,7 @@ def run(
 
         trained = fit.train(checkpoints)
 
-        logits = predict_all(trained, splits)
+        logits = predict_all(trained, splits, weight)
         if with_baselines:
             logits |= metrics.fit_baselines(splits, training.hidden, training.seed)
         result = {
@@ -144,9 +145,11 @@ def positive_weights(pos_weight: float | str, y: np.ndarray) -> tuple[float, ...
 
 
 def predict_all(
-    trained: Trained, splits: dict[str, datasets.Split]
+    trained: Trained, splits: dict[str, datasets.Split], pos_weight: tuple[float, ...]
 ) -> dict[str, dict[str, np.ndarray]]:
     """The network's logits of label 1, by model and split, each `[n, n_L]`.
+
+    They are corrected for `pos_weight`, and so are all probabilities and metrics.
 
     Raises:
       InputError: If the run diverged before its first evaluation.
@@ -156,10 +159,11 @@ def predict_all(
             f"the loss was not finite at step {int(trained.run.step)}, before the "
             "first evaluation; try a smaller --learning_rate"
         )
-    params = trained.run.best_params
+    params, shift = trained.run.best_params, metrics.prior_shift(pos_weight)
     return {
         artifacts.NETWORK: {
-            name: metrics.logits(params, split.x) for name, split in splits.items()
+            name: metrics.logits(params, split.x) - shift
+            for name, split in splits.items()
         }
     }
 
@@ -196,6 +200,21 @@ def _describe(table: datasets.Table) -> None:
     output.print_environment()
 
 
+def _report_pos_weight(result: dict[str, Any]) -> None:
+    """Says how the weights of label 1 change logits, where they are not 1."""
+    configuration = result["configuration"]
+    targets = datasets.label_1(configuration["classes"])
+    for target, weight in zip(targets, configuration["pos_weight"], strict=True):
+        if weight not in (0, 1):
+            print(
+                f"\n{target} has weight {weight:.4g} in the loss, so the network's own "
+                "probabilities of it are those\nof data that has it that many times as "
+                f"often. Metrics and files correct them: logit - log {weight:.4g}.\n"
+                f"The network's own 0.5 is a corrected probability of "
+                f"{1 / (1 + weight):.4f}."
+            )
+
+
 def _report(result: dict[str, Any]) -> None:
     num_steps, steps = result["configuration"]["num_steps"], result["steps"]
     if steps == num_steps:
@@ -208,6 +227,7 @@ def _report(result: dict[str, Any]) -> None:
         f"\nParameters of step {result['best_step']}, with the smallest validation "
         f"loss; {end}"
     )
+    _report_pos_weight(result)
     print(f"\n{output.table(result['metrics'], '.4f', metrics.HEADINGS)}")
 
 

@@ -34,42 +34,58 @@ def save(
       preprocessor: The preprocessor, fitted on the training rows.
       logits: Logits of label 1 by model and split, `[n, n_L]`, float64.
     """
-    params = jax.tree.map(np.asarray, result["params"])
+    model = {
+        "preprocessor": preprocessor,
+        "params": jax.tree.map(np.asarray, result["params"]),
+        "classes": table.classes,
+        "pos_weight": result["configuration"]["pos_weight"],
+    }
     with output.atomic_write(folder / "model.joblib") as path:
-        joblib.dump(
-            {"preprocessor": preprocessor, "params": params, "classes": table.classes},
-            path,
-        )
+        joblib.dump(model, path)
     document = {key: value for key, value in result.items() if key != "params"}
     output.write_results(folder, "metrics", document, result["metrics"])
     with output.atomic_write(folder / "losses.csv") as path:
         pd.DataFrame(result["history"]).to_csv(path, index=False)
     with output.atomic_write(folder / "predictions.csv") as path:
-        _predictions(table, splits, logits[NETWORK]).to_csv(path, index=False)
+        rows = _predictions(table, splits, logits[NETWORK], model["pos_weight"])
+        rows.to_csv(path, index=False)
     _draw(folder, result, table, splits, logits)
-    _draw_boundary(folder, table, splits, preprocessor, params)
+    _draw_boundary(folder, table, splits, model)
+
+
+def _logits(model: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    """Logits `[N, n_L]` of preprocessed features, corrected for the `pos_weight`."""
+    shift = metrics.prior_shift(model["pos_weight"])
+    return metrics.logits(model["params"], x) - shift
 
 
 def _predictions(
     table: datasets.Table,
     splits: dict[str, datasets.Split],
     logits: dict[str, np.ndarray],
+    pos_weight: tuple[float, ...],
 ) -> pd.DataFrame:
     """Label, logit and probability of every row of the table, in the table's order."""
     rows = pd.concat(
         pd.DataFrame({"row": split.rows, "split": name})
         .join(_columns("", table.classes, split.y.astype(int)))
-        .join(_scores(table.classes, logits[name]))
+        .join(_scores(table.classes, logits[name], pos_weight))
         for name, split in splits.items()
     )
     return rows.sort_values("row")
 
 
-def _scores(classes: dict[str, tuple[Any, Any]], logits: np.ndarray) -> pd.DataFrame:
-    """The columns for logits `[N, n_L]`, and for their probabilities."""
-    return _columns("logit of ", classes, logits).join(
-        _columns("probability of ", classes, expit(logits))
-    )
+def _scores(
+    classes: dict[str, tuple[Any, Any]],
+    logits: np.ndarray,
+    pos_weight: tuple[float, ...],
+) -> pd.DataFrame:
+    """Columns for logits `[N, n_L]` and probabilities, corrected for `pos_weight`."""
+    columns = {"logit of ": logits, "probability of ": expit(logits)}
+    shift = metrics.prior_shift(pos_weight)
+    if shift.any():
+        columns["uncorrected logit of "] = logits + shift
+    return pd.concat([_columns(k, classes, v) for k, v in columns.items()], axis=1)
 
 
 def _columns(
@@ -108,8 +124,7 @@ def _draw_boundary(
     folder: Path,
     table: datasets.Table,
     splits: dict[str, datasets.Split],
-    preprocessor: ColumnTransformer,
-    params: Any,
+    model: dict[str, Any],
 ) -> None:
     """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
@@ -118,8 +133,8 @@ def _draw_boundary(
         return
 
     def probability(plane: np.ndarray) -> np.ndarray:
-        x = preprocessor.transform(pd.DataFrame(plane, columns=names))
-        return expit(metrics.logits(params, np.asarray(x))[:, 0])
+        x = model["preprocessor"].transform(pd.DataFrame(plane, columns=names))
+        return expit(_logits(model, np.asarray(x))[:, 0])
 
     plots.boundary(
         folder / "boundary.png",
@@ -145,7 +160,8 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     Raises:
       InputError: If there is no model, or the file does not fit it.
     """
-    preprocessor, params, classes = _load(folder)
+    model = _load(folder)
+    preprocessor, classes = model["preprocessor"], model["classes"]
     table = table_io.read(Path(file))
     names = list(preprocessor.feature_names_in_)
     table_io.need_columns(file, table, names)
@@ -154,7 +170,7 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     if categories:
         _report_new_categories(file, features, preprocessor, categories)
     x = datasets.preprocess(file, preprocessor, features)
-    scored = _scores(classes, metrics.logits(params, x))
+    scored = _scores(classes, _logits(model, x), model["pos_weight"])
     scored.insert(0, "row", np.arange(len(x)))
     path = folder / f"{Path(file).stem}.scored.csv"
     with output.atomic_write(path) as partial:
@@ -162,8 +178,8 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     return len(x), path
 
 
-def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-    """Loads the preprocessor, parameters and classes of the model in a folder."""
+def _load(folder: Path) -> dict[str, Any]:
+    """Loads the model in a folder, as `save` has written it."""
     path = folder / "model.joblib"
     if not path.exists():
         raise cli.InputError(
@@ -174,7 +190,7 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
     except Exception as error:  # a pickle may raise anything
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
-    keys = ("preprocessor", "params", "classes")
+    keys = ("preprocessor", "params", "classes", "pos_weight")
     if not (
         isinstance(model, dict)
         and set(keys) <= set(model)
@@ -186,8 +202,7 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         raise cli.InputError(
             f"{path}: is not a model of this version of experiments.train; train again"
         )
-    preprocessor, params, classes = (model[key] for key in keys)
-    return preprocessor, params, classes
+    return model
 
 
 def _report_new_categories(

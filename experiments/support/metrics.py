@@ -35,6 +35,17 @@ def logits(params: Any, x: np.ndarray) -> np.ndarray:
         return np.asarray(jaxbce.logits(cast, jnp.asarray(x, jnp.float64)))
 
 
+def prior_shift(pos_weight: Any) -> np.ndarray:
+    """What weights p of label 1, `[n_L]`, add to the logits that minimize the loss.
+
+    The loss with weight p is that of a population in which label 1 is p times as
+    frequent, so its logits are larger by log p. Without label 1 (p = 0) there is
+    nothing to correct.
+    """
+    p = np.asarray(pos_weight, np.float64)
+    return np.log(p, out=np.zeros_like(p), where=p > 0)
+
+
 def score(y: np.ndarray, logit: np.ndarray) -> dict[str, float]:
     """Computes the metrics of one output.
 

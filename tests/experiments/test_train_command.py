@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import expit
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
 
 from experiments import train
@@ -106,6 +107,32 @@ def test_weights_balance_each_output():
     assert train.positive_weights(2.0, y) == (2.0, 2.0)
 
 
+def test_probabilities_are_those_of_the_data_whatever_the_weights(tmp_path):
+    """A network that knows nothing of the features finds the rate of label 1."""
+    features = MOONS.features.assign(x1=0.0, x2=0.0)
+    rare = np.where((np.arange(1000) % 5 == 0)[:, None], 1.0, 0.0)
+    result = moons(
+        table=MOONS._replace(features=features, y=rare),
+        optimizer=OptimizerConfig(optimizer="lbfgs", weight_decay=0.0),
+        folder=tmp_path,
+        hidden=(),
+        pos_weight="balanced",
+        dtype="float64",
+    )
+    assert result["configuration"]["pos_weight"] == (4.0,)
+    for row in result["metrics"]:
+        entropy = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
+        np.testing.assert_allclose(row["log_loss"], entropy, rtol=1e-8)
+        np.testing.assert_allclose(row["calibration_error"], 0, atol=1e-6)
+    features.to_csv(tmp_path / "new.csv", index=False)
+    artifacts.score(str(tmp_path / "new.csv"), tmp_path)
+    for name in ("predictions.csv", "new.scored.csv"):
+        rows = pd.read_csv(tmp_path / name)
+        np.testing.assert_allclose(rows["probability of moon=lower"], 0.2, rtol=1e-6)
+        shift = rows["uncorrected logit of moon=lower"] - rows["logit of moon=lower"]
+        np.testing.assert_allclose(shift, np.log(4), rtol=1e-12)
+
+
 def test_patience_ends_a_run_and_the_best_parameters_are_kept():
     y = np.random.default_rng(0).permutation(MOONS.y)  # nothing to generalize
     options: Any = {"table": MOONS._replace(y=y), "num_steps": 3000, "patience": 200}
@@ -196,7 +223,7 @@ def test_keys_of_results_are_snake_case(trained):
     targets = r"((logit|probability) of )?(virginica=1|big=yes)"
     assert odd_keys(trained[0], ignored=targets) == {}
     model = joblib.load(trained[0] / "model.joblib")
-    assert set(model) == {"preprocessor", "params", "classes"}
+    assert set(model) == {"preprocessor", "params", "classes", "pos_weight"}
 
 
 def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
@@ -410,11 +437,16 @@ def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(copied):
     [
         {"preparation": None, "params": None, "classes": {}},
         {"preprocessor": None, "params": None, "classes": {}},
+        {
+            "preprocessor": ColumnTransformer([]),
+            "params": (1,),
+            "classes": {"y": (0, 1)},
+        },
         {"params": None},
         [1],
         None,
     ],
-    ids=["earlier", "empty", "part", "list", "none"],
+    ids=["earlier", "empty", "unweighted", "part", "list", "none"],
 )
 def test_a_model_of_an_earlier_version_is_refused(copied, model):
     joblib.dump(model, copied / "model.joblib")
@@ -523,11 +555,15 @@ def test_durations_are_needed_in_steps():
 
 
 def test_runs_that_stop_early_say_so(capsys):
-    early = {"metrics": [{"model": "jaxbce", "log_loss": 0.5}], "best_step": 3}
+    early: Any = {"metrics": [{"model": "jaxbce", "log_loss": 0.5}], "best_step": 3}
+    known = {"num_steps": 9, "classes": MOONS.classes, "pos_weight": (3.0,)}
     for end, message in [
         ({"steps": 9, "diverged": False}, "all 9 steps taken."),
         ({"steps": 5, "diverged": True}, "diverged at step 5."),
         ({"steps": 5, "diverged": False}, "stopped early at step 5, out of patience."),
     ]:
-        train._report({"configuration": {"num_steps": 9}, **early, **end})
-        assert message in capsys.readouterr().out
+        train._report({"configuration": known, **early, **end})
+        out = capsys.readouterr().out
+        assert message in out
+        assert "moon=lower has weight 3 in the loss" in out
+        assert "The network's own 0.5 is a corrected probability of 0.2500." in out
