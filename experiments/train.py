@@ -85,7 +85,9 @@ def run(
         in which to save the run and from which to resume it, or None.
 
     Returns:
-      "configuration"; "metrics", one row per model, split and target; "history", one
+      "configuration"; "metrics", one row per model, split and target; "decisions", two
+      each, at a probability of 0.5 and at the threshold that is best on the validation
+      set; "thresholds", the network's own, as logits, one per target; "history", one
       row per evaluation; "best_step" and "params", those with the lowest validation
       loss; "steps", the number taken; and "diverged", whether the run did.
 
@@ -127,10 +129,14 @@ def run(
         logits = predict_all(trained, splits, weight)
         if with_baselines:
             logits |= metrics.fit_baselines(splits, training.hidden, training.seed)
+        targets = list(table.classes)
+        thresholds = metrics.best_thresholds(splits["validation"], logits)
         result = {
             "configuration": configuration,
             **summary(trained),
-            "metrics": metrics.table(splits, list(table.classes), logits),
+            "metrics": metrics.table(splits, targets, logits),
+            "decisions": metrics.decision_table(splits, targets, logits, thresholds),
+            "thresholds": thresholds[artifacts.NETWORK],
         }
         if folder is not None:
             artifacts.save(folder, result, table, splits, preprocessor, logits)
@@ -215,6 +221,33 @@ def _report_pos_weight(result: dict[str, Any]) -> None:
             )
 
 
+def _report_metrics(
+    rows: list[dict[str, Any]], decisions: list[dict[str, Any]], split: str
+) -> None:
+    """Prints two tables per target: metrics, and decisions on one of the splits."""
+    targets = dict.fromkeys(row["target"] for row in rows)
+    for target in targets:
+        of_target = [row for row in rows if row["target"] == target]
+        rates = {row["split"]: f"{row['base_rate']:.4f}" for row in of_target}
+        print(
+            f"\n{target}: fraction of label 1 "
+            + ", ".join(f"{rate} ({name})" for name, rate in rates.items())
+        )
+        hidden = ("target", "base_rate")
+        print(f"\n{output.table(_without(of_target, hidden), '.4f', metrics.HEADINGS)}")
+        shown = [r for r in decisions if (r["target"], r["split"]) == (target, split)]
+        print(
+            f"\nDecisions on {split}, at a probability of 0.5 and at the threshold "
+            "that has the largest F1\non validation:"
+        )
+        hidden = ("target", "split")
+        print(f"\n{output.table(_without(shown, hidden), '.4f', metrics.HEADINGS)}")
+
+
+def _without(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in keys} for row in rows]
+
+
 def _report(result: dict[str, Any]) -> None:
     num_steps, steps = result["configuration"]["num_steps"], result["steps"]
     if steps == num_steps:
@@ -227,8 +260,10 @@ def _report(result: dict[str, Any]) -> None:
         f"\nParameters of step {result['best_step']}, with the smallest validation "
         f"loss; {end}"
     )
+    if result["best_step"] == steps == num_steps:
+        print("The best step is the last, so longer training may help: --epochs.")
     _report_pos_weight(result)
-    print(f"\n{output.table(result['metrics'], '.4f', metrics.HEADINGS)}")
+    _report_metrics(result["metrics"], result["decisions"], "test")
 
 
 def main() -> int:

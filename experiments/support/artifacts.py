@@ -39,13 +39,15 @@ def save(
         "params": jax.tree.map(np.asarray, result["params"]),
         "classes": table.classes,
         "pos_weight": result["configuration"]["pos_weight"],
+        "thresholds": result["thresholds"],
     }
     with output.atomic_write(folder / "model.joblib") as path:
         joblib.dump(model, path)
     document = {key: value for key, value in result.items() if key != "params"}
     output.write_results(folder, "metrics", document, result["metrics"])
-    with output.atomic_write(folder / "losses.csv") as path:
-        pd.DataFrame(result["history"]).to_csv(path, index=False)
+    for name, key in (("losses", "history"), ("decisions", "decisions")):
+        with output.atomic_write(folder / f"{name}.csv") as path:
+            pd.DataFrame(result[key]).to_csv(path, index=False)
     with output.atomic_write(folder / "predictions.csv") as path:
         rows = _predictions(table, splits, logits[NETWORK], model["pos_weight"])
         rows.to_csv(path, index=False)
@@ -102,7 +104,7 @@ def _draw(
     splits: dict[str, datasets.Split],
     logits: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Draws the losses, and the ROC curve and reliability of each target."""
+    """Draws the losses, and the curves of each target."""
     history = pd.DataFrame(result["history"])
     plots.losses(
         folder / "losses.png",
@@ -112,8 +114,8 @@ def _draw(
     )
     for column, target in enumerate(datasets.label_1(table.classes)):
         number = f"_{column + 1}" if len(table.classes) > 1 else ""
-        plots.roc_and_reliability(
-            folder / f"roc_and_reliability{number}.png",
+        plots.curves(
+            folder / f"curves{number}.png",
             target,
             splits["test"].y[:, column],
             {name: by_split["test"][:, column] for name, by_split in logits.items()},
@@ -190,7 +192,7 @@ def _load(folder: Path) -> dict[str, Any]:
     except Exception as error:  # a pickle may raise anything
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
-    keys = ("preprocessor", "params", "classes", "pos_weight")
+    keys = ("preprocessor", "params", "classes", "pos_weight", "thresholds")
     if not (
         isinstance(model, dict)
         and set(keys) <= set(model)

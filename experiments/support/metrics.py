@@ -20,11 +20,18 @@ import jaxbce
 from experiments.support.datasets import Split
 
 CALIBRATION_BINS = 10
-HEADINGS = {  # for the keys of `score`
+HEADINGS = {  # for the keys of `score` and `decide`
     "log_loss": "log-loss",
     "roc_auc": "ROC AUC",
-    "brier_score": "Brier score",
-    "calibration_error": "calibration error",
+    "average_precision": "AP",
+    "brier_score": "Brier",
+    "calibration_error": "calib. error",
+    "f1": "F1",
+    "balanced_accuracy": "bal. acc.",
+    "true_negatives": "TN",
+    "false_positives": "FP",
+    "false_negatives": "FN",
+    "true_positives": "TP",
 }
 
 
@@ -50,21 +57,71 @@ def score(y: np.ndarray, logit: np.ndarray) -> dict[str, float]:
     """Computes the metrics of one output.
 
     Args:
-      y: Labels, `[N]`; both 0 and 1 occur.
+      y: Labels, `[N]`.
       logit: Logits of label 1, `[N]`, float64.
 
     Returns:
-      "log_loss" in nats, "accuracy" at a probability of 0.5, "roc_auc", "brier_score"
-      and the expected "calibration_error" over ten bins of equal width.
+      "base_rate", the fraction of label 1; "log_loss" in nats; "accuracy" at a
+      probability of 0.5; "roc_auc" and "average_precision", NaN if only one label
+      occurs; "brier_score"; and the expected "calibration_error" over ten bins of equal
+      width.
     """
     probability = expit(logit)
+    both = 0 < np.mean(y) < 1
     return {
+        "base_rate": float(np.mean(y)),
         "log_loss": log_loss(y, logit),
         "accuracy": float(metrics.accuracy_score(y, logit > 0)),
-        "roc_auc": float(metrics.roc_auc_score(y, logit)),
-        "brier_score": float(metrics.brier_score_loss(y, probability)),
+        "roc_auc": float(metrics.roc_auc_score(y, logit)) if both else np.nan,
+        "average_precision": float(metrics.average_precision_score(y, logit))
+        if both
+        else np.nan,
+        "brier_score": float(metrics.brier_score_loss(y, probability, pos_label=1)),
         "calibration_error": calibration_error(y, probability),
     }
+
+
+def decide(y: np.ndarray, logit: np.ndarray, threshold: float) -> dict[str, Any]:
+    """Computes the metrics of deciding for label 1 where logits exceed a threshold.
+
+    Args:
+      y: Labels, `[N]`.
+      logit: Logits of label 1, `[N]`.
+      threshold: The logit above which an example is taken to have label 1.
+
+    Returns:
+      "threshold", as a probability; "precision", "recall" and "f1", each 0 where it is
+      0/0; "balanced_accuracy", the mean recall of the labels that occur; and the four
+      counts.
+    """
+    label = (logit > threshold).astype(float)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        y, label, average="binary", zero_division=0
+    )
+    recall_by_label = metrics.recall_score(y, label, labels=np.unique(y), average=None)
+    counts = metrics.confusion_matrix(y, label, labels=[0, 1])
+    names = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+    return {
+        "threshold": float(expit(threshold)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "balanced_accuracy": float(np.mean(recall_by_label)),
+        **dict(zip(names, counts.ravel().tolist(), strict=True)),
+    }
+
+
+def best_threshold(y: np.ndarray, logit: np.ndarray) -> float:
+    """The logit at which F1 is largest; of several, the one closest to 0.
+
+    A threshold is the middle of two neighboring logits, or 1 below the smallest.
+    """
+    precision, recall, above = metrics.precision_recall_curve(y, logit)
+    both = precision + recall
+    f1 = 2 * precision * recall / np.where(both > 0, both, 1)
+    middles = (above + np.append(above[0] - 2, above[:-1])) / 2
+    best = middles[f1[:-1] == f1[:-1].max()]
+    return float(best[np.argmin(np.abs(best))])
 
 
 def log_loss(y: np.ndarray, logit: np.ndarray) -> float:
@@ -141,4 +198,34 @@ def table(
         for split, data in splits.items()
         for model, by_split in logits.items()
         for column, target in enumerate(targets)
+    ]
+
+
+def best_thresholds(
+    validation: Split, logits: dict[str, dict[str, np.ndarray]]
+) -> dict[str, list[float]]:
+    """The best threshold of each model and output on the validation split."""
+    return {
+        model: [
+            best_threshold(y, a)
+            for y, a in zip(validation.y.T, by_split["validation"].T, strict=True)
+        ]
+        for model, by_split in logits.items()
+    }
+
+
+def decision_table(
+    splits: dict[str, Split],
+    targets: list[str],
+    logits: dict[str, dict[str, np.ndarray]],
+    thresholds: dict[str, list[float]],
+) -> list[dict[str, Any]]:
+    """As `table`, of decisions at a probability of 0.5 and at the model's threshold."""
+    return [
+        {"model": model, "split": split, "target": target}
+        | decide(data.y[:, column], by_split[split][:, column], threshold)
+        for split, data in splits.items()
+        for model, by_split in logits.items()
+        for column, target in enumerate(targets)
+        for threshold in (0.0, thresholds[model][column])
     ]

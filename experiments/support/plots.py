@@ -1,5 +1,6 @@
 """Pictures of networks, sweeps, trainability, private training and labels."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 from scipy.special import expit
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from experiments.support import output
 from experiments.support.metrics import CALIBRATION_BINS, calibration_bins
@@ -22,14 +25,54 @@ DPI = 120
 
 
 def _save(figure: Figure, path: Path) -> None:
+    for text in figure.findobj(Text):
+        _make_drawable(text)
     with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=DPI)
     plt.close(figure)
 
 
+def _make_drawable(text: Any) -> None:
+    """Adds fonts for characters that the text's own lacks; escapes what none has."""
+    own = font_manager.findfont(text.get_fontproperties())
+    missing = set(text.get_text()) - _characters(own) - {"\n"}
+    families = text.get_fontfamily()
+    for font in font_manager.fontManager.ttflist if missing else ():
+        is_regular = font.style == "normal" and font.weight in (400, "normal")
+        if is_regular and missing & _characters(font.fname):
+            missing -= _characters(font.fname)
+            families = [*families, font.name]
+    text.set_fontfamily(families)
+    for character in missing:
+        escape = character.encode("unicode_escape").decode()
+        text.set_text(text.get_text().replace(character, escape))
+
+
+@functools.cache
+def _characters(font: str) -> set[str]:
+    """The characters in a font file, but for Last Resort's, which are boxes."""
+    if "LastResort" in Path(font).name:
+        return set()
+    return set(map(chr, font_manager.get_font(font).get_charmap()))
+
+
 def _plain(name: str) -> str:
     """The name, escaped so that matplotlib does not parse it as a formula."""
     return name.replace("$", r"\$")
+
+
+def _legend(figure: Any, *axes: Any) -> None:
+    """Adds a legend of lines and points below the axes, where it hides none."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        found.values(),
+        map(_plain, found),
+        loc="outside lower center",
+        ncols=4,
+    )
 
 
 def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
@@ -41,20 +84,22 @@ def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -
     axis.set(
         xlabel="step", ylabel="loss (nats, outputs summed)", yscale="log", title="Loss"
     )
-    axis.legend()
+    _legend(figure, axis)
     _save(figure, path)
 
 
-def roc_and_reliability(
+def curves(
     path: Path, target: str, y: np.ndarray, logits: dict[str, np.ndarray]
 ) -> None:
-    """Draws ROC curves and reliability of each model's logits `[N]`."""
-    figure, (roc, reliability) = plt.subplots(
-        1, 2, figsize=(10, 4.6), layout="constrained"
+    """Draws ROC, precision over recall and reliability of each model's logits `[N]`."""
+    figure, (roc, precision, reliability) = plt.subplots(
+        1, 3, figsize=(13.5, 5.2), layout="compressed"
     )
     for name, logit in logits.items():
         false_positive, true_positive, _ = roc_curve(y, logit)
         roc.plot(false_positive, true_positive, label=name)
+        precise, recalled, _ = precision_recall_curve(y, logit)
+        precision.plot(recalled, precise, drawstyle="steps-post", label=name)
         probability = expit(logit)
         share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
         _, rows = np.unique(calibration_bins(probability), return_counts=True)
@@ -62,14 +107,17 @@ def roc_and_reliability(
         reliability.scatter(mean, share, s=area, alpha=0.6, label=name)
     for axis in (roc, reliability):
         axis.plot([0, 1], [0, 1], color="0.7", ls=":")
-        axis.set_aspect("equal")
+    precision.axhline(y.mean(), color="0.7", ls=":")  # as of random scores
+    for axis in (roc, precision, reliability):
+        axis.set(aspect="equal", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    precision.set(xlabel="recall", ylabel="precision", title="Precision and recall")
     reliability.set(
         xlabel="predicted probability",
         ylabel="share of label 1 among them",
         title="Reliability (area: rows)",
     )
-    roc.legend(loc="lower right")
+    _legend(figure, roc)
     figure.suptitle(f"{_plain(target)}, on {len(y)} test rows")
     _save(figure, path)
 
@@ -195,7 +243,6 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
     ticks = [row["epsilon"] for row in private_rows]
     accuracy.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     accuracy.minorticks_off()
-    accuracy.legend(loc="lower right")
     window = max(1, clipped.shape[1] // 50)
     steps = np.arange(clipped.shape[1] // window) * window + window / 2
     for i, row in enumerate(private_rows):
@@ -208,7 +255,7 @@ def private(path: Path, rows: list[dict[str, Any]], clipped: np.ndarray) -> None
         ylim=(0, 1.02),
         title="Rows whose gradient was clipped",
     )
-    share.legend()
+    _legend(figure, accuracy, share)
     _save(figure, path)
 
 
@@ -233,7 +280,7 @@ def suspicious(
             axis.scatter(
                 place[chosen], rows[rank_by][chosen], s=12, color="C3", label="flipped"
             )
-            axis.legend()
+            _legend(figure, axis)
         axis.set(xlabel="rank", xscale="log", ylabel=name)
     else:
         figure, axes = plt.subplots(4, 10, figsize=(11, 5.4), layout="constrained")

@@ -26,22 +26,59 @@ def test_metrics_are_what_their_names_say():
     assert found["roc_auc"] == 0.875
     assert np.isclose(found["brier_score"], (0.36 + 0.16) / 4)
     assert np.isclose(found["calibration_error"], abs(1 - 1.2) / 4)
-    assert set(metrics.HEADINGS) < set(found)
+    assert set(metrics.HEADINGS) < set(found) | set(metrics.decide(y, y - 0.5, 0.0))
 
 
 def test_every_metric_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     a = rng.normal(scale=4, size=500).round(1)  # with ties
     y = (rng.random(500) < expit(a / 2)).astype(float)
-    found, p = metrics.score(y, a), expit(a)
+    p = expit(a)
+    threshold = metrics.best_threshold(y, a)
+    label = a > threshold
+    found = metrics.score(y, a) | metrics.decide(y, a, threshold)
     expected = {
+        "base_rate": y.mean(),
         "log_loss": sklearn_metrics.log_loss(y, p),
         "accuracy": sklearn_metrics.accuracy_score(y, p > 0.5),
         "roc_auc": sklearn_metrics.roc_auc_score(y, a),
+        "average_precision": sklearn_metrics.average_precision_score(y, a),
         "brier_score": sklearn_metrics.brier_score_loss(y, p),
+        "calibration_error": metrics.calibration_error(y, p),  # has a test of its own
+        "threshold": expit(threshold),
+        "precision": sklearn_metrics.precision_score(y, label),
+        "recall": sklearn_metrics.recall_score(y, label),
+        "f1": sklearn_metrics.f1_score(y, label),
+        "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(y, label),
     }
+    names = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+    counts = sklearn_metrics.confusion_matrix(y, label).ravel()
+    expected |= dict(zip(names, counts, strict=True))
+    assert set(found) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
+
+
+def test_the_best_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(3)
+    for shift in (-4.0, 0.0, 4.0):
+        a = rng.normal(size=60).round(1)
+        y = (rng.random(60) < expit(3 * a + shift)).astype(float)
+        best = metrics.decide(y, a, metrics.best_threshold(y, a))["f1"]
+        others = [metrics.decide(y, a, t)["f1"] for t in np.arange(-3.05, 3, 0.1)]
+        assert best == max(others)
+    # In the middle of two labels that are apart; below all if all have label 1.
+    assert metrics.best_threshold(np.array([0, 0, 1.0]), np.array([-1, 2, 5.0])) == 3.5
+    assert metrics.best_threshold(np.ones(2), np.array([-1.0, 2.0])) == -2
+
+
+def test_decisions_without_one_of_the_labels_have_the_rest():
+    y, a = np.zeros(3), np.array([-1.0, 2.0, -3.0])
+    found = metrics.score(y, a) | metrics.decide(y, a, 0.0)
+    assert np.isnan([found["roc_auc"], found["average_precision"]]).all()
+    assert (found["precision"], found["recall"], found["f1"]) == (0, 0, 0)
+    assert found["balanced_accuracy"] == found["accuracy"] == 2 / 3
+    assert (found["true_negatives"], found["false_positives"]) == (2, 1)
 
 
 def test_logits_of_any_size_count_as_what_they_are():
@@ -90,6 +127,15 @@ def test_a_row_is_of_its_model_split_and_target():
         "other": {"train": wrong, "test": np.stack([right[:, 0], wrong[:, 1]], 1)},
     }
     rows = metrics.table(splits, ["a", "b"], logits)
+    thresholds = {"one": [3.0, 0.0], "other": [0.0, -3.0]}
+    both = metrics.decision_table(splits, ["a", "b"], logits, thresholds)
+    kept = ("model", "split", "target")
+    assert [[r[k] for k in kept] for r in both[::2]] == [
+        [r[k] for k in kept] for r in rows
+    ]
+    assert {r["threshold"] for r in both[::2]} == {0.5}
+    labeled = [r["true_positives"] + r["false_positives"] for r in both[1::2]]
+    assert labeled == [0, 2, 2, 4, 0, 2, 2, 4]
     accuracy = {(r["model"], r["split"], r["target"]): r["accuracy"] for r in rows}
     assert accuracy == {
         ("one", "train", "a"): 1.0,

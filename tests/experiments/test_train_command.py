@@ -13,12 +13,22 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import font_manager
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
 from scipy.special import expit
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
 
 from experiments import train
-from experiments.support import artifacts, chunked_fit, datasets, resumable
+from experiments.support import (
+    artifacts,
+    chunked_fit,
+    datasets,
+    metrics,
+    plots,
+    resumable,
+)
 from experiments.support.cli import InputError
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from tests.experiments.files import odd_keys
@@ -113,7 +123,7 @@ def test_probabilities_are_those_of_the_data_whatever_the_weights(tmp_path):
     rare = np.where((np.arange(1000) % 5 == 0)[:, None], 1.0, 0.0)
     result = moons(
         table=MOONS._replace(features=features, y=rare),
-        optimizer=OptimizerConfig(optimizer="lbfgs", weight_decay=0.0),
+        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=2.0),
         folder=tmp_path,
         hidden=(),
         pos_weight="balanced",
@@ -195,18 +205,22 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     assert "all 200 steps taken." in out
     assert "logistic regression" in out
     assert "ROC AUC" in out
-    assert f"In {folder}: checkpoints, config.json, losses.csv" in out
+    assert max(map(len, out[out.index("\nmodel") :].splitlines()[:-1])) <= 100
+    assert f"In {folder}: checkpoints, config.json, curves_1.png" in out
     document = json.loads((folder / "metrics.json").read_text())
     assert document["configuration"]["hidden"] == [8, 8]
     assert document["configuration"]["optimizer_args"] == {"b1": 0.8}
     assert document["environment"]["jax"]
-    metrics = pd.read_csv(folder / "metrics.csv")
-    assert len(metrics) == 3 * 3 * 2
-    assert list(metrics) == [
-        *("model", "split", "target", "log_loss", "accuracy"),
-        *("roc_auc", "brier_score", "calibration_error"),
+    scores = pd.read_csv(folder / "metrics.csv")
+    assert len(scores) == 3 * 3 * 2
+    assert list(scores) == [
+        *("model", "split", "target", "base_rate", "log_loss", "accuracy"),
+        *("roc_auc", "average_precision", "brier_score", "calibration_error"),
     ]
-    found = metrics.to_dict("records")
+    decisions = pd.read_csv(folder / "decisions.csv").to_dict("records")
+    assert decisions == document["decisions"]
+    assert len(decisions) == 2 * len(scores)
+    found = scores.to_dict("records")
     assert found == document["metrics"]
     mine = [r for r in found if (r["split"], r["model"]) == ("train", "jaxbce")]
     assert [row["target"] for row in mine] == ["virginica", "big"]
@@ -214,7 +228,7 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     losses = pd.read_csv(folder / "losses.csv")
     assert list(losses) == ["step", "train_loss", "validation_loss"]
     assert losses.to_dict("records") == document["history"]
-    for name in ("losses", "roc_and_reliability_1", "roc_and_reliability_2"):
+    for name in ("losses", "curves_1", "curves_2"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
     assert not list(folder.glob(".*partial*"))
 
@@ -223,7 +237,8 @@ def test_keys_of_results_are_snake_case(trained):
     targets = r"((logit|probability) of )?(virginica=1|big=yes)"
     assert odd_keys(trained[0], ignored=targets) == {}
     model = joblib.load(trained[0] / "model.joblib")
-    assert set(model) == {"preprocessor", "params", "classes", "pos_weight"}
+    keys = {"preprocessor", "params", "classes", "pos_weight", "thresholds"}
+    assert set(model) == keys
 
 
 def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
@@ -265,6 +280,29 @@ def test_data_of_two_numbers_has_its_boundary_drawn(finished, tmp_path):
     moons(table=table, folder=tmp_path)
     assert (tmp_path / "boundary.png").stat().st_size > 10_000
     assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("label", ["中文=是", "a\tb \x07", "$x$ = $y$", "\U0001f600"])
+def test_any_label_is_drawn_without_boxes(label, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    y, a = np.arange(8.0) % 2, np.linspace(-2, 2, 8)
+    plots.curves(tmp_path / "curves.png", label, y, {label: a, "b": -a})
+    (figure,) = drawn
+    for text in figure.findobj(Text):  # a character that no font has is escaped
+        known = set().union(
+            *(
+                plots._characters(font_manager.findfont(FontProperties(family=[name])))
+                for name in text.get_fontfamily()
+            )
+        )
+        assert set(text.get_text()) <= known, text
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 2
+    for axis in figure.axes:
+        box = legend.get_window_extent()
+        assert box.height > 0
+        assert not box.overlaps(axis.get_window_extent())
 
 
 # ------------------------------------------------------- what it resumes, or not
@@ -555,15 +593,22 @@ def test_durations_are_needed_in_steps():
 
 
 def test_runs_that_stop_early_say_so(capsys):
-    early: Any = {"metrics": [{"model": "jaxbce", "log_loss": 0.5}], "best_step": 3}
+    scores = metrics.score(np.array([0, 1]), np.array([-1.0, 1.0]))
+    row = {"model": "jaxbce", "split": "test", "target": "moon"}
+    early: Any = {"metrics": [row | scores], "decisions": [], "best_step": 5}
     known = {"num_steps": 9, "classes": MOONS.classes, "pos_weight": (3.0,)}
     for end, message in [
         ({"steps": 9, "diverged": False}, "all 9 steps taken."),
+        (
+            {"steps": 9, "diverged": False, "best_step": 9},
+            "The best step is the last, so longer training may help: --epochs.",
+        ),
         ({"steps": 5, "diverged": True}, "diverged at step 5."),
         ({"steps": 5, "diverged": False}, "stopped early at step 5, out of patience."),
     ]:
         train._report({"configuration": known, **early, **end})
         out = capsys.readouterr().out
         assert message in out
+        assert ("longer training" in out) == (end.get("best_step") == 9)
         assert "moon=lower has weight 3 in the loss" in out
         assert "The network's own 0.5 is a corrected probability of 0.2500." in out
