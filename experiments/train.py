@@ -12,8 +12,9 @@ otherwise scikit-learn's defaults. Expect a test accuracy on digits of about 0.9
 0.91 for logistic regression.
 
 With --output_dir everything is saved as files. If the command is interrupted, even
-killed, rerun it to resume. --predict scores new rows with the model in --output_dir and
-ignores the other flags. A model is a pickle: score only with models you trust.
+killed, rerun it to resume. --predict scores new rows with the model in --output_dir,
+prints metrics if they have labels, and ignores the other flags except --id. A model is
+a pickle: score only with models you trust.
 """
 
 import contextlib
@@ -53,6 +54,12 @@ _PREDICT = flags.DEFINE_string(
     "predict",
     None,
     "Score the rows of this .csv or .parquet file with the model in --output_dir.",
+)
+_ID = flags.DEFINE_list(
+    "id",
+    None,
+    "Columns of the --predict file to keep beside the scores, comma-separated. If not "
+    "set, all.",
 )
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
@@ -192,8 +199,11 @@ def summary(trained: Trained) -> dict[str, Any]:
 def _predict(file: str) -> None:
     if cli.OUTPUT_DIR.value is None:
         raise cli.InputError("--predict needs --output_dir, the folder of the run")
-    rows, path = artifacts.score(file, Path(cli.OUTPUT_DIR.value))
-    print(f"{rows} rows scored: {path}")
+    scored = artifacts.score(file, Path(cli.OUTPUT_DIR.value), _ID.value)
+    print(f"{scored.rows} rows scored: {scored.path}")
+    if scored.labeled:
+        print(f"{scored.labeled} rows have labels")
+        _report_metrics(scored.metrics, scored.decisions, Path(file).name)
 
 
 def _describe(table: datasets.Table) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import joblib
@@ -147,7 +147,26 @@ def _draw_boundary(
     )
 
 
-def score(file: str, folder: Path) -> tuple[int, Path]:
+class Scored(NamedTuple):
+    """Result of scoring the rows of a file.
+
+    Attributes:
+      rows: Their number.
+      path: The file written.
+      labeled: Number of rows with a known label of every target.
+      metrics: Metrics of those rows, as `metrics.table` returns them; empty if there
+        are none.
+      decisions: Decisions on them, as `metrics.decision_table` returns them.
+    """
+
+    rows: int
+    path: Path
+    labeled: int
+    metrics: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+
+
+def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
     """Scores the rows of a file with the model in a folder, and writes the result.
 
     Categories that did not occur in training are reported on stderr.
@@ -155,29 +174,69 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     Args:
       file: A .csv or .parquet file with the columns that the model was trained on.
       folder: A folder that `save` has written to.
-
-    Returns:
-      The number of rows, and the path of the file written.
+      keep: Columns of the file to keep beside the scores; None keeps all.
 
     Raises:
       InputError: If there is no model, or the file does not fit it.
     """
     model = _load(folder)
-    preprocessor, classes = model["preprocessor"], model["classes"]
+    preprocessor = model["preprocessor"]
     table = table_io.read(Path(file))
+    table_io.need_columns(file, table, keep or [])
     names = list(preprocessor.feature_names_in_)
     table_io.need_columns(file, table, names)
     categories = list(preprocessor.transformers_[1][2])
     features = table_io.features(file, table.filter(names), categories)
     if categories:
         _report_new_categories(file, features, preprocessor, categories)
-    x = datasets.preprocess(file, preprocessor, features)
-    scored = _scores(classes, _logits(model, x), model["pos_weight"])
-    scored.insert(0, "row", np.arange(len(x)))
+    logits = _logits(model, datasets.preprocess(file, preprocessor, features))
     path = folder / f"{Path(file).stem}.scored.csv"
     with output.atomic_write(path) as partial:
-        scored.to_csv(partial, index=False)
-    return len(x), path
+        _scored(table, keep, model, logits).to_csv(partial, index=False)
+    return Scored(len(table), path, *_evaluate(file, table, model, logits))
+
+
+def _scored(
+    table: pd.DataFrame,
+    keep: list[str] | None,
+    model: dict[str, Any],
+    logits: np.ndarray,
+) -> pd.DataFrame:
+    """Columns of the user's table, and the scores and decisions for its rows."""
+    scores = _scores(model["classes"], logits, model["pos_weight"])
+    for column, (name, classes) in enumerate(model["classes"].items()):
+        decided = (logits[:, column] > 0).astype(int)
+        scores[f"predicted {name}"] = np.array(classes, dtype=object)[decided]
+    kept = table if keep is None else table[keep]
+    kept = kept.drop(columns=scores.columns, errors="ignore")  # of an earlier score
+    return pd.concat([kept.reset_index(drop=True), scores], axis=1)
+
+
+def _evaluate(
+    file: str, table: pd.DataFrame, model: dict[str, Any], logits: np.ndarray
+) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The number of rows with labels, and the metrics and decisions of these rows."""
+    if not set(model["classes"]) <= set(table.columns):
+        return 0, [], []
+    y = np.full(logits.shape, np.nan)
+    for column, (name, classes) in enumerate(model["classes"].items()):
+        for label, value in enumerate(classes):
+            y[
+                (table[name] == value) | (table[name].astype(str) == str(value)), column
+            ] = label
+    rows = np.flatnonzero(np.isfinite(y).all(axis=1))
+    if not len(rows):
+        return 0, [], []
+    name = Path(file).name
+    splits = {name: datasets.Split(rows, np.zeros((len(rows), 0)), y[rows])}
+    of_network = {NETWORK: {name: logits[rows]}}
+    thresholds = {NETWORK: model["thresholds"]}
+    targets = list(model["classes"])
+    return (
+        len(rows),
+        metrics.table(splits, targets, of_network),
+        metrics.decision_table(splits, targets, of_network, thresholds),
+    )
 
 
 def _load(folder: Path) -> dict[str, Any]:

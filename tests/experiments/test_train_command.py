@@ -37,6 +37,7 @@ from tests.helpers import run_command, start
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 MOONS = datasets.load(dataset="moons")
+SCORES = ("logit", "probability")
 TOY: Any = {"num_steps": 30, "hidden": (8,), "batch_size": 0, "evaluate_every": 10}
 OPTIMIZER = OptimizerConfig(learning_rate=0.1)
 
@@ -255,7 +256,14 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     assert err == "new.parquet: color is green in 1 rows, not seen in training\n"
     scored = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
-    assert scored["row"].tolist() == kept["row"].tolist() == list(range(150))
+    assert kept["row"].tolist() == list(range(150))
+    pd.testing.assert_frame_equal(scored[new.columns], new, check_dtype=False)
+    names = [f"{s} of {t}" for s in SCORES for t in ("virginica=1", "big=yes")]
+    names += ["predicted virginica", "predicted big"]
+    assert list(scored) == [*new.columns, *names]
+    for name, column in (("virginica", [0, 1]), ("big", ["no", "yes"])):
+        over = scored[f"logit of {name}={column[1]}"] > 0
+        assert scored[f"predicted {name}"].tolist() == np.take(column, over).tolist()
     for target in ("virginica=1", "big=yes"):
         name = target.split("=")[0]
         assert kept[target].tolist() == iris[name].isin([1, "yes"]).astype(int).tolist()
@@ -266,11 +274,36 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
         for table in (scored, kept):
             probability = expit(table[f"logit of {target}"])
             np.testing.assert_allclose(table[f"probability of {target}"], probability)
+    again = artifacts.score(str(folder / "new.scored.csv"), folder, ["color"])
+    rescored = pd.read_csv(again.path)
+    assert list(rescored) == ["color", *names]
+    pd.testing.assert_frame_equal(rescored, scored[["color", *names]])
+    assert again.labeled == 0
     missing = new.drop(columns="color")
     missing.to_csv(tmp_path / "missing.csv", index=False)
     with pytest.raises(InputError, match="no column 'color'"):
         artifacts.score(str(tmp_path / "missing.csv"), folder)
     assert not (folder / "missing.scored.csv").exists()
+
+
+def test_metrics_of_new_rows_with_labels_are_printed(trained, iris, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "out")
+    new = iris.astype({"big": "category", "virginica": float})  # read as 1.0
+    new.loc[:9, "big"] = None
+    new.to_parquet(tmp_path / "new.parquet")
+    flags = (f"--predict={tmp_path / 'new.parquet'}", f"--output_dir={folder}")
+    status, out, err = run_command("train", *flags, "--id=color,big")
+    assert (status, err) == (0, "")
+    assert "150 rows scored" in out
+    assert "140 rows have labels" in out
+    scored = pd.read_csv(folder / "new.scored.csv")
+    assert list(scored)[:3] == ["color", "big", "logit of virginica=1"]
+    y = iris["virginica"].to_numpy()[10:]
+    a = scored["logit of virginica=1"].to_numpy()[10:]
+    for name, value in metrics.score(y, a).items():
+        if name != "base_rate":
+            assert f"{value:.4f}" in out, name
+    assert f"fraction of label 1 {y.mean():.4f} (new.parquet)" in out
 
 
 def test_data_of_two_numbers_has_its_boundary_drawn(finished, tmp_path):
