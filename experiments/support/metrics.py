@@ -5,6 +5,7 @@ logits still differ.
 """
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit
 from sklearn import metrics
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 import jaxbce
 from experiments.support.datasets import Split
 
+BASELINES = {  # by the name of --baselines, in tables and pictures
+    "logistic": "logistic regression",
+    "mlp": "MLPClassifier",
+    "boosting": "gradient boosting",
+}
 CALIBRATION_BINS = 10
 HEADINGS = {  # for the keys of `score` and `decide`
     "log_loss": "log-loss",
@@ -144,28 +153,37 @@ def calibration_bins(probability: np.ndarray) -> np.ndarray:
 
 
 def fit_baselines(
-    splits: dict[str, Split], hidden: tuple[int, ...], seed: int
+    names: Sequence[str], splits: dict[str, Split], hidden: tuple[int, ...], seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Fits two kinds of scikit-learn model to the training split, one per output.
+    """Fits models of scikit-learn to the training split, one per output.
 
     Args:
+      names: Keys of `BASELINES`.
       splits: The data.
-      hidden: Widths of MLPClassifier's hidden layers; its other arguments are defaults.
-      seed: Seed of MLPClassifier.
+      hidden: Widths of MLPClassifier's hidden layers; other arguments are defaults.
+      seed: Seed of the models that draw random numbers.
 
     Returns:
       By model and split, logits `[n, n_L]`.
     """
-    models = {
-        "logistic regression": lambda: LogisticRegression(max_iter=1000),
-        "MLPClassifier": lambda: MLPClassifier(hidden, random_state=seed),
+    models: dict[str, Callable[[], Any]] = {
+        "logistic": lambda: LogisticRegression(max_iter=1000),
+        "mlp": lambda: MLPClassifier(hidden, random_state=seed),
+        "boosting": lambda: HistGradientBoostingClassifier(random_state=seed),
     }
     result: dict[str, dict[str, np.ndarray]] = {}
-    with warnings.catch_warnings():  # MLPClassifier may stop before it converges
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for name, make in models.items():
-            fitted = [make().fit(splits["train"].x, y) for y in splits["train"].y.T]
-            result[name] = {
+    with (
+        tqdm(names, desc="baselines", unit="model", disable=None) as bar,
+        threadpool_limits(1, "openmp"),  # its threads are slow where cores are busy
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of MLPClassifier
+        for name in bar:
+            bar.set_postfix_str(BASELINES[name])
+            fitted = [
+                models[name]().fit(splits["train"].x, y) for y in splits["train"].y.T
+            ]
+            result[BASELINES[name]] = {
                 split: np.stack([_decision(m, data.x) for m in fitted], axis=1)
                 for split, data in splits.items()
             }

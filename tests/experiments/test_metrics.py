@@ -10,9 +10,11 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 
 import jaxbce
 from experiments.support import datasets, metrics
@@ -156,8 +158,10 @@ def test_baselines_are_fitted_on_the_training_rows_for_each_output():
     y = (x[:, :2] > 0).astype(float)
     train = datasets.Split(np.arange(60), x, y)
     test = datasets.Split(np.arange(10), x[:10], 1 - y[:10])  # nothing to learn from
-    found = metrics.fit_baselines({"train": train, "test": test}, (4,), seed=0)
-    assert set(found) == {"logistic regression", "MLPClassifier"}
+    splits = {"train": train, "test": test}
+    found = metrics.fit_baselines(["mlp", "logistic"], splits, (4,), seed=0)
+    assert list(found) == ["MLPClassifier", "logistic regression"]
+    assert metrics.fit_baselines([], splits, (4,), seed=0) == {}
     for by_split in found.values():
         assert by_split["train"].shape == (60, 2)
         np.testing.assert_allclose(by_split["test"], by_split["train"][:10])
@@ -170,13 +174,16 @@ def test_logits_of_baselines_give_the_probabilities_of_scikit_learn():
     x = rng.normal(size=(80, 2))
     y = (x.sum(axis=1) + rng.normal(size=80) > 0).astype(float)[:, None]
     split = datasets.Split(np.arange(80), x, y)
-    found = metrics.fit_baselines({"train": split}, (4,), seed=0)
+    names = list(metrics.BASELINES)
+    found = metrics.fit_baselines(names, {"train": split}, (4,), seed=0)
     models: Any = {
         "logistic regression": LogisticRegression(max_iter=1000),
-        "MLPClassifier": MLPClassifier((4,), random_state=0, max_iter=200),
+        "MLPClassifier": MLPClassifier((4,), random_state=0),
+        "gradient boosting": HistGradientBoostingClassifier(random_state=0),
     }
+    assert set(found) == set(models)
     for name, model in models.items():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1, "openmp"):
             warnings.simplefilter("ignore", ConvergenceWarning)
             p = model.fit(x, y[:, 0]).predict_proba(x)[:, 1]
         np.testing.assert_allclose(expit(found[name]["train"][:, 0]), p, rtol=1e-12)

@@ -50,7 +50,6 @@ def moons(
         optimizer=optimizer,
         training=TrainingConfig(**(TOY | options)),
         gradient=gradient,
-        with_baselines=False,
         make_folder=lambda: folder,
     )
 
@@ -82,7 +81,6 @@ def test_five_seeds_of_digits_reach_98_percent():
             table=table,
             optimizer=OptimizerConfig(),
             training=TrainingConfig(seed=seed),
-            with_baselines=False,
         )["metrics"]
         if row["split"] == "test"
     ]
@@ -204,7 +202,8 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     assert "iris.csv: 150 rows, 4 numeric columns, 1 categorical" in out
     assert "label 1: virginica=1, big=yes" in out
     assert "all 200 steps taken." in out
-    assert "logistic regression" in out
+    for name in ("logistic regression", "MLPClassifier", "gradient boosting"):
+        assert out.count(f"\n{name} ") == (3 + 2) * 2
     assert "ROC AUC" in out
     assert max(map(len, out[out.index("\nmodel") :].splitlines()[:-1])) <= 100
     assert f"In {folder}: checkpoints, config.json, curves_1.png" in out
@@ -213,7 +212,7 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     assert document["configuration"]["optimizer_args"] == {"b1": 0.8}
     assert document["environment"]["jax"]
     scores = pd.read_csv(folder / "metrics.csv")
-    assert len(scores) == 3 * 3 * 2
+    assert len(scores) == 3 * 4 * 2
     assert list(scores) == [
         *("model", "split", "target", "base_rate", "log_loss", "accuracy"),
         *("roc_auc", "average_precision", "brier_score", "calibration_error"),
@@ -603,6 +602,11 @@ def test_what_cannot_be_done_is_refused(optimizer, options, message, tmp_path):
         (("--predict=x.csv",), "--predict needs --output_dir"),
         (("--batch_size=-1", "--output_dir=PATH/new"), "batch_size"),
         (("--optimizer=adamm", "--output_dir=PATH/new"), "--optimizer=adamm: expected"),
+        (
+            ("--baselines=svm",),
+            "--baselines=svm: expected logistic, mlp, boosting, or none",
+        ),
+        (("--baselines=mlp,none",), "--baselines=none: expected logistic, mlp, boost"),
         (("--flip_fraction=0.1", "--output_dir=PATH/new"), "flip_fraction"),
     ],
 )
