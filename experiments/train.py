@@ -71,6 +71,9 @@ _ID = flags.DEFINE_list(
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
+    "metric": "What --patience and the parameters that are kept are judged by, on the "
+    "validation set: the loss, or the mean over targets of a metric, which decides at "
+    "a probability of 0.5.",
     "pos_weight": "Weight p of label 1 in the loss, or 'balanced': the number of "
     "training examples with label 0 divided by the number with label 1. Probabilities "
     "in all metrics and files are corrected for it: logit - log p.",
@@ -102,8 +105,8 @@ def run(
       "configuration"; "metrics", one row per model, split and target; "decisions", two
       each, at a probability of 0.5 and at the threshold that is best on the validation
       set; "thresholds", the network's own, as logits, one per target; "history", one
-      row per evaluation; "best_step" and "params", those with the lowest validation
-      loss; "steps", the number taken; and "diverged", whether the run did.
+      row per evaluation; "best_step" and "params", those that are best on the
+      validation set; "steps", the number taken; and "diverged", whether the run did.
 
     Raises:
       InputError: If an argument cannot be used, or the run diverges before its first
@@ -148,7 +151,7 @@ def run(
         thresholds = metrics.best_thresholds(splits["validation"], logits)
         result = {
             "configuration": configuration,
-            **summary(trained),
+            **summary(trained, training.metric),
             "metrics": metrics.table(splits, targets, logits),
             "decisions": metrics.decision_table(splits, targets, logits, thresholds),
             "thresholds": thresholds[artifacts.NETWORK],
@@ -189,16 +192,17 @@ def predict_all(
     }
 
 
-def summary(trained: Trained) -> dict[str, Any]:
+def summary(trained: Trained, metric: str) -> dict[str, Any]:
     """The entries of the result of `run` that describe the training run."""
+    names = ("train_loss", "validation_loss", f"validation_{metric}")
     history = zip(trained.steps, trained.history.tolist(), strict=True)
     return {
         "best_step": int(trained.run.best_step),
         "steps": int(trained.run.step),
         "diverged": int(trained.run.diverged_at) >= 0,
         "history": [
-            {"step": int(step), "train_loss": train, "validation_loss": validation}
-            for step, (train, validation) in history
+            {"step": int(step), **dict(zip(names, values, strict=False))}
+            for step, values in history
         ],
         "params": trained.run.best_params,
     }
@@ -290,9 +294,11 @@ def _report(result: dict[str, Any]) -> None:
         end = f"diverged at step {steps}."
     else:
         end = f"stopped early at step {steps}, out of patience."
+    metric = result["configuration"]["metric"]
+    best = "smallest" if metric == "loss" else "largest"
     print(
-        f"\nParameters of step {result['best_step']}, with the smallest validation "
-        f"loss; {end}"
+        f"\nParameters of step {result['best_step']}, with the {best} validation "
+        f"{metric}; {end}"
     )
     if result["best_step"] == steps == num_steps:
         print("The best step is the last, so longer training may help: --epochs.")

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from absl import flags
 
-from experiments.support import cli, optimizers
+from experiments.support import cli, metrics, optimizers
 from experiments.support.cli import InputError
 
 OPTIMIZER = flags.DEFINE_string(
@@ -77,6 +77,13 @@ PATIENCE = flags.DEFINE_integer(
     "Stop at the first evaluation that is at least this many steps after the best one. "
     "If not set, never stop early.",
     lower_bound=1,
+)
+METRIC = flags.DEFINE_enum(
+    "metric",
+    "loss",
+    ["loss", *metrics.CRITERIA],
+    "What is judged on the validation set: the loss, or the mean over outputs of a "
+    "metric, which decides at a probability of 0.5.",
 )
 POS_WEIGHT = flags.DEFINE_string(
     "pos_weight",
@@ -180,8 +187,9 @@ class TrainingConfig:
       epochs: Epochs to train for; None is 60.
       evaluate_every: Steps between evaluations; None is an epoch or a hundredth of the
         run, whichever is longer.
-      patience: Steps without a better validation loss after which to stop; None is
-        never.
+      patience: Steps without a better evaluation after which to stop; None is never.
+      metric: "loss", or the key of `metrics.CRITERIA` by which parameters are judged on
+        the validation set.
       pos_weight: Weight of label 1 in the loss, or "balanced".
       dtype: "float64", "float32" or "bfloat16".
     """
@@ -193,6 +201,7 @@ class TrainingConfig:
     epochs: int | None = None
     evaluate_every: int | None = None
     patience: int | None = None
+    metric: str = "loss"
     pos_weight: float | str = 1.0
     dtype: str = "float32"
 
@@ -215,6 +224,7 @@ class TrainingConfig:
             epochs=EPOCHS.value,
             evaluate_every=EVALUATE_EVERY.value,
             patience=PATIENCE.value,
+            metric=METRIC.value,
             pos_weight=_number_or_text(POS_WEIGHT.value),
             dtype=_value(cli.DTYPE, defaults.get("dtype", "float32")),
         )

@@ -23,6 +23,13 @@ from tqdm import tqdm
 import jaxbce
 from experiments.support.datasets import Split
 
+CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # larger is better
+    "roc_auc": metrics.roc_auc_score,
+    "average_precision": metrics.average_precision_score,
+    "accuracy": lambda y, a: metrics.accuracy_score(y, a > 0),
+    "balanced_accuracy": lambda y, a: metrics.balanced_accuracy_score(y, a > 0),
+    "f1": lambda y, a: metrics.f1_score(y, a > 0, zero_division=0.0),
+}
 BASELINES = {  # by the name of --baselines, in tables and pictures
     "logistic": "logistic regression",
     "mlp": "MLPClassifier",
@@ -133,10 +140,17 @@ def best_threshold(y: np.ndarray, logit: np.ndarray) -> float:
     return float(best[np.argmin(np.abs(best))])
 
 
-def log_loss(y: np.ndarray, logit: np.ndarray) -> float:
+def criterion(name: str, y: np.ndarray, logits: np.ndarray) -> float:
+    """The mean over outputs of one of `CRITERIA`, for labels and logits `[N, n_L]`."""
+    outputs = zip(y.T, logits.T, strict=True)
+    return float(np.mean([CRITERIA[name](labels, a) for labels, a in outputs]))
+
+
+def log_loss(y: np.ndarray, logit: np.ndarray, pos_weight: float = 1.0) -> float:
     """Mean cross-entropy in nats of labels and float64 logits of the same shape."""
     with jax.enable_x64(True):
-        ell = jaxbce.bce_with_logits(jnp.asarray(logit), jnp.asarray(y, jnp.float64))
+        a, labels = jnp.asarray(logit), jnp.asarray(y, jnp.float64)
+        ell = jaxbce.bce_with_logits(a, labels, pos_weight=pos_weight)
         return float(jnp.mean(ell))
 
 

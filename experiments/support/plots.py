@@ -152,15 +152,21 @@ def boundary(
     _save(figure, path)
 
 
-def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
+def sweep(path: Path, members: Any, axes: dict[str, str], metric: str = "loss") -> None:
     """Draws validation loss over the first one or two axes, one panel per program.
 
     Args:
       path: The file to write.
       members: Table with one row per network, as `experiments.sweep` makes it.
       axes: Spacing of each axis by name: "log", "lin" or "values".
+      metric: If not "loss", 1 minus this metric is drawn.
     """
     names = list(axes)[:2]
+    label = "validation loss (nats)"
+    members = members.assign(drawn=members[f"validation_{metric}"])
+    if metric != "loss":
+        label = f"1 − validation {metric}"
+        members["drawn"] = 1 - members["drawn"]
     panels = list(members.groupby(["hidden", "optimizer"], sort=False))
     figure, rows = plt.subplots(
         1,
@@ -170,11 +176,13 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
         squeeze=False,
         sharey=True,
     )
-    finite = members["validation_loss"][np.isfinite(members["validation_loss"])]
+    finite = members["drawn"][np.isfinite(members["drawn"])]
     low, high = (finite.min(), finite.quantile(0.95)) if len(finite) else (0.1, 1.0)
     norm = LogNorm(max(low, 1e-12), max(high, 1.01 * low, 1.1e-12), clip=True)
     for axis, ((hidden, optimizer), panel) in zip(rows[0], panels, strict=True):
-        table = panel.groupby(names)["validation_loss"].agg(["mean", "sem"])
+        groups = panel.groupby(names)
+        table = groups["drawn"].agg(["mean", "sem"])
+        table["diverged"] = groups["diverged_at"].max() >= 0
         table = table.reset_index().replace(np.inf, np.nan)
         axis.set(xlabel=_plain(names[0]), title=f"{hidden}, {optimizer}")
         if axes[names[0]] == "log":
@@ -183,7 +191,7 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
             axis.errorbar(
                 table[names[0]], table["mean"], table["sem"], marker="o", ms=3
             )
-            axis.set(yscale="log", ylabel="validation loss (nats), mean ± s.e.")
+            axis.set(yscale="log", ylabel=f"{label}, mean ± s.e.")
             continue
         axis.set_ylabel(_plain(names[1]))
         if axes[names[1]] == "log":
@@ -201,13 +209,12 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
             marker="s",
             cmap="viridis_r",
         )
-        best = (
-            table.loc[table["mean"].idxmin()] if table["mean"].notna().any() else None
-        )
-        if best is not None:
+        usable = table["mean"].where(~table["diverged"])
+        if usable.notna().any():
+            best = table.loc[usable.idxmin()]
             axis.plot(best[names[0]], best[names[1]], "r+", ms=14, mew=2)
         if axis is rows[0][-1]:
-            figure.colorbar(drawn, ax=rows[0].tolist(), label="validation loss (nats)")
+            figure.colorbar(drawn, ax=rows[0].tolist(), label=label)
     _save(figure, path)
 
 

@@ -54,6 +54,7 @@ def test_flags_that_are_set_fill_every_field():
     with given(
         *("--seed=4", "--hidden=8,2", "--batch_size=0", "--num_steps=9"),
         *("--evaluate_every=3", "--patience=5", "--pos_weight=2", "--dtype=bfloat16"),
+        "--metric=f1",
     ):
         found = TrainingConfig.from_flags(batch_size=16, num_steps=7, dtype="float64")
     assert found == TrainingConfig(
@@ -63,6 +64,7 @@ def test_flags_that_are_set_fill_every_field():
         num_steps=9,
         evaluate_every=3,
         patience=5,
+        metric="f1",
         pos_weight=2.0,
         dtype="bfloat16",
     )

@@ -61,6 +61,18 @@ def test_every_metric_is_that_of_scikit_learn():
         np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
 
 
+def test_a_criterion_is_the_mean_of_a_metric_over_outputs():
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=(50, 2))
+    y = (rng.random((50, 2)) < expit(a)).astype(float)
+    for name in metrics.CRITERIA:
+        each = [
+            (metrics.score(*pair) | metrics.decide(*pair, 0.0))[name]
+            for pair in zip(y.T, a.T, strict=True)
+        ]
+        assert np.isclose(metrics.criterion(name, y, a), np.mean(each), rtol=1e-15)
+
+
 def test_the_best_threshold_is_the_best_of_all():
     rng = np.random.default_rng(3)
     for shift in (-4.0, 0.0, 4.0):

@@ -162,6 +162,29 @@ def test_patience_ends_a_run_and_the_best_parameters_are_kept():
     )
 
 
+def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
+    options: Any = {"num_steps": 400, "evaluate_every": 10, "folder": tmp_path}
+    by_loss = moons(num_steps=400, evaluate_every=10)
+    result = moons(metric="roc_auc", **options)
+    history = pd.DataFrame(result["history"])
+    steps = [row["step"] for row in by_loss["history"]]
+    assert history["step"].tolist() == steps
+    losses = pd.DataFrame(by_loss["history"])  # the run is the same, in smaller chunks
+    pd.testing.assert_frame_equal(history[losses.columns], losses, rtol=1e-5)
+    best = history["validation_roc_auc"].idxmax()
+    assert result["best_step"] == history["step"][best] != by_loss["best_step"]
+    found = next(r for r in result["metrics"] if r["split"] == "validation")
+    np.testing.assert_allclose(
+        found["roc_auc"], history["validation_roc_auc"][best], rtol=1e-7
+    )
+    again = moons(metric="roc_auc", **options)  # resumed at its end
+    assert again["history"] == result["history"]
+    early = moons(metric="roc_auc", patience=50, num_steps=400, evaluate_every=10)
+    values = pd.DataFrame(early["history"])["validation_roc_auc"]
+    assert early["steps"] == early["best_step"] + 50 < 400
+    assert early["best_step"] == 10 * (values.idxmax() + 1)
+
+
 # -------------------------------------------------------------------- what it saves
 
 
@@ -479,6 +502,7 @@ EARLIER = {  # config.json of a run by an earlier version
     "num_steps": 30,
     "evaluate_every": 10,
     "patience": None,
+    "metric": "loss",
     "pos_weight": [1.0],
     "dtype": "float32",
     "gradient": "manual",
@@ -633,7 +657,12 @@ def test_runs_that_stop_early_say_so(capsys):
     scores = metrics.score(np.array([0, 1]), np.array([-1.0, 1.0]))
     row = {"model": "jaxbce", "split": "test", "target": "moon"}
     early: Any = {"metrics": [row | scores], "decisions": [], "best_step": 5}
-    known = {"num_steps": 9, "classes": MOONS.classes, "pos_weight": (3.0,)}
+    known = {
+        "num_steps": 9,
+        "metric": "loss",
+        "classes": MOONS.classes,
+        "pos_weight": (3.0,),
+    }
     for end, message in [
         ({"steps": 9, "diverged": False}, "all 9 steps taken."),
         (
