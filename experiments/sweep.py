@@ -444,7 +444,7 @@ def save(
     plots.sweep(folder / "sweep.png", members, spacings, metric)
 
 
-def _report(plan: Plan, members: pd.DataFrame, best: list[Row]) -> None:
+def _report(plan: Plan, members: Any, best: list[Row]) -> None:
     diverged = int((members["diverged_at"] >= 0).sum())
     print(f"\n{len(members)} networks, of which {diverged} diverged\n")
     metric = plan.training.metric

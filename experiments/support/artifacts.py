@@ -51,6 +51,16 @@ def save(
     with output.atomic_write(folder / "predictions.csv") as path:
         rows = _predictions(table, splits, logits[NETWORK], model["pos_weight"])
         rows.to_csv(path, index=False)
+    importances = metrics.permutation_importances(
+        preprocessor,
+        lambda x: _logits(model, x),
+        table.features.iloc[splits["test"].rows],
+        splits["test"].y,
+        result["configuration"]["seed"],
+    )
+    with output.atomic_write(folder / "importances.csv") as path:
+        importances.to_csv(path, index=False)
+    plots.importances(folder / "importances.png", importances)
     _draw(folder, result, table, splits, logits)
     _draw_boundary(folder, table, splits, model)
 

@@ -22,6 +22,8 @@ from experiments.support import output
 from experiments.support.metrics import CALIBRATION_BINS, calibration_bins
 
 DPI = 120
+MAX_NAME = 60  # characters of a name that are drawn
+SHOWN_COLUMNS = 20  # of importances
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -57,7 +59,9 @@ def _characters(font: str) -> set[str]:
 
 
 def _plain(name: str) -> str:
-    """The name, escaped so that matplotlib does not parse it as a formula."""
+    """The name, at most 60 characters of it, escaped so that it is not a formula."""
+    if len(name) > MAX_NAME:
+        name = name[: MAX_NAME - 1] + "…"
     return name.replace("$", r"\$")
 
 
@@ -119,6 +123,33 @@ def curves(
     )
     _legend(figure, roc)
     figure.suptitle(f"{_plain(target)}, on {len(y)} test rows")
+    _save(figure, path)
+
+
+def importances(path: Path, table: Any) -> None:
+    """Draws the columns with the largest permutation importances as bars.
+
+    Args:
+      path: The file to write.
+      table: As `metrics.permutation_importances` returns it.
+    """
+    shown = table.head(SHOWN_COLUMNS).iloc[::-1]
+    height = 1.2 + 0.28 * len(shown)
+    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
+    axis.barh(np.arange(len(shown)), shown["importance"], color="C0", alpha=0.8)
+    axis.errorbar(
+        shown["importance"],
+        np.arange(len(shown)),
+        xerr=shown["standard_deviation"],
+        fmt="none",
+        color="k",
+        lw=1,
+    )
+    axis.set_yticks(np.arange(len(shown)), map(_plain, shown["column"]))
+    axis.set(
+        xlabel="increase of the test log-loss (nats), mean ± s.d.",
+        title="Permutation importance",
+    )
     _save(figure, path)
 
 

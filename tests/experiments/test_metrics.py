@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sklearn_metrics
@@ -161,6 +162,26 @@ def test_a_row_is_of_its_model_split_and_target():
         ("other", "test", "a"): 1.0,
         ("other", "test", "b"): 0.0,
     }
+
+
+def test_importances_are_those_of_the_columns_that_matter():
+    rng = np.random.default_rng(0)
+    features = pd.DataFrame(
+        {"a $x$": rng.normal(size=300), "idle": rng.normal(size=300)}
+    )
+    features["color"] = np.where(rng.random(300) < 0.5, "red", "blue")
+    y = (features["color"] == "red").to_numpy(float)[:, None]
+    preprocessor = datasets.fit_preprocessor("toy", features)
+    weights = np.array([[0.5], [0.0], [0.0], [4.0]])  # blue, red are the last
+    found = metrics.permutation_importances(
+        preprocessor, lambda x: x @ weights - 2, features, y, seed=0
+    )
+    assert found["column"].tolist() == ["color", "a $x$", "idle"]
+    color, a, idle = found["importance"]
+    assert (idle, found["standard_deviation"].iloc[-1]) == (0, 0)
+    # Half of the permuted labels are wrong, by a logit of 2 or so.
+    assert 0.5 < color < 1.5
+    assert abs(a) < 0.1
 
 
 @pytest.mark.filterwarnings("error")  # it does not converge, and says nothing

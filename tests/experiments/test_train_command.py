@@ -166,7 +166,7 @@ def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
     options: Any = {"num_steps": 400, "evaluate_every": 10, "folder": tmp_path}
     by_loss = moons(num_steps=400, evaluate_every=10)
     result = moons(metric="roc_auc", **options)
-    history = pd.DataFrame(result["history"])
+    history: Any = pd.DataFrame(result["history"])
     steps = [row["step"] for row in by_loss["history"]]
     assert history["step"].tolist() == steps
     losses = pd.DataFrame(by_loss["history"])  # the run is the same, in smaller chunks
@@ -180,9 +180,9 @@ def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
     again = moons(metric="roc_auc", **options)  # resumed at its end
     assert again["history"] == result["history"]
     early = moons(metric="roc_auc", patience=50, num_steps=400, evaluate_every=10)
-    values = pd.DataFrame(early["history"])["validation_roc_auc"]
+    values = [row["validation_roc_auc"] for row in early["history"]]
     assert early["steps"] == early["best_step"] + 50 < 400
-    assert early["best_step"] == 10 * (values.idxmax() + 1)
+    assert early["best_step"] == 10 * (np.argmax(values) + 1)
 
 
 # -------------------------------------------------------------------- what it saves
@@ -251,9 +251,13 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     losses = pd.read_csv(folder / "losses.csv")
     assert list(losses) == ["step", "train_loss", "validation_loss"]
     assert losses.to_dict("records") == document["history"]
-    for name in ("losses", "curves_1", "curves_2"):
+    for name in ("losses", "curves_1", "curves_2", "importances"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
     assert not list(folder.glob(".*partial*"))
+    importances = pd.read_csv(folder / "importances.csv")
+    assert importances["importance"].is_monotonic_decreasing
+    assert len(importances) == 5
+    assert "color" in set(importances["column"])
 
 
 def test_keys_of_results_are_snake_case(trained):
@@ -276,7 +280,7 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     assert status == 0
     assert out == f"150 rows scored: {folder / 'new.scored.csv'}\n"
     assert err == "new.parquet: color is green in 1 rows, not seen in training\n"
-    scored = pd.read_csv(folder / "new.scored.csv")
+    scored: Any = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
     assert kept["row"].tolist() == list(range(150))
     pd.testing.assert_frame_equal(scored[new.columns], new, check_dtype=False)
