@@ -138,7 +138,8 @@ def run(
     given = np.where(flipped, 1 - y[:, 0], y[:, 0])
     if min(given.sum(), n - given.sum()) < folds:
         raise cli.InputError(f"--folds={folds}: one label has fewer rows than that")
-    training = training.check(n - -(-n // folds), table.name)
+    rows = n - -(-n // folds)  # to train on
+    training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
 
     # Score each fold by networks trained on the others.
     scores, probability = score_folds(

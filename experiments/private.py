@@ -155,7 +155,7 @@ def run(
         )
     if training.batch_size is None:
         training = dataclasses.replace(training, batch_size=default_batch_size(rows))
-    training = training.check(rows, table.name)
+    training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
     transformation = build_optimizer(optimizer, training)
 
     sampling = {

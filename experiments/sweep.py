@@ -36,6 +36,7 @@ from experiments.support import (
     cli,
     config,
     datasets,
+    metrics,
     output,
     plots,
     resumable,
@@ -69,6 +70,9 @@ _TOP = flags.DEFINE_integer("top", 10, "Number of points in the table.", lower_b
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32", "seeds": 4}
 HELP = {
+    "metric": "What points are ranked by, on the validation set: the loss, or the mean "
+    "over targets of a metric, which decides at a probability of 0.5. Each network "
+    "keeps the parameters with its lowest validation loss.",
     "hidden": "Widths of the hidden layers, comma-separated; '' for none. Repeat it to "
     "try several.",
     "optimizer": "Names of optimizers in optax or optax.contrib, comma-separated; a "
@@ -152,7 +156,9 @@ class Plan:
                 f"--pos_weight={weight}: expected a finite number >= 0"
             )
         self.splits, _ = datasets.split(table, training.seed)
-        self.training = training.check(len(self.splits["train"].x), table.name)
+        rows = len(self.splits["train"].x)
+        self.training = training.check(rows, table.name)
+        optimizer = optimizer.fill_in(rows)
         if len(set(programs)) < len(programs):
             raise cli.InputError("--hidden or --optimizer repeats a value")
         count = search.size() * seeds * len(programs)
@@ -272,12 +278,11 @@ def run(plan: Plan, folder: Path | None = None) -> dict[str, Any]:
     training = plan.training
 
     with jax.enable_x64(training.dtype == "float64"):
-        test = plan.arrays("test")
 
         def compute(i: int) -> pd.DataFrame:
             chunk = plan.chunks[i]
             trained = plan.train(chunk, training.steps, training.evaluate_every)
-            return member_table(chunk.program, plan.points, *trained, test)
+            return member_table(plan, chunk.program, *trained)
 
         members = resumable.compute_chunks(
             compute,
@@ -293,25 +298,31 @@ def run(plan: Plan, folder: Path | None = None) -> dict[str, Any]:
 
 
 def member_table(
+    plan: Plan,
     program: Program,
-    points: dict[str, np.ndarray],
     chosen: np.ndarray,
     seeds: np.ndarray,
     found: jaxbce.SweepResult,
-    test: tuple[jax.Array, jax.Array],
 ) -> pd.DataFrame:
     """A table with one row per network, ordered by point and then by seed."""
-    loss, accuracy = (np.asarray(t, float) for t in _scores(found.best_params, *test))
-    point, seed = (t.ravel() for t in np.meshgrid(chosen, seeds, indexing="ij"))
+    place, seed = (
+        t.ravel() for t in np.meshgrid(np.arange(len(chosen)), seeds, indexing="ij")
+    )
+    point = chosen[place]
+    values = {name: values[point] for name, values in plan.points.items()}
+    weights = values.get("pos_weight", np.full(len(point), plan.training.pos_weight))
+    scores = [
+        _scores(plan, jax.tree.map(lambda leaf, at=at: leaf[at], found.best_params), p)
+        for at, p in zip(np.ndindex(len(chosen), len(seeds)), weights, strict=True)
+    ]
     columns = {
         "hidden": [program.layers] * len(point),
         "optimizer": [program.optimizer] * len(point),
         "point": point,
-        **{name: values[point] for name, values in points.items()},
+        **values,
         "seed": seed,
         "validation_loss": found.best_loss.astype(float).ravel(),
-        "test_loss": loss.ravel(),
-        "test_accuracy": accuracy.ravel(),
+        **{name: [row[name] for row in scores] for name in scores[0]},
         "train_loss": found.train_loss[:, :, -1].astype(float).ravel(),
         "best_step": found.best_step.ravel(),
         "steps": found.step.ravel(),
@@ -320,36 +331,54 @@ def member_table(
     return pd.DataFrame(columns)
 
 
-@jax.jit
-def _scores(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Loss and accuracy, `[points, seeds]`; accuracy is averaged over outputs."""
+def _scores(plan: Plan, params: Any, pos_weight: float) -> Row:
+    """Scores of one network: those of its test set, and the metric to rank by.
 
-    def score(params: Any) -> tuple[jax.Array, jax.Array]:
-        correct = (jaxbce.logits(params, x) > 0) == (y > 0.5)
-        return jaxbce.loss(params, x, y), jnp.mean(correct)
+    The test loss is the quantity that the validation loss is. Accuracy and metric are
+    of logits corrected for the `pos_weight` that the network was trained with; both are
+    averaged over outputs.
+    """
+    training, test = plan.training, plan.splits["test"]
+    shift = metrics.prior_shift(pos_weight)
+    a = metrics.logits(params, test.x)
+    loss = metrics.log_loss(test.y, a, float(training.pos_weight)) * a.shape[1]
+    accuracy = metrics.criterion("accuracy", test.y, a - shift)
+    row = {"test_loss": loss, "test_accuracy": accuracy}
+    if training.metric != "loss":
+        validation = plan.splits["validation"]
+        logits = {"validation": metrics.logits(params, validation.x), "test": a}
+        for name, values in logits.items():
+            row[f"{name}_{training.metric}"] = metrics.criterion(
+                training.metric, plan.splits[name].y, values - shift
+            )
+    return row
 
-    return jax.vmap(jax.vmap(score))(params)
 
-
-def best_points(members: Any, names: list[str], count: int) -> list[Row]:
-    """The points with the lowest mean validation loss; points that diverged come last.
+def best_points(
+    members: Any, names: list[str], count: int, metric: str = "loss"
+) -> list[Row]:
+    """The points with the best mean on validation; points that diverged come last.
 
     Args:
       members: The table that `run` returns.
       names: The hyperparameters.
       count: Number of points.
+      metric: The metric to rank by, of which `members` has columns, or the loss.
     """
     by = ["hidden", "optimizer", "point", *names]
+    scores = dict.fromkeys((f"validation_{metric}", f"test_{metric}", *SCORES))
     groups = members.groupby(by, sort=False)
-    mean, sem = groups[list(SCORES)].mean(), groups[list(SCORES)].sem()
+    mean, sem = groups[list(scores)].mean(), groups[list(scores)].sem()
     diverged = groups["diverged_at"].max() >= 0
-    order = mean.assign(diverged=diverged).sort_values(["diverged", "validation_loss"])
+    order = mean.assign(diverged=diverged).sort_values(
+        ["diverged", f"validation_{metric}"], ascending=[True, metric == "loss"]
+    )
     result = []
     for index in order.index[:count]:
         row: Row = dict(zip(by, index, strict=True))
         del row["point"]
         row |= {name: float(row[name]) for name in names}
-        for name in SCORES:
+        for name in scores:
             row[name] = _with_error(mean.loc[index, name], sem.loc[index, name])
         row["diverged"] = int((groups["diverged_at"].get_group(index) >= 0).sum())
         result.append(row)
@@ -357,7 +386,8 @@ def best_points(members: Any, names: list[str], count: int) -> list[Row]:
 
 
 def _with_error(mean: Any, error: Any) -> str:
-    return f"{mean:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}")
+    digits = ".4f" if mean < 100 else ".4g"  # so that the table keeps its width
+    return f"{mean:{digits}}" + ("" if np.isnan(error) else f" ± {error:{digits}}")
 
 
 def dry_run(plan: Plan) -> list[Row]:
@@ -410,7 +440,20 @@ def save(
     document = {"configuration": result["configuration"], "top": best}
     output.write_results(folder, "top", document, best)
     spacings = {axis.name: axis.spacing for axis in search.axes}
-    plots.sweep(folder / "sweep.png", members, spacings)
+    metric = result["configuration"]["metric"]
+    plots.sweep(folder / "sweep.png", members, spacings, metric)
+
+
+def _report(plan: Plan, members: Any, best: list[Row]) -> None:
+    diverged = int((members["diverged_at"] >= 0).sum())
+    print(f"\n{len(members)} networks, of which {diverged} diverged\n")
+    metric = plan.training.metric
+    hidden = {"hidden", "optimizer"} if len(plan.programs) == 1 else set()
+    hidden |= {"validation_loss", "test_loss"} if metric != "loss" else set()
+    rows = [{k: v for k, v in row.items() if k not in hidden} for row in best]
+    shown = metrics.HEADINGS.get(metric, metric)
+    headings = {f"{s}_{metric}": f"{s} {shown}" for s in ("validation", "test")}
+    print(output.table(rows, headings=headings))
 
 
 def main() -> int:
@@ -446,12 +489,10 @@ def main() -> int:
     if not is_first:
         return 0
     members = result["members"]
-    best = best_points(members, list(plan.points), _TOP.value)
+    best = best_points(members, list(plan.points), _TOP.value, plan.training.metric)
     if folder is not None:
         save(folder, result, search, best, _CSV.value)
-    diverged = int((members["diverged_at"] >= 0).sum())
-    print(f"\n{len(members)} networks, of which {diverged} diverged\n")
-    print(output.table(best))
+    _report(plan, members, best)
     if folder is not None:
         output.print_files(folder)
     return 0

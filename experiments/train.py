@@ -6,18 +6,19 @@ r"""How well does one network do on this data, with this optimizer?
 
 Splits the examples 60/20/20 into training, validation and test sets, trains with
 jaxbce.fit, and keeps the parameters with the lowest validation loss. Prints
-scikit-learn's metrics on all three sets, also for logistic regression and
-MLPClassifier, with one model per target. MLPClassifier has the same hidden layers and
-otherwise scikit-learn's defaults. Expect a test accuracy on digits of about 0.98, and
-0.91 for logistic regression.
+scikit-learn's metrics on all three sets, also for logistic regression, MLPClassifier
+and HistGradientBoostingClassifier, with one model per target. MLPClassifier has the
+same hidden layers and otherwise scikit-learn's defaults. Expect a test accuracy on
+digits of about 0.98, and 0.91 for logistic regression.
 
 With --output_dir everything is saved as files. If the command is interrupted, even
-killed, rerun it to resume. --predict scores new rows with the model in --output_dir and
-ignores the other flags. A model is a pickle: score only with models you trust.
+killed, rerun it to resume. --predict scores new rows with the model in --output_dir,
+prints metrics if they have labels, and ignores the other flags except --id. A model is
+a pickle: score only with models you trust.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,28 @@ _PREDICT = flags.DEFINE_string(
     None,
     "Score the rows of this .csv or .parquet file with the model in --output_dir.",
 )
+_BASELINES = flags.DEFINE_list(
+    "baselines",
+    list(metrics.BASELINES),
+    "Models of scikit-learn to fit to the same data, comma-separated: logistic, mlp "
+    "(MLPClassifier with the same hidden layers), boosting "
+    "(HistGradientBoostingClassifier); or none.",
+)
+_ID = flags.DEFINE_list(
+    "id",
+    None,
+    "Columns of the --predict file to keep beside the scores, comma-separated. If not "
+    "set, all.",
+)
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
-    "pos_weight": "Weight of label 1 in the loss, or 'balanced': the number of "
-    "training examples with label 0 divided by the number with label 1.",
+    "metric": "What --patience and the parameters that are kept are judged by, on the "
+    "validation set: the loss, or the mean over targets of a metric, which decides at "
+    "a probability of 0.5.",
+    "pos_weight": "Weight p of label 1 in the loss, or 'balanced': the number of "
+    "training examples with label 0 divided by the number with label 1. Probabilities "
+    "in all metrics and files are corrected for it: logit - log p.",
 }
 LOSSES = {"manual": None, "autodiff": baselines.plain_objective}
 
@@ -69,7 +87,7 @@ def run(
     optimizer: OptimizerConfig,
     training: TrainingConfig,
     gradient: str = "manual",
-    with_baselines: bool = True,
+    baseline_names: Sequence[str] = (),
     make_folder: Callable[[], Path | None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains one network and evaluates it.
@@ -79,14 +97,16 @@ def run(
       optimizer: The optimizer.
       training: How to train.
       gradient: "manual" or "autodiff".
-      with_baselines: Whether to fit scikit-learn's models too.
+      baseline_names: Models of scikit-learn to fit too, keys of `metrics.BASELINES`.
       make_folder: Called once all arguments are known to be valid; returns the folder
         in which to save the run and from which to resume it, or None.
 
     Returns:
-      "configuration"; "metrics", one row per model, split and target; "history", one
-      row per evaluation; "best_step" and "params", those with the lowest validation
-      loss; "steps", the number taken; and "diverged", whether the run did.
+      "configuration"; "metrics", one row per model, split and target; "decisions", two
+      each, at a probability of 0.5 and at the threshold that is best on the validation
+      set; "thresholds", the network's own, as logits, one per target; "history", one
+      row per evaluation; "best_step" and "params", those that are best on the
+      validation set; "steps", the number taken; and "diverged", whether the run did.
 
     Raises:
       InputError: If an argument cannot be used, or the run diverges before its first
@@ -94,7 +114,8 @@ def run(
     """
     # Check everything before anything is written or trained.
     splits, preprocessor = datasets.split(table, training.seed)
-    training = training.check(len(splits["train"].x), table.name)
+    rows = len(splits["train"].x)
+    training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
     weight = positive_weights(training.pos_weight, splits["train"].y)
     configuration = {
         "data": table.name,
@@ -122,13 +143,18 @@ def run(
 
         trained = fit.train(checkpoints)
 
-        logits = predict_all(trained, splits)
-        if with_baselines:
-            logits |= metrics.fit_baselines(splits, training.hidden, training.seed)
+        logits = predict_all(trained, splits, weight)
+        logits |= metrics.fit_baselines(
+            baseline_names, splits, training.hidden, training.seed
+        )
+        targets = list(table.classes)
+        thresholds = metrics.best_thresholds(splits["validation"], logits)
         result = {
             "configuration": configuration,
-            **summary(trained),
-            "metrics": metrics.table(splits, list(table.classes), logits),
+            **summary(trained, training.metric),
+            "metrics": metrics.table(splits, targets, logits),
+            "decisions": metrics.decision_table(splits, targets, logits, thresholds),
+            "thresholds": thresholds[artifacts.NETWORK],
         }
         if folder is not None:
             artifacts.save(folder, result, table, splits, preprocessor, logits)
@@ -143,9 +169,11 @@ def positive_weights(pos_weight: float | str, y: np.ndarray) -> tuple[float, ...
 
 
 def predict_all(
-    trained: Trained, splits: dict[str, datasets.Split]
+    trained: Trained, splits: dict[str, datasets.Split], pos_weight: tuple[float, ...]
 ) -> dict[str, dict[str, np.ndarray]]:
     """The network's logits of label 1, by model and split, each `[n, n_L]`.
+
+    They are corrected for `pos_weight`, and so are all probabilities and metrics.
 
     Raises:
       InputError: If the run diverged before its first evaluation.
@@ -155,34 +183,55 @@ def predict_all(
             f"the loss was not finite at step {int(trained.run.step)}, before the "
             "first evaluation; try a smaller --learning_rate"
         )
-    params = trained.run.best_params
+    params, shift = trained.run.best_params, metrics.prior_shift(pos_weight)
     return {
         artifacts.NETWORK: {
-            name: metrics.logits(params, split.x) for name, split in splits.items()
+            name: metrics.logits(params, split.x) - shift
+            for name, split in splits.items()
         }
     }
 
 
-def summary(trained: Trained) -> dict[str, Any]:
+def summary(trained: Trained, metric: str) -> dict[str, Any]:
     """The entries of the result of `run` that describe the training run."""
+    names = ("train_loss", "validation_loss", f"validation_{metric}")
     history = zip(trained.steps, trained.history.tolist(), strict=True)
     return {
         "best_step": int(trained.run.best_step),
         "steps": int(trained.run.step),
         "diverged": int(trained.run.diverged_at) >= 0,
         "history": [
-            {"step": int(step), "train_loss": train, "validation_loss": validation}
-            for step, (train, validation) in history
+            {"step": int(step), **dict(zip(names, values, strict=False))}
+            for step, values in history
         ],
         "params": trained.run.best_params,
     }
 
 
+def _baseline_names() -> list[str]:
+    """The values of --baselines.
+
+    Raises:
+      InputError: If one is unknown.
+    """
+    names = list(dict.fromkeys(_BASELINES.value))
+    for name in names:
+        if name not in metrics.BASELINES and names != ["none"]:
+            raise cli.InputError(
+                f"--baselines={name}: expected {', '.join(metrics.BASELINES)}, or none "
+                "alone"
+            )
+    return [name for name in names if name != "none"]
+
+
 def _predict(file: str) -> None:
     if cli.OUTPUT_DIR.value is None:
         raise cli.InputError("--predict needs --output_dir, the folder of the run")
-    rows, path = artifacts.score(file, Path(cli.OUTPUT_DIR.value))
-    print(f"{rows} rows scored: {path}")
+    scored = artifacts.score(file, Path(cli.OUTPUT_DIR.value), _ID.value)
+    print(f"{scored.rows} rows scored: {scored.path}")
+    if scored.labeled:
+        print(f"{scored.labeled} rows have labels")
+        _report_metrics(scored.metrics, scored.decisions, Path(file).name)
 
 
 def _describe(table: datasets.Table) -> None:
@@ -195,6 +244,48 @@ def _describe(table: datasets.Table) -> None:
     output.print_environment()
 
 
+def _report_pos_weight(result: dict[str, Any]) -> None:
+    """Says how the weights of label 1 change logits, where they are not 1."""
+    configuration = result["configuration"]
+    targets = datasets.label_1(configuration["classes"])
+    for target, weight in zip(targets, configuration["pos_weight"], strict=True):
+        if weight not in (0, 1):
+            print(
+                f"\n{target} has weight {weight:.4g} in the loss, so the network's own "
+                "probabilities of it are those\nof data that has it that many times as "
+                f"often. Metrics and files correct them: logit - log {weight:.4g}.\n"
+                f"The network's own 0.5 is a corrected probability of "
+                f"{1 / (1 + weight):.4f}."
+            )
+
+
+def _report_metrics(
+    rows: list[dict[str, Any]], decisions: list[dict[str, Any]], split: str
+) -> None:
+    """Prints two tables per target: metrics, and decisions on one of the splits."""
+    targets = dict.fromkeys(row["target"] for row in rows)
+    for target in targets:
+        of_target = [row for row in rows if row["target"] == target]
+        rates = {row["split"]: f"{row['base_rate']:.4f}" for row in of_target}
+        print(
+            f"\n{target}: fraction of label 1 "
+            + ", ".join(f"{rate} ({name})" for name, rate in rates.items())
+        )
+        hidden = ("target", "base_rate")
+        print(f"\n{output.table(_without(of_target, hidden), '.4f', metrics.HEADINGS)}")
+        shown = [r for r in decisions if (r["target"], r["split"]) == (target, split)]
+        print(
+            f"\nDecisions on {split}, at a probability of 0.5 and at the threshold "
+            "that has the largest F1\non validation:"
+        )
+        hidden = ("target", "split")
+        print(f"\n{output.table(_without(shown, hidden), '.4f', metrics.HEADINGS)}")
+
+
+def _without(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in keys} for row in rows]
+
+
 def _report(result: dict[str, Any]) -> None:
     num_steps, steps = result["configuration"]["num_steps"], result["steps"]
     if steps == num_steps:
@@ -203,11 +294,16 @@ def _report(result: dict[str, Any]) -> None:
         end = f"diverged at step {steps}."
     else:
         end = f"stopped early at step {steps}, out of patience."
+    metric = result["configuration"]["metric"]
+    best = "smallest" if metric == "loss" else "largest"
     print(
-        f"\nParameters of step {result['best_step']}, with the smallest validation "
-        f"loss; {end}"
+        f"\nParameters of step {result['best_step']}, with the {best} validation "
+        f"{metric}; {end}"
     )
-    print(f"\n{output.table(result['metrics'], '.4f', metrics.HEADINGS)}")
+    if result["best_step"] == steps == num_steps:
+        print("The best step is the last, so longer training may help: --epochs.")
+    _report_pos_weight(result)
+    _report_metrics(result["metrics"], result["decisions"], "test")
 
 
 def main() -> int:
@@ -217,6 +313,7 @@ def main() -> int:
         return 0
     optimizer = OptimizerConfig.from_flags()
     training = TrainingConfig.from_flags(**DEFAULTS)
+    baseline_names = _baseline_names()
     table = datasets.from_flags(training.seed)
     _describe(table)
     result = run(
@@ -224,6 +321,7 @@ def main() -> int:
         optimizer=optimizer,
         training=training,
         gradient=_GRADIENT.value,
+        baseline_names=baseline_names,
         make_folder=cli.output_dir,
     )
     _report(result)

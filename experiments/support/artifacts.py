@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import joblib
@@ -34,42 +34,70 @@ def save(
       preprocessor: The preprocessor, fitted on the training rows.
       logits: Logits of label 1 by model and split, `[n, n_L]`, float64.
     """
-    params = jax.tree.map(np.asarray, result["params"])
+    model = {
+        "preprocessor": preprocessor,
+        "params": jax.tree.map(np.asarray, result["params"]),
+        "classes": table.classes,
+        "pos_weight": result["configuration"]["pos_weight"],
+        "thresholds": result["thresholds"],
+    }
     with output.atomic_write(folder / "model.joblib") as path:
-        joblib.dump(
-            {"preprocessor": preprocessor, "params": params, "classes": table.classes},
-            path,
-        )
+        joblib.dump(model, path)
     document = {key: value for key, value in result.items() if key != "params"}
     output.write_results(folder, "metrics", document, result["metrics"])
-    with output.atomic_write(folder / "losses.csv") as path:
-        pd.DataFrame(result["history"]).to_csv(path, index=False)
+    for name, key in (("losses", "history"), ("decisions", "decisions")):
+        with output.atomic_write(folder / f"{name}.csv") as path:
+            pd.DataFrame(result[key]).to_csv(path, index=False)
     with output.atomic_write(folder / "predictions.csv") as path:
-        _predictions(table, splits, logits[NETWORK]).to_csv(path, index=False)
+        rows = _predictions(table, splits, logits[NETWORK], model["pos_weight"])
+        rows.to_csv(path, index=False)
+    importances = metrics.permutation_importances(
+        preprocessor,
+        lambda x: _logits(model, x),
+        table.features.iloc[splits["test"].rows],
+        splits["test"].y,
+        result["configuration"]["seed"],
+    )
+    with output.atomic_write(folder / "importances.csv") as path:
+        importances.to_csv(path, index=False)
+    plots.importances(folder / "importances.png", importances)
     _draw(folder, result, table, splits, logits)
-    _draw_boundary(folder, table, splits, preprocessor, params)
+    _draw_boundary(folder, table, splits, model)
+
+
+def _logits(model: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    """Logits `[N, n_L]` of preprocessed features, corrected for the `pos_weight`."""
+    shift = metrics.prior_shift(model["pos_weight"])
+    return metrics.logits(model["params"], x) - shift
 
 
 def _predictions(
     table: datasets.Table,
     splits: dict[str, datasets.Split],
     logits: dict[str, np.ndarray],
+    pos_weight: tuple[float, ...],
 ) -> pd.DataFrame:
     """Label, logit and probability of every row of the table, in the table's order."""
     rows = pd.concat(
         pd.DataFrame({"row": split.rows, "split": name})
         .join(_columns("", table.classes, split.y.astype(int)))
-        .join(_scores(table.classes, logits[name]))
+        .join(_scores(table.classes, logits[name], pos_weight))
         for name, split in splits.items()
     )
     return rows.sort_values("row")
 
 
-def _scores(classes: dict[str, tuple[Any, Any]], logits: np.ndarray) -> pd.DataFrame:
-    """The columns for logits `[N, n_L]`, and for their probabilities."""
-    return _columns("logit of ", classes, logits).join(
-        _columns("probability of ", classes, expit(logits))
-    )
+def _scores(
+    classes: dict[str, tuple[Any, Any]],
+    logits: np.ndarray,
+    pos_weight: tuple[float, ...],
+) -> pd.DataFrame:
+    """Columns for logits `[N, n_L]` and probabilities, corrected for `pos_weight`."""
+    columns = {"logit of ": logits, "probability of ": expit(logits)}
+    shift = metrics.prior_shift(pos_weight)
+    if shift.any():
+        columns["uncorrected logit of "] = logits + shift
+    return pd.concat([_columns(k, classes, v) for k, v in columns.items()], axis=1)
 
 
 def _columns(
@@ -86,7 +114,7 @@ def _draw(
     splits: dict[str, datasets.Split],
     logits: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Draws the losses, and the ROC curve and reliability of each target."""
+    """Draws the losses, and the curves of each target."""
     history = pd.DataFrame(result["history"])
     plots.losses(
         folder / "losses.png",
@@ -96,8 +124,8 @@ def _draw(
     )
     for column, target in enumerate(datasets.label_1(table.classes)):
         number = f"_{column + 1}" if len(table.classes) > 1 else ""
-        plots.roc_and_reliability(
-            folder / f"roc_and_reliability{number}.png",
+        plots.curves(
+            folder / f"curves{number}.png",
             target,
             splits["test"].y[:, column],
             {name: by_split["test"][:, column] for name, by_split in logits.items()},
@@ -108,8 +136,7 @@ def _draw_boundary(
     folder: Path,
     table: datasets.Table,
     splits: dict[str, datasets.Split],
-    preprocessor: ColumnTransformer,
-    params: Any,
+    model: dict[str, Any],
 ) -> None:
     """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
@@ -118,8 +145,8 @@ def _draw_boundary(
         return
 
     def probability(plane: np.ndarray) -> np.ndarray:
-        x = preprocessor.transform(pd.DataFrame(plane, columns=names))
-        return expit(metrics.logits(params, np.asarray(x))[:, 0])
+        x = model["preprocessor"].transform(pd.DataFrame(plane, columns=names))
+        return expit(_logits(model, np.asarray(x))[:, 0])
 
     plots.boundary(
         folder / "boundary.png",
@@ -130,7 +157,26 @@ def _draw_boundary(
     )
 
 
-def score(file: str, folder: Path) -> tuple[int, Path]:
+class Scored(NamedTuple):
+    """Result of scoring the rows of a file.
+
+    Attributes:
+      rows: Their number.
+      path: The file written.
+      labeled: Number of rows with a known label of every target.
+      metrics: Metrics of those rows, as `metrics.table` returns them; empty if there
+        are none.
+      decisions: Decisions on them, as `metrics.decision_table` returns them.
+    """
+
+    rows: int
+    path: Path
+    labeled: int
+    metrics: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+
+
+def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
     """Scores the rows of a file with the model in a folder, and writes the result.
 
     Categories that did not occur in training are reported on stderr.
@@ -138,32 +184,73 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     Args:
       file: A .csv or .parquet file with the columns that the model was trained on.
       folder: A folder that `save` has written to.
-
-    Returns:
-      The number of rows, and the path of the file written.
+      keep: Columns of the file to keep beside the scores; None keeps all.
 
     Raises:
       InputError: If there is no model, or the file does not fit it.
     """
-    preprocessor, params, classes = _load(folder)
+    model = _load(folder)
+    preprocessor = model["preprocessor"]
     table = table_io.read(Path(file))
+    table_io.need_columns(file, table, keep or [])
     names = list(preprocessor.feature_names_in_)
     table_io.need_columns(file, table, names)
     categories = list(preprocessor.transformers_[1][2])
     features = table_io.features(file, table.filter(names), categories)
     if categories:
         _report_new_categories(file, features, preprocessor, categories)
-    x = datasets.preprocess(file, preprocessor, features)
-    scored = _scores(classes, metrics.logits(params, x))
-    scored.insert(0, "row", np.arange(len(x)))
+    logits = _logits(model, datasets.preprocess(file, preprocessor, features))
     path = folder / f"{Path(file).stem}.scored.csv"
     with output.atomic_write(path) as partial:
-        scored.to_csv(partial, index=False)
-    return len(x), path
+        _scored(table, keep, model, logits).to_csv(partial, index=False)
+    return Scored(len(table), path, *_evaluate(file, table, model, logits))
 
 
-def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-    """Loads the preprocessor, parameters and classes of the model in a folder."""
+def _scored(
+    table: pd.DataFrame,
+    keep: list[str] | None,
+    model: dict[str, Any],
+    logits: np.ndarray,
+) -> pd.DataFrame:
+    """Columns of the user's table, and the scores and decisions for its rows."""
+    scores = _scores(model["classes"], logits, model["pos_weight"])
+    for column, (name, classes) in enumerate(model["classes"].items()):
+        decided = (logits[:, column] > 0).astype(int)
+        scores[f"predicted {name}"] = np.array(classes, dtype=object)[decided]
+    kept = table if keep is None else table[keep]
+    kept = kept.drop(columns=scores.columns, errors="ignore")  # of an earlier score
+    return pd.concat([kept.reset_index(drop=True), scores], axis=1)
+
+
+def _evaluate(
+    file: str, table: pd.DataFrame, model: dict[str, Any], logits: np.ndarray
+) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The number of rows with labels, and the metrics and decisions of these rows."""
+    if not set(model["classes"]) <= set(table.columns):
+        return 0, [], []
+    y = np.full(logits.shape, np.nan)
+    for column, (name, classes) in enumerate(model["classes"].items()):
+        for label, value in enumerate(classes):
+            y[
+                (table[name] == value) | (table[name].astype(str) == str(value)), column
+            ] = label
+    rows = np.flatnonzero(np.isfinite(y).all(axis=1))
+    if not len(rows):
+        return 0, [], []
+    name = Path(file).name
+    splits = {name: datasets.Split(rows, np.zeros((len(rows), 0)), y[rows])}
+    of_network = {NETWORK: {name: logits[rows]}}
+    thresholds = {NETWORK: model["thresholds"]}
+    targets = list(model["classes"])
+    return (
+        len(rows),
+        metrics.table(splits, targets, of_network),
+        metrics.decision_table(splits, targets, of_network, thresholds),
+    )
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """Loads the model in a folder, as `save` has written it."""
     path = folder / "model.joblib"
     if not path.exists():
         raise cli.InputError(
@@ -174,7 +261,7 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
     except Exception as error:  # a pickle may raise anything
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
-    keys = ("preprocessor", "params", "classes")
+    keys = ("preprocessor", "params", "classes", "pos_weight", "thresholds")
     if not (
         isinstance(model, dict)
         and set(keys) <= set(model)
@@ -186,8 +273,7 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         raise cli.InputError(
             f"{path}: is not a model of this version of experiments.train; train again"
         )
-    preprocessor, params, classes = (model[key] for key in keys)
-    return preprocessor, params, classes
+    return model
 
 
 def _report_new_categories(

@@ -10,6 +10,7 @@ import optax
 from tqdm import tqdm
 
 import jaxbce
+from experiments.support import metrics
 from experiments.support.cli import InputError
 from experiments.support.config import TrainingConfig
 from experiments.support.datasets import Split
@@ -22,9 +23,10 @@ class Trained(NamedTuple):
     """Result of a run that has finished or stopped.
 
     Attributes:
-      run: `FitResult` of the run, without the losses.
-      history: Training and validation loss in nats at each evaluation,
-        `[evaluations, 2]`.
+      run: `FitResult` of the run, without the losses. If a metric is judged, the best
+        parameters are those with the largest one, and `best_loss` is minus it.
+      history: Training and validation loss in nats at each evaluation, and the metric
+        if one is judged, `[evaluations, 2 or 3]`.
       steps: Number of steps taken at each evaluation, `[evaluations]`.
     """
 
@@ -81,15 +83,20 @@ class ChunkedFit:
                 batch_size=training.batch_size,
                 validation=validation,
                 evaluate_every=training.evaluate_every,
-                patience=training.patience,
+                patience=training.patience if training.metric == "loss" else None,
                 pos_weight=weight,
                 penalty=penalty,
                 loss=loss,
                 callback=callback,
             )
 
+        def measure(params: Any) -> float:
+            a = metrics.logits(params, held_out.x) - metrics.prior_shift(pos_weight)
+            return metrics.criterion(training.metric, held_out.y, a)
+
         self._fit = fit
         self._training = training
+        self._measure = None if training.metric == "loss" else measure
         try:
             self._start = _without_losses(fit(params, 0))
             jax.eval_shape(lambda: fit(self._start, 1))
@@ -107,8 +114,10 @@ class ChunkedFit:
         done = len(steps)
         rest = _evaluations_after(int(run.step), self._training)
         steps = np.concatenate([steps, rest])
-        history = np.concatenate([history, np.full((len(rest), 2), np.nan)])
-        chunk = -(-len(steps) // CHUNKS)  # evaluations
+        unknown = np.full((len(rest), history.shape[1]), np.nan)
+        history = np.concatenate([history, unknown])
+        chunk = -(-len(steps) // CHUNKS)  # evaluations between checkpoints
+        at_once = chunk if self._measure is None else 1  # evaluations
         with tqdm(
             total=self._training.steps,
             initial=int(run.step),
@@ -122,24 +131,47 @@ class ChunkedFit:
                 bar.update(step - bar.n)
 
             while done < len(steps) and not self._stopped(run):
-                until = min(done + chunk, len(steps))
+                until = min(done + at_once, len(steps))
                 count = int(steps[until - 1]) - int(run.step)
                 result = self._fit(run, count, None if bar.disable else show)
                 history[done:until, 0] = result.train_loss
                 history[done:until, 1] = result.validation_loss
+                if self._measure is not None:
+                    result, history[done, 2] = self._judge(run, result)
                 run, done = _without_losses(result), until
-                if checkpoints is not None:
+                is_last = done == len(steps) or self._stopped(run)
+                if checkpoints is not None and (is_last or done % chunk == 0):
                     checkpoints.save(done, (run, history[:done], steps[:done]))
             jax.effects_barrier()  # waits for the last calls of `show`
         evaluated = np.flatnonzero(np.isfinite(history[:, 0]))
         return Trained(run, history[evaluated], steps[evaluated])
+
+    def _judge(
+        self, run: jaxbce.FitResult, result: jaxbce.FitResult
+    ) -> tuple[jaxbce.FitResult, float]:
+        """The result with the best parameters by the metric, and its rounded value.
+
+        `fit` can judge only by the loss, so it stops at each evaluation for this.
+        """
+        value = np.nan
+        best = run.best_params, run.best_loss, run.best_step
+        if self._measure is not None and int(result.diverged_at) < 0:
+            value = self._measure(result.params)
+            loss = jnp.asarray(-value, run.best_loss.dtype)  # smaller is better
+            value = -float(loss)  # as a checkpoint holds it
+            if loss < run.best_loss:
+                best = result.params, loss, result.step
+        params, loss, step = best
+        result = result._replace(best_params=params, best_loss=loss, best_step=step)
+        return result, value
 
     def _restore(
         self, checkpoints: Checkpoints | None
     ) -> tuple[Any, np.ndarray, np.ndarray]:
         """The run so far, and the losses and steps of its evaluations."""
         done = (checkpoints.last if checkpoints else None) or 0
-        start = self._start, np.zeros((done, 2)), np.zeros(done, np.int64)
+        columns = 2 if self._measure is None else 3
+        start = self._start, np.zeros((done, columns)), np.zeros(done, np.int64)
         saved = checkpoints.restore(start) if checkpoints else None
         if saved is None:
             return start

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from absl import flags
 
-from experiments.support import cli, optimizers
+from experiments.support import cli, metrics, optimizers
 from experiments.support.cli import InputError
 
 OPTIMIZER = flags.DEFINE_string(
@@ -37,9 +37,10 @@ SCHEDULE = flags.DEFINE_enum(
 )
 WEIGHT_DECAY = flags.DEFINE_float(
     "weight_decay",
-    0.001,
+    None,
     "The optimizer's own weight_decay if it has one, as adamw does. Otherwise this "
-    "times the weights is added to their gradient.",
+    "times the weights is added to their gradient. If not set, 1 / the number of "
+    "training examples: the prior of scikit-learn's LogisticRegression.",
     lower_bound=0.0,
 )
 HIDDEN = flags.DEFINE_multi_string(
@@ -77,6 +78,13 @@ PATIENCE = flags.DEFINE_integer(
     "If not set, never stop early.",
     lower_bound=1,
 )
+METRIC = flags.DEFINE_enum(
+    "metric",
+    "loss",
+    ["loss", *metrics.CRITERIA],
+    "What is judged on the validation set: the loss, or the mean over outputs of a "
+    "metric, which decides at a probability of 0.5.",
+)
 POS_WEIGHT = flags.DEFINE_string(
     "pos_weight",
     "1",
@@ -91,6 +99,7 @@ OPTIMIZER_FLAGS = (
     "weight_decay",
 )
 DEFAULT_EPOCHS = 60
+DEFAULT_PRIOR = 1.0  # weight decay times the number of training examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,14 +112,14 @@ class OptimizerConfig:
       learning_rate: None is the optimizer's own default, or 0.003 if it has none.
       schedule: "constant", "cosine", "warmup-cosine" or "exponential".
       weight_decay: The optimizer's own, or else the strength of an L2 penalty on the
-        weights.
+        weights; None is 1 divided by the number of training examples.
     """
 
     optimizer: str = "adam"
     optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     schedule: str = "constant"
-    weight_decay: float = 0.001
+    weight_decay: float | None = None
 
     @classmethod
     def from_flags(cls, **defaults: Any) -> Self:
@@ -126,6 +135,16 @@ class OptimizerConfig:
             schedule=SCHEDULE.value,
             weight_decay=WEIGHT_DECAY.value,
         )
+
+    def fill_in(self, rows: int) -> Self:
+        """The configuration with the `weight_decay` for this many training examples.
+
+        The loss is a mean over examples, so the same prior on the weights counts less
+        the more examples there are.
+        """
+        if self.weight_decay is not None:
+            return self
+        return dataclasses.replace(self, weight_decay=DEFAULT_PRIOR / rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The optimizer's entries in the configuration file."""
@@ -144,6 +163,8 @@ class OptimizerConfig:
         )
 
     def _options(self, num_steps: int) -> dict[str, Any]:
+        if self.weight_decay is None:
+            raise ValueError("expected an OptimizerConfig that `fill_in` returned")
         return {
             "learning_rate": self.learning_rate,
             "schedule": self.schedule,
@@ -166,8 +187,9 @@ class TrainingConfig:
       epochs: Epochs to train for; None is 60.
       evaluate_every: Steps between evaluations; None is an epoch or a hundredth of the
         run, whichever is longer.
-      patience: Steps without a better validation loss after which to stop; None is
-        never.
+      patience: Steps without a better evaluation after which to stop; None is never.
+      metric: "loss", or the key of `metrics.CRITERIA` by which parameters are judged on
+        the validation set.
       pos_weight: Weight of label 1 in the loss, or "balanced".
       dtype: "float64", "float32" or "bfloat16".
     """
@@ -179,6 +201,7 @@ class TrainingConfig:
     epochs: int | None = None
     evaluate_every: int | None = None
     patience: int | None = None
+    metric: str = "loss"
     pos_weight: float | str = 1.0
     dtype: str = "float32"
 
@@ -201,6 +224,7 @@ class TrainingConfig:
             epochs=EPOCHS.value,
             evaluate_every=EVALUATE_EVERY.value,
             patience=PATIENCE.value,
+            metric=METRIC.value,
             pos_weight=_number_or_text(POS_WEIGHT.value),
             dtype=_value(cli.DTYPE, defaults.get("dtype", "float32")),
         )

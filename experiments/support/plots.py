@@ -1,5 +1,6 @@
 """Pictures of networks, sweeps, trainability, private training and labels."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -7,29 +8,75 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 from scipy.special import expit
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from experiments.support import output
 from experiments.support.metrics import CALIBRATION_BINS, calibration_bins
 
 DPI = 120
+MAX_NAME = 60  # characters of a name that are drawn
+SHOWN_COLUMNS = 20  # of importances
 
 
 def _save(figure: Figure, path: Path) -> None:
+    for text in figure.findobj(Text):
+        _make_drawable(text)
     with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=DPI)
     plt.close(figure)
 
 
+def _make_drawable(text: Any) -> None:
+    """Adds fonts for characters that the text's own lacks; escapes what none has."""
+    own = font_manager.findfont(text.get_fontproperties())
+    missing = set(text.get_text()) - _characters(own) - {"\n"}
+    families = text.get_fontfamily()
+    for font in font_manager.fontManager.ttflist if missing else ():
+        is_regular = font.style == "normal" and font.weight in (400, "normal")
+        if is_regular and missing & _characters(font.fname):
+            missing -= _characters(font.fname)
+            families = [*families, font.name]
+    text.set_fontfamily(families)
+    for character in missing:
+        escape = character.encode("unicode_escape").decode()
+        text.set_text(text.get_text().replace(character, escape))
+
+
+@functools.cache
+def _characters(font: str) -> set[str]:
+    """The characters in a font file, but for Last Resort's, which are boxes."""
+    if "LastResort" in Path(font).name:
+        return set()
+    return set(map(chr, font_manager.get_font(font).get_charmap()))
+
+
 def _plain(name: str) -> str:
-    """The name, escaped so that matplotlib does not parse it as a formula."""
+    """The name, at most 60 characters of it, escaped so that it is not a formula."""
+    if len(name) > MAX_NAME:
+        name = name[: MAX_NAME - 1] + "…"
     return name.replace("$", r"\$")
+
+
+def _legend(figure: Any, *axes: Any) -> None:
+    """Adds a legend of lines and points below the axes, where it hides none."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        found.values(),
+        map(_plain, found),
+        loc="outside lower center",
+        ncols=4,
+    )
 
 
 def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -> None:
@@ -41,20 +88,22 @@ def losses(path: Path, steps: np.ndarray, history: np.ndarray, best_step: int) -
     axis.set(
         xlabel="step", ylabel="loss (nats, outputs summed)", yscale="log", title="Loss"
     )
-    axis.legend()
+    _legend(figure, axis)
     _save(figure, path)
 
 
-def roc_and_reliability(
+def curves(
     path: Path, target: str, y: np.ndarray, logits: dict[str, np.ndarray]
 ) -> None:
-    """Draws ROC curves and reliability of each model's logits `[N]`."""
-    figure, (roc, reliability) = plt.subplots(
-        1, 2, figsize=(10, 4.6), layout="constrained"
+    """Draws ROC, precision over recall and reliability of each model's logits `[N]`."""
+    figure, (roc, precision, reliability) = plt.subplots(
+        1, 3, figsize=(13.5, 5.2), layout="compressed"
     )
     for name, logit in logits.items():
         false_positive, true_positive, _ = roc_curve(y, logit)
         roc.plot(false_positive, true_positive, label=name)
+        precise, recalled, _ = precision_recall_curve(y, logit)
+        precision.plot(recalled, precise, drawstyle="steps-post", label=name)
         probability = expit(logit)
         share, mean = calibration_curve(y, probability, n_bins=CALIBRATION_BINS)
         _, rows = np.unique(calibration_bins(probability), return_counts=True)
@@ -62,15 +111,45 @@ def roc_and_reliability(
         reliability.scatter(mean, share, s=area, alpha=0.6, label=name)
     for axis in (roc, reliability):
         axis.plot([0, 1], [0, 1], color="0.7", ls=":")
-        axis.set_aspect("equal")
+    precision.axhline(y.mean(), color="0.7", ls=":")  # as of random scores
+    for axis in (roc, precision, reliability):
+        axis.set(aspect="equal", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    precision.set(xlabel="recall", ylabel="precision", title="Precision and recall")
     reliability.set(
         xlabel="predicted probability",
         ylabel="share of label 1 among them",
         title="Reliability (area: rows)",
     )
-    roc.legend(loc="lower right")
+    _legend(figure, roc)
     figure.suptitle(f"{_plain(target)}, on {len(y)} test rows")
+    _save(figure, path)
+
+
+def importances(path: Path, table: Any) -> None:
+    """Draws the columns with the largest permutation importances as bars.
+
+    Args:
+      path: The file to write.
+      table: As `metrics.permutation_importances` returns it.
+    """
+    shown = table.head(SHOWN_COLUMNS).iloc[::-1]
+    height = 1.2 + 0.28 * len(shown)
+    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
+    axis.barh(np.arange(len(shown)), shown["importance"], color="C0", alpha=0.8)
+    axis.errorbar(
+        shown["importance"],
+        np.arange(len(shown)),
+        xerr=shown["standard_deviation"],
+        fmt="none",
+        color="k",
+        lw=1,
+    )
+    axis.set_yticks(np.arange(len(shown)), map(_plain, shown["column"]))
+    axis.set(
+        xlabel="increase of the test log-loss (nats), mean ± s.d.",
+        title="Permutation importance",
+    )
     _save(figure, path)
 
 
@@ -104,15 +183,21 @@ def boundary(
     _save(figure, path)
 
 
-def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
+def sweep(path: Path, members: Any, axes: dict[str, str], metric: str = "loss") -> None:
     """Draws validation loss over the first one or two axes, one panel per program.
 
     Args:
       path: The file to write.
       members: Table with one row per network, as `experiments.sweep` makes it.
       axes: Spacing of each axis by name: "log", "lin" or "values".
+      metric: If not "loss", 1 minus this metric is drawn.
     """
     names = list(axes)[:2]
+    label = "validation loss (nats)"
+    members = members.assign(drawn=members[f"validation_{metric}"])
+    if metric != "loss":
+        label = f"1 − validation {metric}"
+        members["drawn"] = 1 - members["drawn"]
     panels = list(members.groupby(["hidden", "optimizer"], sort=False))
     figure, rows = plt.subplots(
         1,
@@ -122,11 +207,13 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
         squeeze=False,
         sharey=True,
     )
-    finite = members["validation_loss"][np.isfinite(members["validation_loss"])]
+    finite = members["drawn"][np.isfinite(members["drawn"])]
     low, high = (finite.min(), finite.quantile(0.95)) if len(finite) else (0.1, 1.0)
     norm = LogNorm(max(low, 1e-12), max(high, 1.01 * low, 1.1e-12), clip=True)
     for axis, ((hidden, optimizer), panel) in zip(rows[0], panels, strict=True):
-        table = panel.groupby(names)["validation_loss"].agg(["mean", "sem"])
+        groups = panel.groupby(names)
+        table = groups["drawn"].agg(["mean", "sem"])
+        table["diverged"] = groups["diverged_at"].max() >= 0
         table = table.reset_index().replace(np.inf, np.nan)
         axis.set(xlabel=_plain(names[0]), title=f"{hidden}, {optimizer}")
         if axes[names[0]] == "log":
@@ -135,7 +222,7 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
             axis.errorbar(
                 table[names[0]], table["mean"], table["sem"], marker="o", ms=3
             )
-            axis.set(yscale="log", ylabel="validation loss (nats), mean ± s.e.")
+            axis.set(yscale="log", ylabel=f"{label}, mean ± s.e.")
             continue
         axis.set_ylabel(_plain(names[1]))
         if axes[names[1]] == "log":
@@ -153,13 +240,12 @@ def sweep(path: Path, members: Any, axes: dict[str, str]) -> None:
             marker="s",
             cmap="viridis_r",
         )
-        best = (
-            table.loc[table["mean"].idxmin()] if table["mean"].notna().any() else None
-        )
-        if best is not None:
+        usable = table["mean"].where(~table["diverged"])
+        if usable.notna().any():
+            best = table.loc[usable.idxmin()]
             axis.plot(best[names[0]], best[names[1]], "r+", ms=14, mew=2)
         if axis is rows[0][-1]:
-            figure.colorbar(drawn, ax=rows[0].tolist(), label="validation loss (nats)")
+            figure.colorbar(drawn, ax=rows[0].tolist(), label=label)
     _save(figure, path)
 
 
@@ -194,7 +280,6 @@ def private(
         axes.set(xlabel="ε", xscale="log", ylabel=f"{name}, mean ± s.e.", title=name)
         axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
         axes.minorticks_off()
-        axes.legend()
     window = max(1, clipped.shape[1] // 50)
     steps = np.arange(clipped.shape[1] // window) * window + window / 2
     for i, row in enumerate(private_rows):
@@ -207,7 +292,7 @@ def private(
         ylim=(0, 1.02),
         title="Rows whose gradient was clipped",
     )
-    share.legend()
+    _legend(figure, accuracy, auc, share)
     _save(figure, path)
 
 
@@ -232,7 +317,7 @@ def suspicious(
             axis.scatter(
                 place[chosen], rows[rank_by][chosen], s=12, color="C3", label="flipped"
             )
-            axis.legend()
+            _legend(figure, axis)
         axis.set(xlabel="rank", xscale="log", ylabel=name)
     else:
         figure, axes = plt.subplots(4, 10, figsize=(11, 5.4), layout="constrained")

@@ -54,6 +54,7 @@ def test_flags_that_are_set_fill_every_field():
     with given(
         *("--seed=4", "--hidden=8,2", "--batch_size=0", "--num_steps=9"),
         *("--evaluate_every=3", "--patience=5", "--pos_weight=2", "--dtype=bfloat16"),
+        "--metric=f1",
     ):
         found = TrainingConfig.from_flags(batch_size=16, num_steps=7, dtype="float64")
     assert found == TrainingConfig(
@@ -63,6 +64,7 @@ def test_flags_that_are_set_fill_every_field():
         num_steps=9,
         evaluate_every=3,
         patience=5,
+        metric="f1",
         pos_weight=2.0,
         dtype="bfloat16",
     )
@@ -164,7 +166,7 @@ def test_the_longest_run_is_accepted():
     ],
 )
 def test_an_optimizer_that_cannot_be_is_refused(options, message):
-    optimizer = OptimizerConfig(**options)
+    optimizer = OptimizerConfig(**options).fill_in(100)
     with pytest.raises(InputError, match=message):
         optimizer.build(num_steps=1)
     with pytest.raises(InputError, match=message):
@@ -172,13 +174,21 @@ def test_an_optimizer_that_cannot_be_is_refused(options, message):
 
 
 def test_an_optimizer_is_built_once_for_equal_configurations():
-    first = OptimizerConfig(optimizer="sgd", optimizer_args={"momentum": 0.9})
-    again = OptimizerConfig(optimizer="sgd", optimizer_args={"momentum": 0.9})
+    options: Any = {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}
+    first, again = (OptimizerConfig(**options).fill_in(100) for _ in range(2))
     assert first.build(5)[0] is again.build(5)[0]  # so that `fit` compiles once
-    assert first.build(5)[1] == first.weight_decay == 0.001  # sgd has none of its own
+    assert first.build(5)[1] == first.weight_decay == 0.01  # sgd has none of its own
     family = first.build_family(5, ("learning_rate",))
     assert family is again.build_family(5, ("learning_rate",))
     assert family is not first.build_family(5)
+
+
+def test_weight_decay_is_one_prior_for_any_number_of_examples():
+    assert OptimizerConfig().fill_in(1077).weight_decay == 1 / 1077
+    for given in (0.0, 0.25):
+        assert OptimizerConfig(weight_decay=given).fill_in(9).weight_decay == given
+    with pytest.raises(ValueError, match="that `fill_in` returned"):
+        OptimizerConfig().build(1)
 
 
 # ----------------------------------------------------------------------------- as_dict
@@ -221,7 +231,7 @@ def test_help_shows_the_defaults_of_the_command(command):
     words = " ".join(finished.out.split())
     for text in module.HELP.values():
         assert text in words
-    assert default_in_help(finished.out, "weight_decay") == "0.001"
+    assert default_in_help(finished.out, "weight_decay") is None
     assert default_in_help(finished.out, "learning_rate") is None
 
 

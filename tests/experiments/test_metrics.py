@@ -6,13 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 
 import jaxbce
 from experiments.support import datasets, metrics
@@ -26,22 +29,71 @@ def test_metrics_are_what_their_names_say():
     assert found["roc_auc"] == 0.875
     assert np.isclose(found["brier_score"], (0.36 + 0.16) / 4)
     assert np.isclose(found["calibration_error"], abs(1 - 1.2) / 4)
-    assert set(metrics.HEADINGS) < set(found)
+    assert set(metrics.HEADINGS) < set(found) | set(metrics.decide(y, y - 0.5, 0.0))
 
 
 def test_every_metric_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     a = rng.normal(scale=4, size=500).round(1)  # with ties
     y = (rng.random(500) < expit(a / 2)).astype(float)
-    found, p = metrics.score(y, a), expit(a)
+    p = expit(a)
+    threshold = metrics.best_threshold(y, a)
+    label = a > threshold
+    found = metrics.score(y, a) | metrics.decide(y, a, threshold)
     expected = {
+        "base_rate": y.mean(),
         "log_loss": sklearn_metrics.log_loss(y, p),
         "accuracy": sklearn_metrics.accuracy_score(y, p > 0.5),
         "roc_auc": sklearn_metrics.roc_auc_score(y, a),
+        "average_precision": sklearn_metrics.average_precision_score(y, a),
         "brier_score": sklearn_metrics.brier_score_loss(y, p),
+        "calibration_error": metrics.calibration_error(y, p),  # has a test of its own
+        "threshold": expit(threshold),
+        "precision": sklearn_metrics.precision_score(y, label),
+        "recall": sklearn_metrics.recall_score(y, label),
+        "f1": sklearn_metrics.f1_score(y, label),
+        "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(y, label),
     }
+    names = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+    counts = sklearn_metrics.confusion_matrix(y, label).ravel()
+    expected |= dict(zip(names, counts, strict=True))
+    assert set(found) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
+
+
+def test_a_criterion_is_the_mean_of_a_metric_over_outputs():
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=(50, 2))
+    y = (rng.random((50, 2)) < expit(a)).astype(float)
+    for name in metrics.CRITERIA:
+        each = [
+            (metrics.score(*pair) | metrics.decide(*pair, 0.0))[name]
+            for pair in zip(y.T, a.T, strict=True)
+        ]
+        assert np.isclose(metrics.criterion(name, y, a), np.mean(each), rtol=1e-15)
+
+
+def test_the_best_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(3)
+    for shift in (-4.0, 0.0, 4.0):
+        a = rng.normal(size=60).round(1)
+        y = (rng.random(60) < expit(3 * a + shift)).astype(float)
+        best = metrics.decide(y, a, metrics.best_threshold(y, a))["f1"]
+        others = [metrics.decide(y, a, t)["f1"] for t in np.arange(-3.05, 3, 0.1)]
+        assert best == max(others)
+    # In the middle of two labels that are apart; below all if all have label 1.
+    assert metrics.best_threshold(np.array([0, 0, 1.0]), np.array([-1, 2, 5.0])) == 3.5
+    assert metrics.best_threshold(np.ones(2), np.array([-1.0, 2.0])) == -2
+
+
+def test_decisions_without_one_of_the_labels_have_the_rest():
+    y, a = np.zeros(3), np.array([-1.0, 2.0, -3.0])
+    found = metrics.score(y, a) | metrics.decide(y, a, 0.0)
+    assert np.isnan([found["roc_auc"], found["average_precision"]]).all()
+    assert (found["precision"], found["recall"], found["f1"]) == (0, 0, 0)
+    assert found["balanced_accuracy"] == found["accuracy"] == 2 / 3
+    assert (found["true_negatives"], found["false_positives"]) == (2, 1)
 
 
 def test_logits_of_any_size_count_as_what_they_are():
@@ -90,6 +142,15 @@ def test_a_row_is_of_its_model_split_and_target():
         "other": {"train": wrong, "test": np.stack([right[:, 0], wrong[:, 1]], 1)},
     }
     rows = metrics.table(splits, ["a", "b"], logits)
+    thresholds = {"one": [3.0, 0.0], "other": [0.0, -3.0]}
+    both = metrics.decision_table(splits, ["a", "b"], logits, thresholds)
+    kept = ("model", "split", "target")
+    assert [[r[k] for k in kept] for r in both[::2]] == [
+        [r[k] for k in kept] for r in rows
+    ]
+    assert {r["threshold"] for r in both[::2]} == {0.5}
+    labeled = [r["true_positives"] + r["false_positives"] for r in both[1::2]]
+    assert labeled == [0, 2, 2, 4, 0, 2, 2, 4]
     accuracy = {(r["model"], r["split"], r["target"]): r["accuracy"] for r in rows}
     assert accuracy == {
         ("one", "train", "a"): 1.0,
@@ -103,6 +164,26 @@ def test_a_row_is_of_its_model_split_and_target():
     }
 
 
+def test_importances_are_those_of_the_columns_that_matter():
+    rng = np.random.default_rng(0)
+    features = pd.DataFrame(
+        {"a $x$": rng.normal(size=300), "idle": rng.normal(size=300)}
+    )
+    features["color"] = np.where(rng.random(300) < 0.5, "red", "blue")
+    y = (features["color"] == "red").to_numpy(float)[:, None]
+    preprocessor = datasets.fit_preprocessor("toy", features)
+    weights = np.array([[0.5], [0.0], [0.0], [4.0]])  # blue, red are the last
+    found = metrics.permutation_importances(
+        preprocessor, lambda x: x @ weights - 2, features, y, seed=0
+    )
+    assert found["column"].tolist() == ["color", "a $x$", "idle"]
+    color, a, idle = found["importance"]
+    assert (idle, found["standard_deviation"].iloc[-1]) == (0, 0)
+    # Half of the permuted labels are wrong, by a logit of 2 or so.
+    assert 0.5 < color < 1.5
+    assert abs(a) < 0.1
+
+
 @pytest.mark.filterwarnings("error")  # it does not converge, and says nothing
 def test_baselines_are_fitted_on_the_training_rows_for_each_output():
     rng = np.random.default_rng(0)
@@ -110,8 +191,10 @@ def test_baselines_are_fitted_on_the_training_rows_for_each_output():
     y = (x[:, :2] > 0).astype(float)
     train = datasets.Split(np.arange(60), x, y)
     test = datasets.Split(np.arange(10), x[:10], 1 - y[:10])  # nothing to learn from
-    found = metrics.fit_baselines({"train": train, "test": test}, (4,), seed=0)
-    assert set(found) == {"logistic regression", "MLPClassifier"}
+    splits = {"train": train, "test": test}
+    found = metrics.fit_baselines(["mlp", "logistic"], splits, (4,), seed=0)
+    assert list(found) == ["MLPClassifier", "logistic regression"]
+    assert metrics.fit_baselines([], splits, (4,), seed=0) == {}
     for by_split in found.values():
         assert by_split["train"].shape == (60, 2)
         np.testing.assert_allclose(by_split["test"], by_split["train"][:10])
@@ -124,13 +207,16 @@ def test_logits_of_baselines_give_the_probabilities_of_scikit_learn():
     x = rng.normal(size=(80, 2))
     y = (x.sum(axis=1) + rng.normal(size=80) > 0).astype(float)[:, None]
     split = datasets.Split(np.arange(80), x, y)
-    found = metrics.fit_baselines({"train": split}, (4,), seed=0)
+    names = list(metrics.BASELINES)
+    found = metrics.fit_baselines(names, {"train": split}, (4,), seed=0)
     models: Any = {
         "logistic regression": LogisticRegression(max_iter=1000),
-        "MLPClassifier": MLPClassifier((4,), random_state=0, max_iter=200),
+        "MLPClassifier": MLPClassifier((4,), random_state=0),
+        "gradient boosting": HistGradientBoostingClassifier(random_state=0),
     }
+    assert set(found) == set(models)
     for name, model in models.items():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1, "openmp"):
             warnings.simplefilter("ignore", ConvergenceWarning)
             p = model.fit(x, y[:, 0]).predict_proba(x)[:, 1]
         np.testing.assert_allclose(expit(found[name]["train"][:, 0]), p, rtol=1e-12)

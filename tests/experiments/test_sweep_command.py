@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 import jaxbce
 from experiments import sweep
-from experiments.support import datasets, optimizers
+from experiments.support import datasets, metrics, optimizers, plots
 from experiments.support.cli import InputError
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from experiments.support.sweep_axes import Search, parse_axis
@@ -118,6 +119,40 @@ def test_a_row_is_the_solo_run_of_its_member(batch_size):
         assert np.isclose(loss, row["test_loss"], rtol=1e-10)
         accuracy = ((jaxbce.logits(run.best_params, test.x) > 0) == test.y).mean()
         assert accuracy == row["test_accuracy"]
+
+
+def test_validation_and_test_loss_are_one_quantity():
+    weighted = plan(axes=(parse_axis("pos_weight=1,5"),), pos_weight=3.0)
+    weighted.splits["test"] = weighted.splits["validation"]
+    found = sweep.run(weighted)["members"]
+    np.testing.assert_allclose(found["test_loss"], found["validation_loss"], rtol=1e-5)
+    assert set(found["pos_weight"]) == {1.0, 5.0}
+
+
+def test_points_are_ranked_by_the_metric_asked_for(monkeypatch, tmp_path):
+    axes = (AXES[0], parse_axis("pos_weight=1,5"))
+    ranked = plan(axes=axes, metric="f1", seeds=2)
+    trained = ranked.train(ranked.chunks[0], 60, 1)
+    monkeypatch.setattr(sweep.Plan, "train", lambda *_: trained)
+    members = sweep.run(ranked)["members"]
+    for row in members.to_dict("records"):
+        at = row["point"], row["seed"]
+        params = jax.tree.map(lambda t, at=at: t[at], trained[2].best_params)
+        for name in ("validation", "test"):
+            split = ranked.splits[name]
+            a = metrics.logits(params, split.x) - np.log(row["pos_weight"])
+            assert row[f"{name}_f1"] == f1_score(split.y, a > 0)
+    members.loc[members["point"] == 3, "diverged_at"] = 7
+    names = ["learning_rate", "pos_weight"]
+    top = sweep.best_points(members, names, 8, "f1")
+    whole = [row for row in top if not row["diverged"]]
+    assert top[: len(whole)] == whole
+    assert top[-1]["diverged"] == 2
+    shown = [float(row["validation_f1"].split()[0]) for row in whole]
+    assert shown == sorted(shown, reverse=True)
+    assert len(shown) >= 3
+    plots.sweep(tmp_path / "f1.png", members, dict.fromkeys(names, "values"), "f1")
+    assert (tmp_path / "f1.png").stat().st_size > 1000
 
 
 def by_member(table: Any) -> pd.DataFrame:
@@ -249,6 +284,7 @@ def swept(tmp_path_factory):
 def test_a_process_writes_the_table_and_prints_the_best(swept, members):
     folder, out = swept
     assert "24 networks, of which" in out
+    assert max(map(len, out[out.index("networks, of") :].splitlines()[:-1])) <= 100
     assert (
         f"In {folder}: config.json, parts, sweep.csv, sweep.parquet, sweep.png" in out
     )
@@ -313,11 +349,12 @@ def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path):
         "optimizer_args": {},
         "learning_rate": None,
         "schedule": "constant",
-        "weight_decay": 0.001,
+        "weight_decay": 1 / 600,
         "batch_size": None,
         "num_steps": 60,
         "evaluate_every": 1,
         "patience": None,
+        "metric": "loss",
         "pos_weight": 1.0,
         "dtype": "float32",
         "devices": 2,
@@ -331,7 +368,7 @@ def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(tmp_path):
     assert status == 2
     assert err == (
         f"sweep: --output_dir={tmp_path}: holds a run of another version of these "
-        "experiments (format 1, expected 2); use another folder\n"
+        "experiments (format 1, expected 3); use another folder\n"
     )
     assert json.loads((tmp_path / "config.json").read_text()) == earlier
     assert not (tmp_path / "sweep.parquet").exists()

@@ -14,11 +14,23 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import font_manager
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
 from scipy.special import expit
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
 
 from experiments import train
-from experiments.support import artifacts, chunked_fit, datasets, output, resumable
+from experiments.support import (
+    artifacts,
+    chunked_fit,
+    datasets,
+    metrics,
+    output,
+    plots,
+    resumable,
+)
 from experiments.support.cli import InputError
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from tests.experiments.files import odd_keys
@@ -27,6 +39,7 @@ from tests.helpers import run_command, start
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 MOONS = datasets.load(dataset="moons")
+SCORES = ("logit", "probability")
 TOY: Any = {"num_steps": 30, "hidden": (8,), "batch_size": 0, "evaluate_every": 10}
 OPTIMIZER = OptimizerConfig(learning_rate=0.1)
 
@@ -39,7 +52,6 @@ def moons(
         optimizer=optimizer,
         training=TrainingConfig(**(TOY | options)),
         gradient=gradient,
-        with_baselines=False,
         make_folder=lambda: folder,
     )
 
@@ -71,7 +83,6 @@ def test_five_seeds_of_digits_reach_98_percent():
             table=table,
             optimizer=OptimizerConfig(),
             training=TrainingConfig(seed=seed),
-            with_baselines=False,
         )["metrics"]
         if row["split"] == "test"
     ]
@@ -107,6 +118,32 @@ def test_weights_balance_each_output():
     assert train.positive_weights(2.0, y) == (2.0, 2.0)
 
 
+def test_probabilities_are_those_of_the_data_whatever_the_weights(tmp_path):
+    """A network that knows nothing of the features finds the rate of label 1."""
+    features = MOONS.features.assign(x1=0.0, x2=0.0)
+    rare = np.where((np.arange(1000) % 5 == 0)[:, None], 1.0, 0.0)
+    result = moons(
+        table=MOONS._replace(features=features, y=rare),
+        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=2.0),
+        folder=tmp_path,
+        hidden=(),
+        pos_weight="balanced",
+        dtype="float64",
+    )
+    assert result["configuration"]["pos_weight"] == (4.0,)
+    for row in result["metrics"]:
+        entropy = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
+        np.testing.assert_allclose(row["log_loss"], entropy, rtol=1e-8)
+        np.testing.assert_allclose(row["calibration_error"], 0, atol=1e-6)
+    features.to_csv(tmp_path / "new.csv", index=False)
+    artifacts.score(str(tmp_path / "new.csv"), tmp_path)
+    for name in ("predictions.csv", "new.scored.csv"):
+        rows = pd.read_csv(tmp_path / name)
+        np.testing.assert_allclose(rows["probability of moon=lower"], 0.2, rtol=1e-6)
+        shift = rows["uncorrected logit of moon=lower"] - rows["logit of moon=lower"]
+        np.testing.assert_allclose(shift, np.log(4), rtol=1e-12)
+
+
 def test_patience_ends_a_run_and_the_best_parameters_are_kept():
     y = np.random.default_rng(0).permutation(MOONS.y)  # nothing to generalize
     options: Any = {"table": MOONS._replace(y=y), "num_steps": 3000, "patience": 200}
@@ -125,6 +162,29 @@ def test_patience_ends_a_run_and_the_best_parameters_are_kept():
     assert np.isclose(
         validation["log_loss"], history["validation_loss"][best], rtol=1e-5
     )
+
+
+def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
+    options: Any = {"num_steps": 400, "evaluate_every": 10, "folder": tmp_path}
+    by_loss = moons(num_steps=400, evaluate_every=10)
+    result = moons(metric="roc_auc", **options)
+    history: Any = pd.DataFrame(result["history"])
+    steps = [row["step"] for row in by_loss["history"]]
+    assert history["step"].tolist() == steps
+    losses = pd.DataFrame(by_loss["history"])  # the run is the same, in smaller chunks
+    pd.testing.assert_frame_equal(history[losses.columns], losses, rtol=1e-5)
+    best = history["validation_roc_auc"].idxmax()
+    assert result["best_step"] == history["step"][best] != by_loss["best_step"]
+    found = next(r for r in result["metrics"] if r["split"] == "validation")
+    np.testing.assert_allclose(
+        found["roc_auc"], history["validation_roc_auc"][best], rtol=1e-7
+    )
+    again = moons(metric="roc_auc", **options)  # resumed at its end
+    assert again["history"] == result["history"]
+    early = moons(metric="roc_auc", patience=50, num_steps=400, evaluate_every=10)
+    values = [row["validation_roc_auc"] for row in early["history"]]
+    assert early["steps"] == early["best_step"] + 50 < 400
+    assert early["best_step"] == 10 * (np.argmax(values) + 1)
 
 
 # -------------------------------------------------------------------- what it saves
@@ -167,20 +227,25 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     assert "iris.csv: 150 rows, 4 numeric columns, 1 categorical" in out
     assert "label 1: virginica=1, big=yes" in out
     assert "all 200 steps taken." in out
-    assert "logistic regression" in out
+    for name in ("logistic regression", "MLPClassifier", "gradient boosting"):
+        assert out.count(f"\n{name} ") == (3 + 2) * 2
     assert "ROC AUC" in out
-    assert f"In {folder}: checkpoints, config.json, losses.csv" in out
+    assert max(map(len, out[out.index("\nmodel") :].splitlines()[:-1])) <= 100
+    assert f"In {folder}: checkpoints, config.json, curves_1.png" in out
     document = json.loads((folder / "metrics.json").read_text())
     assert document["configuration"]["hidden"] == [8, 8]
     assert document["configuration"]["optimizer_args"] == {"b1": 0.8}
     assert document["environment"]["jax"]
-    metrics = pd.read_csv(folder / "metrics.csv")
-    assert len(metrics) == 3 * 3 * 2
-    assert list(metrics) == [
-        *("model", "split", "target", "log_loss", "accuracy"),
-        *("roc_auc", "brier_score", "calibration_error"),
+    scores = pd.read_csv(folder / "metrics.csv")
+    assert len(scores) == 3 * 4 * 2
+    assert list(scores) == [
+        *("model", "split", "target", "base_rate", "log_loss", "accuracy"),
+        *("roc_auc", "average_precision", "brier_score", "calibration_error"),
     ]
-    found = metrics.to_dict("records")
+    decisions = pd.read_csv(folder / "decisions.csv").to_dict("records")
+    assert decisions == document["decisions"]
+    assert len(decisions) == 2 * len(scores)
+    found = scores.to_dict("records")
     assert found == document["metrics"]
     mine = [r for r in found if (r["split"], r["model"]) == ("train", "jaxbce")]
     assert [row["target"] for row in mine] == ["virginica", "big"]
@@ -188,16 +253,21 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     losses = pd.read_csv(folder / "losses.csv")
     assert list(losses) == ["step", "train_loss", "validation_loss"]
     assert losses.to_dict("records") == document["history"]
-    for name in ("losses", "roc_and_reliability_1", "roc_and_reliability_2"):
+    for name in ("losses", "curves_1", "curves_2", "importances"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
     assert not list(folder.glob(".*partial*"))
+    importances = pd.read_csv(folder / "importances.csv")
+    assert importances["importance"].is_monotonic_decreasing
+    assert len(importances) == 5
+    assert "color" in set(importances["column"])
 
 
 def test_keys_of_results_are_snake_case(trained):
     targets = r"((logit|probability) of )?(virginica=1|big=yes)"
     assert odd_keys(trained[0], ignored=targets) == {}
     model = joblib.load(trained[0] / "model.joblib")
-    assert set(model) == {"preprocessor", "params", "classes"}
+    keys = {"preprocessor", "params", "classes", "pos_weight", "thresholds"}
+    assert set(model) == keys
 
 
 def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
@@ -212,9 +282,16 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     assert status == 0
     assert out == f"150 rows scored: {folder / 'new.scored.csv'}\n"
     assert err == "new.parquet: color is green in 1 rows, not seen in training\n"
-    scored = pd.read_csv(folder / "new.scored.csv")
+    scored: Any = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
-    assert scored["row"].tolist() == kept["row"].tolist() == list(range(150))
+    assert kept["row"].tolist() == list(range(150))
+    pd.testing.assert_frame_equal(scored[new.columns], new, check_dtype=False)
+    names = [f"{s} of {t}" for s in SCORES for t in ("virginica=1", "big=yes")]
+    names += ["predicted virginica", "predicted big"]
+    assert list(scored) == [*new.columns, *names]
+    for name, column in (("virginica", [0, 1]), ("big", ["no", "yes"])):
+        over = scored[f"logit of {name}={column[1]}"] > 0
+        assert scored[f"predicted {name}"].tolist() == np.take(column, over).tolist()
     for target in ("virginica=1", "big=yes"):
         name = target.split("=")[0]
         assert kept[target].tolist() == iris[name].isin([1, "yes"]).astype(int).tolist()
@@ -225,11 +302,36 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
         for table in (scored, kept):
             probability = expit(table[f"logit of {target}"])
             np.testing.assert_allclose(table[f"probability of {target}"], probability)
+    again = artifacts.score(str(folder / "new.scored.csv"), folder, ["color"])
+    rescored = pd.read_csv(again.path)
+    assert list(rescored) == ["color", *names]
+    pd.testing.assert_frame_equal(rescored, scored[["color", *names]])
+    assert again.labeled == 0
     missing = new.drop(columns="color")
     missing.to_csv(tmp_path / "missing.csv", index=False)
     with pytest.raises(InputError, match="no column 'color'"):
         artifacts.score(str(tmp_path / "missing.csv"), folder)
     assert not (folder / "missing.scored.csv").exists()
+
+
+def test_metrics_of_new_rows_with_labels_are_printed(trained, iris, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "out")
+    new = iris.astype({"big": "category", "virginica": float})  # read as 1.0
+    new.loc[:9, "big"] = None
+    new.to_parquet(tmp_path / "new.parquet")
+    flags = (f"--predict={tmp_path / 'new.parquet'}", f"--output_dir={folder}")
+    status, out, err = run_command("train", *flags, "--id=color,big")
+    assert (status, err) == (0, "")
+    assert "150 rows scored" in out
+    assert "140 rows have labels" in out
+    scored = pd.read_csv(folder / "new.scored.csv")
+    assert list(scored)[:3] == ["color", "big", "logit of virginica=1"]
+    y = iris["virginica"].to_numpy()[10:]
+    a = scored["logit of virginica=1"].to_numpy()[10:]
+    for name, value in metrics.score(y, a).items():
+        if name != "base_rate":
+            assert f"{value:.4f}" in out, name
+    assert f"fraction of label 1 {y.mean():.4f} (new.parquet)" in out
 
 
 def test_data_of_two_numbers_has_its_boundary_drawn(finished, tmp_path):
@@ -239,6 +341,29 @@ def test_data_of_two_numbers_has_its_boundary_drawn(finished, tmp_path):
     moons(table=table, folder=tmp_path)
     assert (tmp_path / "boundary.png").stat().st_size > 10_000
     assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("label", ["中文=是", "a\tb \x07", "$x$ = $y$", "\U0001f600"])
+def test_any_label_is_drawn_without_boxes(label, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    y, a = np.arange(8.0) % 2, np.linspace(-2, 2, 8)
+    plots.curves(tmp_path / "curves.png", label, y, {label: a, "b": -a})
+    (figure,) = drawn
+    for text in figure.findobj(Text):  # a character that no font has is escaped
+        known = set().union(
+            *(
+                plots._characters(font_manager.findfont(FontProperties(family=[name])))
+                for name in text.get_fontfamily()
+            )
+        )
+        assert set(text.get_text()) <= known, text
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 2
+    for axis in figure.axes:
+        box = legend.get_window_extent()
+        assert box.height > 0
+        assert not box.overlaps(axis.get_window_extent())
 
 
 # ------------------------------------------------------- what it resumes, or not
@@ -415,11 +540,12 @@ EARLIER = {  # config.json of a run by an earlier version
     "optimizer_args": {},
     "learning_rate": 0.1,
     "schedule": "constant",
-    "weight_decay": 0.001,
+    "weight_decay": 1 / 600,
     "batch_size": None,
     "num_steps": 30,
     "evaluate_every": 10,
     "patience": None,
+    "metric": "loss",
     "pos_weight": [1.0],
     "dtype": "float32",
     "gradient": "manual",
@@ -448,11 +574,16 @@ def test_a_folder_of_an_earlier_version_is_refused_and_left_as_it_is(copied):
     [
         {"preparation": None, "params": None, "classes": {}},
         {"preprocessor": None, "params": None, "classes": {}},
+        {
+            "preprocessor": ColumnTransformer([]),
+            "params": (1,),
+            "classes": {"y": (0, 1)},
+        },
         {"params": None},
         [1],
         None,
     ],
-    ids=["earlier", "empty", "part", "list", "none"],
+    ids=["earlier", "empty", "unweighted", "part", "list", "none"],
 )
 def test_a_model_of_an_earlier_version_is_refused(copied, model):
     joblib.dump(model, copied / "model.joblib")
@@ -538,6 +669,11 @@ def test_what_cannot_be_done_is_refused(optimizer, options, message, tmp_path):
         (("--predict=x.csv",), "--predict needs --output_dir"),
         (("--batch_size=-1", "--output_dir=PATH/new"), "batch_size"),
         (("--optimizer=adamm", "--output_dir=PATH/new"), "--optimizer=adamm: expected"),
+        (
+            ("--baselines=svm",),
+            "--baselines=svm: expected logistic, mlp, boosting, or none",
+        ),
+        (("--baselines=mlp,none",), "--baselines=none: expected logistic, mlp, boost"),
         (("--flip_fraction=0.1", "--output_dir=PATH/new"), "flip_fraction"),
     ],
 )
@@ -561,11 +697,27 @@ def test_durations_are_needed_in_steps():
 
 
 def test_runs_that_stop_early_say_so(capsys):
-    early = {"metrics": [{"model": "jaxbce", "log_loss": 0.5}], "best_step": 3}
+    scores = metrics.score(np.array([0, 1]), np.array([-1.0, 1.0]))
+    row = {"model": "jaxbce", "split": "test", "target": "moon"}
+    early: Any = {"metrics": [row | scores], "decisions": [], "best_step": 5}
+    known = {
+        "num_steps": 9,
+        "metric": "loss",
+        "classes": MOONS.classes,
+        "pos_weight": (3.0,),
+    }
     for end, message in [
         ({"steps": 9, "diverged": False}, "all 9 steps taken."),
+        (
+            {"steps": 9, "diverged": False, "best_step": 9},
+            "The best step is the last, so longer training may help: --epochs.",
+        ),
         ({"steps": 5, "diverged": True}, "diverged at step 5."),
         ({"steps": 5, "diverged": False}, "stopped early at step 5, out of patience."),
     ]:
-        train._report({"configuration": {"num_steps": 9}, **early, **end})
-        assert message in capsys.readouterr().out
+        train._report({"configuration": known, **early, **end})
+        out = capsys.readouterr().out
+        assert message in out
+        assert ("longer training" in out) == (end.get("best_step") == 9)
+        assert "moon=lower has weight 3 in the loss" in out
+        assert "The network's own 0.5 is a corrected probability of 0.2500." in out
