@@ -19,6 +19,8 @@ example may have its copy in another fold. With --data, no labels are flipped un
 suspicious first.
 """
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 import jaxbce
-from experiments.support import cli, config, datasets, output, plots
+from experiments.support import cli, config, datasets, output, plots, resumable
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from jaxbce import per_example
 
@@ -109,6 +111,7 @@ def run(
     folds: int = 5,
     flip_fraction: float = 0.0,
     rank_by: str = "EL2N",
+    make_folder: Callable[[], Path | None] = lambda: None,
 ) -> dict[str, Any]:
     """Scores every example by networks that were not trained on it.
 
@@ -120,6 +123,8 @@ def run(
       folds: Number of folds.
       flip_fraction: Fraction of labels to flip beforehand.
       rank_by: Name of the score by which to order examples.
+      make_folder: Called once all arguments are known to be valid; returns the folder
+        in which to save the results, or None.
 
     Returns:
       "configuration"; "rows", a table of all examples, the most suspicious first;
@@ -141,30 +146,40 @@ def run(
     rows = n - -(-n // folds)  # to train on
     training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
 
-    # Score each fold by networks trained on the others.
-    scores, probability = score_folds(
-        x, given, optimizer, training, seeds=seeds, folds=folds
-    )
-
-    # Compare the scores, and rank the examples.
-    quality = confident_learning(given, probability)
-    return {
-        "configuration": {
-            "data": table.name,
-            "data_digest": datasets.digest(table),
-            "classes": table.classes,
-            "rows": n,
-            "flipped": int(flipped.sum()),
-            "folds": folds,
-            "seeds": seeds,
-            **optimizer.as_dict(),
-            **training.as_dict(),
-            "rank_by": rank_by,
-        },
-        "rows": rank(table, given, flipped, probability, scores, rank_by),
-        "found": compare_scores(flipped, scores, quality) if flipped.any() else [],
-        "confident_learning": None if quality is None else _marked(quality, flipped),
+    configuration = {
+        "data": table.name,
+        "data_digest": datasets.digest(table),
+        "classes": table.classes,
+        "rows": n,
+        "flipped": int(flipped.sum()),
+        "folds": folds,
+        "seeds": seeds,
+        **optimizer.as_dict(),
+        **training.as_dict(),
+        "rank_by": rank_by,
     }
+    with contextlib.ExitStack() as stack:
+        if (folder := make_folder()) is not None:
+            stack.enter_context(resumable.lock_output_dir(folder, configuration))
+
+        # Score each fold by networks trained on the others.
+        scores, probability = score_folds(
+            x, given, optimizer, training, seeds=seeds, folds=folds
+        )
+
+        # Compare the scores, and rank the examples.
+        quality = confident_learning(given, probability)
+        result = {
+            "configuration": configuration,
+            "rows": rank(table, given, flipped, probability, scores, rank_by),
+            "found": compare_scores(flipped, scores, quality) if flipped.any() else [],
+            "confident_learning": (
+                None if quality is None else _marked(quality, flipped)
+            ),
+        }
+        if folder is not None:
+            save(folder, table, result)
+    return result
 
 
 def flip(rows: int, fraction: float, seed: int) -> np.ndarray:
@@ -396,7 +411,6 @@ def save(folder: Path, table: datasets.Table, result: dict[str, Any]) -> None:
 def main() -> int:
     """Scores the examples, prints the results and writes the files."""
     cli.use_devices()
-    folder = cli.output_dir()
     optimizer = OptimizerConfig.from_flags()
     training = TrainingConfig.from_flags(**DEFAULTS)
     fraction = _flip_fraction()
@@ -411,12 +425,11 @@ def main() -> int:
         folds=_FOLDS.value,
         flip_fraction=fraction,
         rank_by=_RANK_BY.value,
+        make_folder=cli.output_dir,
     )
     _report(result)
-    if folder is not None:
-        save(folder, table, result)
-        names = "suspicious.csv, suspicious.png, find_mislabeled.json and .csv"
-        print(f"\nIn {folder}: {names}")
+    if cli.OUTPUT_DIR.value is not None:
+        output.print_files(Path(cli.OUTPUT_DIR.value))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`experiments.find_mislabeled`: flipped labels are found, and files say which."""
 
 import json
+import shutil
 import sys
 from typing import Any
 
@@ -221,6 +222,17 @@ def test_a_file_as_it_is_is_ranked(printed):
     assert document["found"] == []
     assert set(document["confident_learning"]) == {"marked"}
     assert (folder / "suspicious.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_of_another_run_is_refused(printed, tmp_path):
+    folder = shutil.copytree(printed[0], tmp_path / "copied")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    flags = ("--dataset=moons", f"--output_dir={folder}")
+    status, _, err = run_command("find_mislabeled", *flags)
+    assert status == 2
+    assert "holds another run, with " in err
+    assert "rows=300 there, 1000 here" in err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_keys_of_results_are_snake_case(printed):
