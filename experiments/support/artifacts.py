@@ -1,6 +1,5 @@
 """The files that a training run writes, and the model that scores new rows."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,15 @@ import pandas as pd
 from sklearn.compose import ColumnTransformer
 
 import jaxbce
-from experiments.support import cli, datasets, output, plots, table_io
+from experiments.support import (
+    cli,
+    datasets,
+    output,
+    plots,
+    preprocessing,
+    schema,
+    table_io,
+)
 
 NETWORK = "jaxbce"
 
@@ -43,7 +50,12 @@ def save(
     params = jax.tree.map(np.asarray, result["params"])
     with output.atomic_write(folder / "model.joblib") as path:
         joblib.dump(
-            {"preprocessor": preprocessor, "params": params, "classes": table.classes},
+            {
+                "schema": table.schema,
+                "preprocessor": preprocessor,
+                "params": params,
+                "classes": table.classes,
+            },
             path,
         )
     document = {key: value for key, value in result.items() if key != "params"}
@@ -63,7 +75,7 @@ def _predictions(
 ) -> pd.DataFrame:
     """Label and probability of every row of the table, in the table's order."""
     rows = pd.concat(
-        pd.DataFrame({"row": split.rows, "split": name})
+        pd.DataFrame({"row": table.features.index[split.rows], "split": name})
         .join(_columns("", table.classes, split.y.astype(int)))
         .join(_columns("probability of ", table.classes, probability[name]))
         for name, split in splits.items()
@@ -135,10 +147,11 @@ def _draw_boundary(
 def score(file: str, folder: Path) -> tuple[int, Path]:
     """Scores the rows of a file with the model in a folder, and writes the result.
 
-    Categories that did not occur in training are reported on stderr.
+    Columns are read as training read its own. Categories that did not occur in training
+    and cells that cannot be read are reported on stderr.
 
     Args:
-      file: A .csv or .parquet file with the columns that the model was trained on.
+      file: A file with the columns that the model was trained on.
       folder: A folder that `save` has written to.
 
     Returns:
@@ -147,25 +160,26 @@ def score(file: str, folder: Path) -> tuple[int, Path]:
     Raises:
       InputError: If there is no model, or the file does not fit it.
     """
-    preprocessor, params, classes = _load(folder)
-    table = table_io.read(Path(file))
-    names = list(preprocessor.feature_names_in_)
-    table_io.need_columns(file, table, names)
-    categories = list(preprocessor.transformers_[1][2])
-    features = table_io.features(file, table.filter(names), categories)
-    if categories:
-        _report_new_categories(file, features, preprocessor, categories)
-    x = datasets.preprocess(file, preprocessor, features)
+    described, preprocessor, params, classes = _load(folder)
+    fmt = datasets.format_from_flags(described.format)
+    described = described._replace(format=fmt)
+    table = table_io.read(Path(file), fmt)
+    table_io.need_columns(file, table, [column.name for column in described.columns])
+    features = schema.features(file, table, described)
+    _report_new_categories(file, features, preprocessor)
+    x = preprocessing.transform(file, preprocessor, features)
     probability = _columns("probability of ", classes, predict(params, x))
-    probability.insert(0, "row", np.arange(len(x)))
-    path = folder / f"{Path(file).stem}.scored.csv"
+    probability.insert(0, "row", table.index)
+    path = folder / f"{table_io.stem(file)}.scored.csv"
     with output.atomic_write(path) as partial:
         probability.to_csv(partial, index=False)
     return len(x), path
 
 
-def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-    """Loads the preprocessor, parameters and classes of the model in a folder."""
+def _load(
+    folder: Path,
+) -> tuple[schema.Schema, ColumnTransformer, Any, dict[str, tuple[Any, Any]]]:
+    """Loads the schema, preprocessor, parameters and classes of a model."""
     path = folder / "model.joblib"
     if not path.exists():
         raise cli.InputError(
@@ -176,10 +190,11 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
     except Exception as error:  # a pickle may raise anything
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
-    keys = ("preprocessor", "params", "classes")
+    keys = ("schema", "preprocessor", "params", "classes")
     if not (
         isinstance(model, dict)
         and set(keys) <= set(model)
+        and isinstance(model["schema"], schema.Schema)
         and isinstance(model["preprocessor"], ColumnTransformer)
         and isinstance(model["params"], tuple)
         and model["params"]
@@ -188,23 +203,17 @@ def _load(folder: Path) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         raise cli.InputError(
             f"{path}: is not a model of this version of experiments.train; train again"
         )
-    preprocessor, params, classes = (model[key] for key in keys)
-    return preprocessor, params, classes
+    described, preprocessor, params, classes = (model[key] for key in keys)
+    return described, preprocessor, params, classes
 
 
 def _report_new_categories(
-    file: str,
-    features: pd.DataFrame,
-    preprocessor: ColumnTransformer,
-    categories: list[str],
+    file: str, features: pd.DataFrame, preprocessor: ColumnTransformer
 ) -> None:
-    known = preprocessor.named_transformers_["categories"].categories_
-    for name, values in zip(categories, known, strict=True):
-        new = features[name][~features[name].isin(values)]
+    for name, known in preprocessing.categories(preprocessor).items():
+        values = features[name].dropna()
+        new = values[~values.isin(list(known))]
         if len(new):
-            shown = ", ".join(list(dict.fromkeys(new))[:5])
-            print(
-                f"{Path(file).name}: {name} is {shown} in {len(new)} rows, not seen in "
-                "training",
-                file=sys.stderr,
-            )
+            shown = table_io.listed(dict.fromkeys(new))
+            text = f"{name!r} is {shown} in {len(new)} rows, not seen in training"
+            table_io.warn(file, text)

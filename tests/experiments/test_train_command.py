@@ -161,7 +161,11 @@ def trained(iris, tmp_path_factory):
 
 def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     folder, (status, out, err) = trained
-    assert (status, err) == (0, "")
+    assert (status, err) == (
+        0,
+        "iris.csv: 'sepal length (cm)': enough alone to tell the label 'big'; --drop "
+        "leaves it out\n",
+    )
     assert "iris.csv: 150 rows, 4 numeric columns, 1 categorical" in out
     assert "label 1: virginica=1, big=yes" in out
     assert "all 200 steps taken." in out
@@ -195,7 +199,7 @@ def test_keys_of_results_are_snake_case(trained):
     targets = r"(probability of )?(virginica=1|big=yes)"
     assert odd_keys(trained[0], ignored=targets) == {}
     model = joblib.load(trained[0] / "model.joblib")
-    assert set(model) == {"preprocessor", "params", "classes"}
+    assert set(model) == {"schema", "preprocessor", "params", "classes"}
 
 
 def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
@@ -209,10 +213,10 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     )
     assert status == 0
     assert out == f"150 rows scored: {folder / 'new.scored.csv'}\n"
-    assert err == "new.parquet: color is green in 1 rows, not seen in training\n"
+    assert err == "new.parquet: 'color' is 'green' in 1 rows, not seen in training\n"
     scored = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
-    assert scored["row"].tolist() == kept["row"].tolist() == list(range(150))
+    assert scored["row"].tolist() == kept["row"].tolist() == list(range(1, 151))
     for target in ("virginica=1", "big=yes"):
         name = target.split("=")[0]
         assert kept[target].tolist() == iris[name].isin([1, "yes"]).astype(int).tolist()
