@@ -169,7 +169,7 @@ def _text(
                 return _problem(name, what, odd, rows, remedy, category)
         if mostly_numbers:
             values = list(dict.fromkeys(cells.filter(pa.array(odd)).to_pylist()))
-            texts = shlex.quote(",".join(values)) if len(values) <= 3 else "TEXT,..."
+            texts = shlex.quote(",".join(values)) if len(values) <= 5 else "TEXT,..."
             what = f"not a number: {listed(values)}"
             remedies = (f"--na_values={texts}", category, drop)
             return _problem(name, what, odd, rows, *remedies)

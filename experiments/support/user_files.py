@@ -145,29 +145,30 @@ def _suspicions(
 ) -> Iterator[str]:
     """What should probably not be a feature, one line per reason."""
     kinds = {column.name: column.kind for column in columns}  # without parts of dates
+    remedy = "--drop leaves it out"
     found: dict[str, list[str]] = {}
     for name in map(str, features):
         values: Any = features[name].dropna()
         different, kind = values.nunique(), kinds.get(name)
         if different <= 1:
             if kind is not None:
-                found.setdefault("constant, so it is ignored", []).append(name)
+                found.setdefault("constant, so ignored", []).append(name)
             continue
         if kind == "number" and different == len(values):
             in_sequence = values.min() + len(values) - 1 == values.max()
             if (values % 1 == 0).all() and (in_sequence or ID.fullmatch(name)):
-                reason = "all different, like an index or an id"
+                reason = f"all different, like an index or an id; {remedy}"
                 found.setdefault(reason, []).append(name)
         if kind == "category" and different > len(values) / 2:
-            reason = "a category for nearly every row"
+            reason = f"a category for nearly every row; {remedy}"
             found.setdefault(reason, []).append(name)
             continue
         for target, label in zip(targets, y.T, strict=True):
             if _gives_away(pd.Series(features[name]), label):
-                reason = f"enough alone to tell the label {target!r}"
+                reason = f"enough alone to tell the label {target!r}; {remedy}"
                 found.setdefault(reason, []).append(name)
     for reason, names in found.items():
-        yield f"{table_io.listed(names)}: {reason}; --drop leaves it out"
+        yield f"{table_io.listed(names)}: {reason}"
 
 
 def _gives_away(values: pd.Series, label: np.ndarray) -> bool:

@@ -182,7 +182,7 @@ def printed(tmp_path_factory):
     )
     assert (status, err) == (
         0,
-        f"{constant} constant, so it is ignored; --drop leaves it out\n",
+        f"{constant} constant, so ignored\n",
     )
     return folder / "out", out
 

@@ -537,12 +537,14 @@ def test_what_should_not_be_a_feature_is_warned_of(tmp_path, capsys):
     table.to_csv(tmp_path / "data.csv", index=False)
     load(tmp_path / "data.csv")
     assert capsys.readouterr().err.splitlines() == [
-        f"data.csv: {line}--drop leaves it out"
+        f"data.csv: {line}"
         for line in (
-            "'Unnamed: 0', 'customer_id': all different, like an index or an id; ",
-            "'name': a category for nearly every row; ",
-            "'same': constant, so it is ignored; ",
-            "'leak', 'word': enough alone to tell the label 'label'; ",
+            "'Unnamed: 0', 'customer_id': all different, like an index or an id; "
+            "--drop leaves it out",
+            "'name': a category for nearly every row; --drop leaves it out",
+            "'same': constant, so ignored",
+            "'leak', 'word': enough alone to tell the label 'label'; --drop leaves it "
+            "out",
         )
     ]
 
