@@ -127,7 +127,8 @@ def _draw_boundary(
 ) -> None:
     """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
-    is_plane = len(names) == splits["train"].x.shape[1] == 2
+    numbers = table.features.select_dtypes(float).dropna()
+    is_plane = numbers.shape[1] == len(names) == splits["train"].x.shape[1] == 2
     if not is_plane or table.y.shape[1] != 1:
         return
 
@@ -137,8 +138,8 @@ def _draw_boundary(
 
     plots.boundary(
         folder / "boundary.png",
-        table.features.to_numpy(np.float64),
-        table.y[:, 0],
+        numbers.to_numpy(),
+        table.y[table.features.notna().all(axis=1), 0],
         names,
         probability,
     )

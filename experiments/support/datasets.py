@@ -35,7 +35,7 @@ TARGET = flags.DEFINE_list(
     None,
     "Column of --data that holds the labels, which may be any two values. Several "
     "columns, comma-separated, give as many outputs. All other columns are features: "
-    "numbers are standardized, text is one-hot encoded.",
+    "numbers are standardized, text is one-hot encoded, and dates become numbers.",
 )
 POSITIVE = flags.DEFINE_string(
     "positive",

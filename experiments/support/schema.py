@@ -192,7 +192,9 @@ def _first(cells: pa.Array, chosen: np.ndarray) -> str:
 
 
 def _are_dates(cells: pa.Array, form: str) -> bool:
-    return len(cells) > 0 and bool(parsing.dates(cells, form).notna().all())
+    if not len(cells) or not parsing.matches(cells, parsing.LOOKS_LIKE_A_DATE).all():
+        return False
+    return bool(parsing.dates(cells, form).notna().all())
 
 
 def missing_values(

@@ -15,6 +15,7 @@ TEXT = (".csv", ".tsv", ".txt")
 PARQUET = (".parquet", ".pq")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 SEPARATORS = (",", ";", "\t", "|")
+FIRST_LINES = 100  # in which the file must begin
 
 
 class Format(NamedTuple):
@@ -101,7 +102,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
-    separator = fmt.separator or ("\t" if kind == ".tsv" else _separator(path, fmt))
+    blank, line = _first_line(path, fmt)
+    separator = fmt.separator or ("\t" if kind == ".tsv" else _separator(line))
     cells = pd.read_csv(
         path,
         sep=separator,
@@ -111,7 +113,8 @@ def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
         na_filter=False,
         low_memory=False,
         skipinitialspace=True,
-        skip_blank_lines=False,  # they count as rows
+        skiprows=blank,
+        skip_blank_lines=False,  # later ones count as rows
     )
     cells = cells.apply(lambda column: column.str.strip())
     if fmt.header:
@@ -127,19 +130,27 @@ def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
     return cells.loc[(cells != "").any(axis=1)]
 
 
-def _separator(path: Path, fmt: Format) -> str:
-    """The separator that the first line has, if it has only one, else a comma."""
-    line = pd.read_csv(
+def _first_line(path: Path, fmt: Format) -> tuple[int, str]:
+    """The number of blank lines at the beginning, and the line after them."""
+    lines = pd.read_csv(
         path,
         sep="\x1f",  # which occurs nowhere
         encoding=fmt.encoding,
-        header=None,
-        nrows=1,
+        names=["line"],
+        nrows=FIRST_LINES,
         dtype=str,
         na_filter=False,
         quoting=csv.QUOTE_NONE,
-    ).iloc[0, 0]
-    found = [s for s in SEPARATORS if len(next(csv.reader([line], delimiter=s))) > 1]
+        skip_blank_lines=False,
+    )["line"].str.strip()
+    blank = int((lines != "").argmax()) if len(lines) else 0
+    return blank, lines.iloc[blank] if len(lines) else ""
+
+
+def _separator(line: str) -> str:
+    """The separator that the first line has, if it has only one, else a comma."""
+    unquoted = re.sub(r'"[^"]*"', "", line)
+    found = [separator for separator in SEPARATORS if separator in unquoted]
     return found[0] if len(found) == 1 else ","
 
 

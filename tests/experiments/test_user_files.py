@@ -176,6 +176,7 @@ FILES = {
     "data.csv.gz": (gzip.compress(CSV.encode()), Format()),
     "data.csv.xz": (lzma.compress(CSV.encode()), Format()),
     "2020.data.CSV.GZ": (gzip.compress(CSV.encode()), Format()),
+    "late.csv": (b"\n  \n" + CSV.encode(), Format()),
     "blank lines.csv": (CSV.replace("\n", "\n\n,,\n", 2).encode(), Format()),
 }
 FILES["padded.csv"] = (b'a , b,label \n1, 2,"0 "\n3 ,4, "1"\n" 5",6,0\n', Format())
