@@ -76,7 +76,8 @@ def read(path: Path, fmt: Format = PLAIN) -> pd.DataFrame:
     except MemoryError:
         raise
     except Exception as error:  # each kind of damaged file raises its own
-        raise InputError(f"{path}: {_reason(error, fmt)}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path}: {reason}") from None
     names = list(table.columns)
     repeated = [name for i, name in enumerate(names) if name in names[:i]]
     if repeated:
@@ -104,18 +105,31 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
     blank, line = _first_line(path, fmt)
     separator = fmt.separator or ("\t" if kind == ".tsv" else _separator(line))
-    cells = pd.read_csv(
-        path,
-        sep=separator,
-        encoding=fmt.encoding,
-        header=None,  # so that the names are text as they stand there
-        dtype=str,
-        na_filter=False,
-        low_memory=False,
-        skipinitialspace=True,
-        skiprows=blank,
-        skip_blank_lines=False,  # later ones count as rows
-    )
+    try:
+        cells = pd.read_csv(
+            path,
+            sep=separator,
+            encoding=fmt.encoding,
+            header=None,  # so that the names are text as they stand there
+            dtype=str,
+            na_filter=False,
+            low_memory=False,
+            skipinitialspace=True,
+            skiprows=blank,
+            skip_blank_lines=False,  # later ones count as rows
+        )
+    except pd.errors.ParserError as error:
+        longer = re.search(
+            r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)
+        )
+        if longer is None:
+            raise ValueError(str(error).rpartition("C error: ")[2]) from None
+        expected, number, found = map(int, longer.groups())
+        first = "the header" if fmt.header else "the first row"
+        raise ValueError(
+            f"row {number - fmt.header - blank} has {found} cells, more than {first}, "
+            f"which has {expected}; is --separator right?"
+        ) from None
     cells = cells.apply(lambda column: column.str.strip())
     if fmt.header:
         names = [
@@ -152,19 +166,6 @@ def _separator(line: str) -> str:
     unquoted = re.sub(r'"[^"]*"', "", line)
     found = [separator for separator in SEPARATORS if separator in unquoted]
     return found[0] if len(found) == 1 else ","
-
-
-def _reason(error: Exception, fmt: Format) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    longer = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", text)
-    if longer is None:
-        return text
-    expected, line, found = map(int, longer.groups())
-    first = "the header" if fmt.header else "the first row"
-    return (
-        f"row {line - fmt.header} has {found} cells, more than {first}, which has "
-        f"{expected}; is --separator right?"
-    )
 
 
 def need_columns(source: str, table: pd.DataFrame, names: Iterable[str]) -> None:

@@ -61,7 +61,7 @@ BAD_FILES = {
     "two columns of a name": (CSV.replace("b", " a", 1), "label", "are named 'a'"),
     "no features": ("label\n0\n1\n", "label", "has no features besides the target"),
     "more cells": (
-        "a,b,label\n9,1,0\n\n90,0,0,1\n",
+        "\na,b,label\n9,1,0\n\n90,0,0,1\n",
         "label",
         "row 3 has 4 cells, more than the header, which has 3; is --separator right?",
     ),
