@@ -247,7 +247,8 @@ def _named(name: str, seed: int) -> Table:
             "breast_cancer": sklearn_datasets.load_breast_cancer,
         }
         bunch = loaders[name]()
-        x, y, columns = bunch.data, bunch.target % 2, list(bunch.feature_names)
+        x, y = bunch.data, bunch.target % 2
+        columns = list(map(str, bunch.feature_names))
         classes = {
             "digits": {"digit": ("even", "odd")},
             "breast_cancer": {"diagnosis": ("malignant", "benign")},
