@@ -101,10 +101,8 @@ def text(cells: pa.Array) -> pa.Array:
     if is_number(cells):
         return cells.cast(pa.string())
     if is_date(cells):
-        words = pc.replace_substring_regex(
-            cells.cast(pa.string()), r"( 00:00:00)?(\.0+)?(Z?)$", r"\3"
-        )
-        return pc.replace_substring_regex(words, r"(\.\d{6})000(Z?)$", r"\1\2")
+        midnight = r"( 00:00:00)?(\.0+)?(Z?)$"
+        return pc.replace_substring_regex(cells.cast(pa.string()), midnight, r"\3")
     return pa.array([None if v is None else str(v) for v in cells.to_pylist()])
 
 
