@@ -291,7 +291,7 @@ def rank(
     """A table of all examples, the most suspicious first."""
     ((target, classes),) = table.classes.items()
     labels = np.array([f"{target}={value}" for value in classes])[given.astype(int)]
-    rows = pd.DataFrame({"row": np.arange(len(given)), "label": labels})
+    rows = pd.DataFrame({"row": table.features.index, "label": labels})
     rows["probability_of_label"] = np.where(given == 1, *probability.T[::-1])
     rows = rows.assign(**{name: scores[name] for name in SCORES})
     if flipped.any():

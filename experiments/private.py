@@ -281,7 +281,7 @@ def scale_to_bounds(
             f"{categories[0]!r}"
         )
     x = table.features.to_numpy(np.float64).clip(low, high)
-    x = 2 * (x - low) / (high - low) - 1
+    x = np.nan_to_num(2 * (x - low) / (high - low) - 1)  # missing values become 0
     return {name: split._replace(x=x[split.rows]) for name, split in splits.items()}
 
 

@@ -1,6 +1,5 @@
 """The files that a training run writes, and the model that scores new rows."""
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,16 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.compose import ColumnTransformer
 
-from experiments.support import cli, datasets, metrics, output, plots, table_io
+from experiments.support import (
+    cli,
+    datasets,
+    metrics,
+    output,
+    plots,
+    preprocessing,
+    schema,
+    table_io,
+)
 
 NETWORK = "jaxbce"
 
@@ -35,6 +43,7 @@ def save(
       logits: Logits of label 1 by model and split, `[n, n_L]`, float64.
     """
     model = {
+        "schema": table.schema,
         "preprocessor": preprocessor,
         "params": jax.tree.map(np.asarray, result["params"]),
         "classes": table.classes,
@@ -79,7 +88,7 @@ def _predictions(
 ) -> pd.DataFrame:
     """Label, logit and probability of every row of the table, in the table's order."""
     rows = pd.concat(
-        pd.DataFrame({"row": split.rows, "split": name})
+        pd.DataFrame({"row": table.features.index[split.rows], "split": name})
         .join(_columns("", table.classes, split.y.astype(int)))
         .join(_scores(table.classes, logits[name], pos_weight))
         for name, split in splits.items()
@@ -140,7 +149,8 @@ def _draw_boundary(
 ) -> None:
     """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
-    is_plane = len(names) == splits["train"].x.shape[1] == 2
+    numbers = table.features.select_dtypes(float).dropna()
+    is_plane = numbers.shape[1] == len(names) == splits["train"].x.shape[1] == 2
     if not is_plane or table.y.shape[1] != 1:
         return
 
@@ -150,8 +160,8 @@ def _draw_boundary(
 
     plots.boundary(
         folder / "boundary.png",
-        table.features.to_numpy(np.float64),
-        table.y[:, 0],
+        numbers.to_numpy(),
+        table.y[table.features.notna().all(axis=1), 0],
         names,
         probability,
     )
@@ -179,10 +189,11 @@ class Scored(NamedTuple):
 def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
     """Scores the rows of a file with the model in a folder, and writes the result.
 
-    Categories that did not occur in training are reported on stderr.
+    Columns are read as training read its own. Categories that did not occur in training
+    and cells that cannot be read are reported on stderr.
 
     Args:
-      file: A .csv or .parquet file with the columns that the model was trained on.
+      file: A file with the columns that the model was trained on.
       folder: A folder that `save` has written to.
       keep: Columns of the file to keep beside the scores; None keeps all.
 
@@ -190,17 +201,16 @@ def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
       InputError: If there is no model, or the file does not fit it.
     """
     model = _load(folder)
-    preprocessor = model["preprocessor"]
-    table = table_io.read(Path(file))
-    table_io.need_columns(file, table, keep or [])
-    names = list(preprocessor.feature_names_in_)
-    table_io.need_columns(file, table, names)
-    categories = list(preprocessor.transformers_[1][2])
-    features = table_io.features(file, table.filter(names), categories)
-    if categories:
-        _report_new_categories(file, features, preprocessor, categories)
-    logits = _logits(model, datasets.preprocess(file, preprocessor, features))
-    path = folder / f"{Path(file).stem}.scored.csv"
+    preprocessor, described = model["preprocessor"], model["schema"]
+    fmt = datasets.format_from_flags(described.format)
+    described = described._replace(format=fmt)
+    table = table_io.read(Path(file), fmt)
+    names = [column.name for column in described.columns]
+    table_io.need_columns(file, table, [*(keep or []), *names])
+    features = schema.features(file, table, described)
+    _report_new_categories(file, features, preprocessor)
+    logits = _logits(model, preprocessing.transform(file, preprocessor, features))
+    path = folder / f"{table_io.stem(file)}.scored.csv"
     with output.atomic_write(path) as partial:
         _scored(table, keep, model, logits).to_csv(partial, index=False)
     return Scored(len(table), path, *_evaluate(file, table, model, logits))
@@ -228,12 +238,14 @@ def _evaluate(
     """The number of rows with labels, and the metrics and decisions of these rows."""
     if not set(model["classes"]) <= set(table.columns):
         return 0, [], []
-    y = np.full(logits.shape, np.nan)
-    for column, (name, classes) in enumerate(model["classes"].items()):
-        for label, value in enumerate(classes):
-            y[
-                (table[name] == value) | (table[name].astype(str) == str(value)), column
-            ] = label
+    fmt = model["schema"].format
+    y = np.stack(
+        [
+            schema.known_labels(pd.Series(table[name]), classes, fmt)
+            for name, classes in model["classes"].items()
+        ],
+        axis=1,
+    )
     rows = np.flatnonzero(np.isfinite(y).all(axis=1))
     if not len(rows):
         return 0, [], []
@@ -261,10 +273,11 @@ def _load(folder: Path) -> dict[str, Any]:
     except Exception as error:  # a pickle may raise anything
         reason = type(error).__name__
         raise cli.InputError(f"{path}: cannot be read ({reason})") from error
-    keys = ("preprocessor", "params", "classes", "pos_weight", "thresholds")
+    keys = ("schema", "preprocessor", "params", "classes", "pos_weight", "thresholds")
     if not (
         isinstance(model, dict)
         and set(keys) <= set(model)
+        and isinstance(model["schema"], schema.Schema)
         and isinstance(model["preprocessor"], ColumnTransformer)
         and isinstance(model["params"], tuple)
         and model["params"]
@@ -277,18 +290,12 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def _report_new_categories(
-    file: str,
-    features: pd.DataFrame,
-    preprocessor: ColumnTransformer,
-    categories: list[str],
+    file: str, features: pd.DataFrame, preprocessor: ColumnTransformer
 ) -> None:
-    known = preprocessor.named_transformers_["categories"].categories_
-    for name, values in zip(categories, known, strict=True):
-        new = features[name][~features[name].isin(values)]
+    for name, known in preprocessing.categories(preprocessor).items():
+        values = features[name].dropna()
+        new = values[~values.isin(list(known))]
         if len(new):
-            shown = ", ".join(list(dict.fromkeys(new))[:5])
-            print(
-                f"{Path(file).name}: {name} is {shown} in {len(new)} rows, not seen in "
-                "training",
-                file=sys.stderr,
-            )
+            shown = table_io.listed(dict.fromkeys(new))
+            text = f"{name!r} is {shown} in {len(new)} rows, not seen in training"
+            table_io.warn(file, text)

@@ -67,6 +67,10 @@ class InputError(Exception):
     """Invalid input from the user, who sees only its one-line message."""
 
 
+class InputTableError(InputError):
+    """Invalid input with several mistakes, whose message is a table of them."""
+
+
 def output_dir() -> Path | None:
     """Creates the folder --output_dir and returns its path; None if it is not set.
 
@@ -155,7 +159,10 @@ def launch(
             stream.reconfigure(encoding="utf-8")  # the tables contain ∂ and ŷ
 
     def fail(error: Exception) -> NoReturn:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error)
+        if not isinstance(error, InputTableError):
+            message = " ".join(message.split())
+        print(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
 
     def parse(argv: Sequence[str]) -> list[str]:

@@ -192,6 +192,8 @@ class TrainingConfig:
         the validation set.
       pos_weight: Weight of label 1 in the loss, or "balanced".
       dtype: "float64", "float32" or "bfloat16".
+      lower_batch_size: Whether to use all examples if there are fewer than
+        `batch_size`, which is then a default that nobody asked for.
     """
 
     seed: int = 0
@@ -204,6 +206,7 @@ class TrainingConfig:
     metric: str = "loss"
     pos_weight: float | str = 1.0
     dtype: str = "float32"
+    lower_batch_size: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def from_flags(cls, **defaults: Any) -> Self:
@@ -227,6 +230,7 @@ class TrainingConfig:
             metric=METRIC.value,
             pos_weight=_number_or_text(POS_WEIGHT.value),
             dtype=_value(cli.DTYPE, defaults.get("dtype", "float32")),
+            lower_batch_size=not BATCH_SIZE.present,
         )
 
     def check(self, rows: int, name: str = "the data") -> Self:
@@ -238,17 +242,20 @@ class TrainingConfig:
 
         Returns:
           The configuration with `num_steps` and `evaluate_every` set, `epochs` None,
-          and a `batch_size` of None if it was 0.
+          and a `batch_size` of None if it was 0, or lowered to the rows if it may be.
 
         Raises:
           InputError: If a batch needs more examples than there are, `num_steps` and
             `epochs` are both given, the run is too long, or `pos_weight` is out of
             range.
         """
-        if self.batch_size is not None and self.batch_size > rows:
-            raise InputError(
-                f"--batch_size={self.batch_size}: {name} has {rows} rows to train on"
-            )
+        batch_size = self.batch_size or None
+        if batch_size is not None and batch_size > rows:
+            if not self.lower_batch_size:
+                raise InputError(
+                    f"--batch_size={batch_size}: {name} has {rows} rows to train on"
+                )
+            batch_size = rows
         weight = self.pos_weight
         if weight != "balanced" and not (
             isinstance(weight, float | int) and 0 <= weight < math.inf
@@ -258,7 +265,7 @@ class TrainingConfig:
             )
         if self.num_steps is not None and self.epochs is not None:
             raise InputError("expected --num_steps or --epochs, got both")
-        epoch = -(-rows // (self.batch_size or rows))
+        epoch = -(-rows // (batch_size or rows))
         num_steps = self.num_steps or (self.epochs or DEFAULT_EPOCHS) * epoch
         if num_steps >= 2**31:
             raise InputError(
@@ -268,7 +275,7 @@ class TrainingConfig:
         every = self.evaluate_every or max(epoch, -(-num_steps // 100))
         return dataclasses.replace(
             self,
-            batch_size=self.batch_size or None,
+            batch_size=batch_size,
             num_steps=num_steps,
             epochs=None,
             evaluate_every=min(every, num_steps),
@@ -286,7 +293,7 @@ class TrainingConfig:
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name != "epochs"  # `check` has converted it to steps
+            if name not in ("epochs", "lower_batch_size")  # which `check` has used
         }
 
 

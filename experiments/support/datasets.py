@@ -2,19 +2,20 @@
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from absl import flags
 from sklearn import datasets as sklearn_datasets
-from sklearn.compose import ColumnTransformer, make_column_selector
+from sklearn.compose import ColumnTransformer
 from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from experiments.support import table_io
+from experiments.support import preprocessing, user_files
 from experiments.support.cli import InputError
+from experiments.support.schema import Column, Schema
+from experiments.support.table_io import PLAIN, Format
+from experiments.support.user_files import EVERYTHING, Selection
 
 DATASET = flags.DEFINE_enum(
     "dataset",
@@ -24,22 +25,90 @@ DATASET = flags.DEFINE_enum(
     "generated one (moons, xor). If neither this nor --data is set, digits.",
 )
 DATA = flags.DEFINE_string(
-    "data", None, "A .csv or .parquet file to use instead of --dataset."
+    "data",
+    None,
+    "A file to use instead of --dataset: .csv, .tsv or .txt, which may be compressed, "
+    "or .parquet.",
 )
 TARGET = flags.DEFINE_list(
     "target",
     None,
     "Column of --data that holds the labels, which may be any two values. Several "
     "columns, comma-separated, give as many outputs. All other columns are features: "
-    "numbers are standardized, text is one-hot encoded.",
+    "numbers are standardized, text is one-hot encoded, and dates become numbers.",
 )
 POSITIVE = flags.DEFINE_string(
     "positive",
     None,
     "The value of every --target that is label 1. If not set, the larger one.",
 )
+COLUMNS = flags.DEFINE_list(
+    "columns", None, "Columns of --data to use as features. If not set, all."
+)
+DROP = flags.DEFINE_list("drop", [], "Columns of --data to leave out.")
+CATEGORICAL = flags.DEFINE_list(
+    "categorical",
+    [],
+    "Columns of --data that hold categories, whatever they look like, such as codes.",
+)
+NUMERIC = flags.DEFINE_list(
+    "numeric",
+    [],
+    "Columns of --data that hold numbers; what is no number is a missing value.",
+)
+MISSING = flags.DEFINE_enum(
+    "missing",
+    "impute",
+    ["impute", "indicator", "drop", "error"],
+    "What to do about missing values. impute: replace them by the training rows' "
+    "median or most frequent category, and where more than 1% are missing, add a "
+    "column that says where; indicator: always add it; drop: leave out rows with "
+    "missing values; error: refuse the file. New rows are always imputed.",
+)
+NA_VALUES = flags.DEFINE_list(
+    "na_values",
+    None,
+    "Cells that mean a missing value, besides blank ones. If not set, pandas's list, "
+    "such as NA, None and null; '' for blank ones alone.",
+)
+SEPARATOR = flags.DEFINE_string(
+    "separator",
+    None,
+    r"What separates cells, such as ';'; '\t' is a tab and '\s+' any blanks. If not "
+    "set, what the first line has, or else a comma.",
+)
+ENCODING = flags.DEFINE_string(
+    "encoding", "utf-8", "Encoding of --data, such as latin-1, if it is a text file."
+)
+HEADER = flags.DEFINE_bool(
+    "header",
+    True,
+    "Whether the first line of --data names the columns. If not, they are named "
+    "column_1, column_2 and so on.",
+)
+DECIMAL = flags.DEFINE_enum("decimal", ".", [".", ","], "The decimal point of --data.")
+THOUSANDS = flags.DEFINE_enum(
+    "thousands",
+    None,
+    [",", ".", " ", "'", "_"],
+    "What separates groups of three digits in --data.",
+)
+FORMAT_FLAGS = {  # fields of `Format`
+    "separator": SEPARATOR,
+    "encoding": ENCODING,
+    "header": HEADER,
+    "decimal": DECIMAL,
+    "thousands": THOUSANDS,
+    "na_values": NA_VALUES,
+}
+SELECTION_FLAGS = {  # fields of `Selection`
+    "columns": COLUMNS,
+    "drop": DROP,
+    "categorical": CATEGORICAL,
+    "numeric": NUMERIC,
+    "missing": MISSING,
+}
 GENERATED_ROWS = 1000
-MAX_STANDARDIZED = 1e15  # larger values could overflow
 MIN_ROWS_PER_LABEL = 5  # so that each split has one
 
 
@@ -48,15 +117,18 @@ class Table(NamedTuple):
 
     Attributes:
       name: Name of the dataset or path of the file.
-      features: Columns of float64 numbers, or of text if they hold categories.
+      features: Columns of float64 numbers, or of text if they hold categories, with NaN
+        for missing values. The index numbers the rows, those of a file from 1.
       y: Labels 0 and 1, `[N, n_L]`, float64.
       classes: By target, the values that labels 0 and 1 stand for.
+      schema: How to read features from another file.
     """
 
     name: str
     features: pd.DataFrame
     y: np.ndarray
     classes: dict[str, tuple[Any, Any]]
+    schema: Schema
 
 
 class Split(NamedTuple):
@@ -80,13 +152,45 @@ def label_1(classes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 def from_flags(seed: int) -> Table:
     """Loads the dataset that the flags name; see `load`."""
+    given = {"target": TARGET, "positive": POSITIVE, **FORMAT_FLAGS, **SELECTION_FLAGS}
+    for name, flag in given.items():
+        if DATA.value is None and flag.present:
+            raise InputError(f"--{name} needs --data")
+    chosen = {name: _stripped(flag.value) for name, flag in SELECTION_FLAGS.items()}
     return load(
         dataset=DATASET.value,
         data=DATA.value,
-        target=TARGET.value,
+        target=_stripped(TARGET.value),
         positive=POSITIVE.value,
         seed=seed,
+        fmt=format_from_flags(),
+        selection=Selection(**chosen),
     )
+
+
+def _stripped(value: Any) -> Any:
+    """The value of a flag; names of columns have no surrounding blanks."""
+    return [name.strip() for name in value] if isinstance(value, list) else value
+
+
+def format_from_flags(default: Format = PLAIN) -> Format:
+    """The format of text files that the flags give, and otherwise `default`.
+
+    Raises:
+      InputError: If the flags contradict each other.
+    """
+    given = {name: f.value for name, f in FORMAT_FLAGS.items() if f.present}
+    if "na_values" in given:
+        given["na_values"] = tuple(text.strip() for text in given["na_values"])
+    fmt = default._replace(**given)
+    separator = {r"\t": "\t"}.get(fmt.separator or "", fmt.separator)
+    if separator is not None and len(separator) != 1 and separator != r"\s+":
+        raise InputError(
+            f"--separator={separator}: expected one character, or '\\s+' for any blanks"
+        )
+    if fmt.thousands == fmt.decimal:
+        raise InputError(f"--thousands={fmt.thousands}: is the decimal point, too")
+    return fmt._replace(separator=separator)
 
 
 def load(
@@ -96,6 +200,8 @@ def load(
     target: list[str] | None = None,
     positive: str | None = None,
     seed: int = 0,
+    fmt: Format = PLAIN,
+    selection: Selection = EVERYTHING,
 ) -> Table:
     """Loads a dataset by name, or the user's own file.
 
@@ -105,6 +211,8 @@ def load(
       target: Columns of `data` with the labels.
       positive: The value of label 1, as text.
       seed: Seed of generated data.
+      fmt: How `data` is written, if it is a text file.
+      selection: Which of its columns are features.
 
     Raises:
       InputError: If the file cannot be read or cannot be learned from.
@@ -118,24 +226,9 @@ def load(
         raise InputError("expected --data or --dataset, got both")
     if not target:
         raise InputError("--data needs --target, the column with the labels")
-    table = table_io.read(Path(data))
-    table_io.need_columns(data, table, target)
     if len(set(target)) < len(target):
         raise InputError(f"--target={','.join(target)}: names a column twice")
-    rest = table.drop(columns=target)
-    if rest.shape[1] == 0:
-        raise InputError(
-            f"{data}: has no column besides {', '.join(map(repr, target))}"
-        )
-    found = {
-        name: table_io.labels(data, pd.Series(table[name]), positive) for name in target
-    }
-    return Table(
-        data,
-        table_io.features(data, rest),
-        np.stack([y for y, _ in found.values()], axis=1),
-        {name: classes for name, (_, classes) in found.items()},
-    )
+    return Table(data, *user_files.load(data, target, positive, fmt, selection))
 
 
 def _named(name: str, seed: int) -> Table:
@@ -154,74 +247,29 @@ def _named(name: str, seed: int) -> Table:
             "breast_cancer": sklearn_datasets.load_breast_cancer,
         }
         bunch = loaders[name]()
-        x, y, columns = bunch.data, bunch.target % 2, list(bunch.feature_names)
+        x, y = bunch.data, bunch.target % 2
+        columns = list(map(str, bunch.feature_names))
         classes = {
             "digits": {"digit": ("even", "odd")},
             "breast_cancer": {"diagnosis": ("malignant", "benign")},
         }[name]
     features = pd.DataFrame(np.asarray(x, np.float64), columns=columns)
-    return Table(name, features, np.asarray(y, np.float64)[:, None], classes)
+    described = Schema(tuple(Column(column, "number") for column in columns))
+    return Table(name, features, np.asarray(y, np.float64)[:, None], classes, described)
 
 
 def digest(table: Table) -> str:
-    """A hash of the table's content, as 16 hexadecimal digits."""
-    content = table.features.to_csv(index=False).encode() + table.y.tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def fit_preprocessor(name: str, features: pd.DataFrame) -> ColumnTransformer:
-    """Fits a preprocessor that standardizes numbers and one-hot encodes categories.
-
-    Categories that do not occur in these rows become all zeros, and constant columns
-    become zero.
-
-    Raises:
-      InputError: If numbers are too large to standardize.
-    """
-    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-    transformer = ColumnTransformer(
-        [
-            ("numbers", StandardScaler(), make_column_selector(dtype_include=float)),
-            ("categories", encoder, make_column_selector(dtype_exclude=float)),
-        ],
-        verbose_feature_names_out=False,
-    )
-    with np.errstate(all="ignore"):
-        x = transformer.fit_transform(features)
-    _check_size(name, transformer, x)
-    scaler = transformer.named_transformers_["numbers"]
-    variances = getattr(scaler, "var_", np.zeros(0))
-    if not np.isfinite(variances).all():
-        column = scaler.feature_names_in_[np.argmin(np.isfinite(variances))]
-        raise InputError(f"{name}: column {column!r} is too large to standardize")
-    return transformer
-
-
-def preprocess(
-    name: str, transformer: ColumnTransformer, features: pd.DataFrame
-) -> np.ndarray:
-    """Preprocessed features `[N, n_0]`, float64.
-
-    Raises:
-      InputError: If numbers are too large to standardize.
-    """
-    with np.errstate(all="ignore"):
-        x = np.asarray(transformer.transform(features), np.float64)
-    _check_size(name, transformer, x)
-    return x
-
-
-def _check_size(name: str, transformer: ColumnTransformer, x: Any) -> None:
-    usable = (np.abs(x) < MAX_STANDARDIZED).all(axis=0)  # and not NaN
-    if not usable.all():
-        column = transformer.get_feature_names_out()[np.argmin(usable)]
-        raise InputError(f"{name}: column {column!r} is too large to standardize")
+    """A hash of the content and the kinds of columns, as 16 hexadecimal digits."""
+    kinds = repr((table.schema.columns, table.schema.missing))
+    content = table.features.to_csv(index=False) + kinds
+    return hashlib.sha256(content.encode() + table.y.tobytes()).hexdigest()[:16]
 
 
 def preprocess_all(table: Table) -> tuple[np.ndarray, np.ndarray]:
     """Preprocesses all rows together; returns `x [N, n_0]` and `y [N, n_L]`."""
-    transformer = fit_preprocessor(table.name, table.features)
-    return preprocess(table.name, transformer, table.features), table.y
+    transformer = preprocessing.fit(table.name, table.features, table.schema.missing)
+    x = preprocessing.transform(table.name, transformer, table.features)
+    return x, table.y
 
 
 def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]:
@@ -238,7 +286,7 @@ def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]
         if min(counts) < MIN_ROWS_PER_LABEL:
             rare = classes[int(np.argmin(counts))]
             raise InputError(
-                f"{table.name}: target {name!r} has {min(counts)} rows of {rare}; at "
+                f"{table.name}: target {name!r} has {min(counts)} rows of {rare!r}; at "
                 f"least {MIN_ROWS_PER_LABEL} are needed for three splits"
             )
     _, group, counts = np.unique(
@@ -255,12 +303,16 @@ def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]
     train, validation = train_test_split(
         rest, test_size=0.25, stratify=group[rest], random_state=seed
     )
-    transformer = fit_preprocessor(table.name, table.features.iloc[train])
+    transformer = preprocessing.fit(
+        table.name, table.features.iloc[train], table.schema.missing
+    )
     chosen_rows = {"train": train, "validation": validation, "test": test}
     return {
         name: Split(
             np.asarray(chosen),
-            preprocess(table.name, transformer, table.features.iloc[chosen]),
+            preprocessing.transform(
+                table.name, transformer, table.features.iloc[chosen]
+            ),
             table.y[chosen],
         )
         for name, chosen in chosen_rows.items()

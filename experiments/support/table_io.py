@@ -1,176 +1,195 @@
-"""Reading and checking tables from the user's files."""
+"""Reading tables from the user's files, and what is said about their rows."""
 
-import functools
-import warnings
-from collections.abc import Hashable
+import csv
+import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from experiments.support.cli import InputError
 
-MAX_CATEGORIES = 100  # per text column; with more it is free text
+TEXT = (".csv", ".tsv", ".txt")
+PARQUET = (".parquet", ".pq")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+SEPARATORS = (",", ";", "\t", "|")
+FIRST_LINES = 100  # in which the file must begin
 
 
-def read(path: Path) -> pd.DataFrame:
-    """Reads a table with at least one row from a .csv or .parquet file.
+class Format(NamedTuple):
+    r"""How a text file is written.
+
+    Attributes:
+      separator: What separates cells, or `\s+` for any blanks; None is what separates
+        those of the first line, or else a comma.
+      encoding: Name of the encoding.
+      header: Whether the first line names the columns.
+      decimal: The decimal point.
+      thousands: What separates groups of three digits; None is nothing.
+      na_values: Cells that mean a missing value, besides blank ones; None is pandas's
+        list.
+    """
+
+    separator: str | None = None
+    encoding: str = "utf-8"
+    header: bool = True
+    decimal: str = "."
+    thousands: str | None = None
+    na_values: tuple[str, ...] | None = None
+
+
+PLAIN = Format()
+
+
+def read(path: Path, fmt: Format = PLAIN) -> pd.DataFrame:
+    """Reads a table with at least one row.
+
+    A cell of a text file is text without surrounding blanks, whatever else is in the
+    file. A column of a Parquet file keeps its type, as an Arrow array.
+
+    Returns:
+      The table, without blank rows. Its index numbers the rows of the file, from 1,
+      which is the first row below the header.
 
     Raises:
       InputError: If the file cannot be read or is empty, or two columns share a name.
     """
-    readers = {
-        ".csv": functools.partial(pd.read_csv, index_col=False),
-        ".parquet": pd.read_parquet,
-    }
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: expected a .csv or .parquet file")
+    kind = _without_compression(path).suffix.lower()
+    if kind not in TEXT + PARQUET:
+        raise InputError(
+            f"{path}: expected a file {', '.join(TEXT)} (or one of these with "
+            f"{', '.join(COMPRESSED)}), .parquet or .pq"
+        )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = readers[path.suffix.lower()](path)
-        header = [str(name) for name in table.columns]
-        if path.suffix.lower() == ".csv":  # pandas renames a second "a" to "a.1"
-            header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].tolist()
-    except pd.errors.ParserWarning:
-        raise InputError(f"{path}: has rows with more fields than its header") from None
-    except (OSError, ValueError) as error:  # pandas and pyarrow raise either
+        table = _read_parquet(path) if kind in PARQUET else _read_text(path, kind, fmt)
+    except UnicodeError:
+        raise InputError(
+            f"{path}: is not {fmt.encoding} text; give its --encoding, such as cp1252 "
+            "(Western Windows), latin-1 or utf-16"
+        ) from None
+    except LookupError:
+        raise InputError(f"--encoding={fmt.encoding}: is not known") from None
+    except ImportError as error:  # of zstandard
+        raise InputError(f"{path}: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # each kind of damaged file raises its own
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: {reason}") from None
-    repeated = [name for i, name in enumerate(header) if name in header[:i]]
+    names = list(table.columns)
+    repeated = [name for i, name in enumerate(names) if name in names[:i]]
     if repeated:
         raise InputError(f"{path}: two columns are named {repeated[0]!r}")
     if table.empty:
         raise InputError(f"{path}: has no rows")
-    return table.set_axis([str(name) for name in table.columns], axis=1)
+    return table
 
 
-def need_columns(source: str, table: pd.DataFrame, names: Any) -> None:
+def stem(path: str) -> str:
+    """The name of a file without its endings."""
+    return _without_compression(Path(path)).stem
+
+
+def _without_compression(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path, dtype_backend="pyarrow")
+    table.columns = [str(name).strip() for name in table.columns]
+    return table.set_axis(range(1, len(table) + 1))
+
+
+def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
+    blank, line = _first_line(path, fmt)
+    separator = fmt.separator or ("\t" if kind == ".tsv" else _separator(line))
+    try:
+        cells = pd.read_csv(
+            path,
+            sep=separator,
+            encoding=fmt.encoding,
+            header=None,  # so that the names are text as they stand there
+            dtype=str,
+            na_filter=False,
+            low_memory=False,
+            skipinitialspace=True,
+            skiprows=blank,
+            skip_blank_lines=False,  # later ones count as rows
+        )
+    except pd.errors.ParserError as error:
+        longer = re.search(
+            r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)
+        )
+        if longer is None:
+            raise ValueError(str(error).rpartition("C error: ")[2]) from None
+        expected, number, found = map(int, longer.groups())
+        first = "the header" if fmt.header else "the first row"
+        raise ValueError(
+            f"row {number - fmt.header - blank} has {found} cells, more than {first}, "
+            f"which has {expected}; is --separator right?"
+        ) from None
+    cells = cells.apply(lambda column: column.str.strip())
+    if fmt.header:
+        names = [
+            name or f"Unnamed: {i}"  # pandas's name for it
+            for i, name in enumerate(cells.iloc[0])
+        ]
+        cells = cells.iloc[1:]
+    else:
+        names = [f"column_{i + 1}" for i in range(cells.shape[1])]
+        cells = cells.set_axis(range(1, len(cells) + 1))
+    cells.columns = names
+    return cells.loc[(cells != "").any(axis=1)]
+
+
+def _first_line(path: Path, fmt: Format) -> tuple[int, str]:
+    """The number of blank lines at the beginning, and the line after them."""
+    lines = pd.read_csv(
+        path,
+        sep="\x1f",  # which occurs nowhere
+        encoding=fmt.encoding,
+        names=["line"],
+        nrows=FIRST_LINES,
+        dtype=str,
+        na_filter=False,
+        quoting=csv.QUOTE_NONE,
+        skip_blank_lines=False,
+    )["line"].str.strip()
+    blank = int((lines != "").argmax()) if len(lines) else 0
+    return blank, lines.iloc[blank] if len(lines) else ""
+
+
+def _separator(line: str) -> str:
+    """The separator that the first line has, if it has only one, else a comma."""
+    unquoted = re.sub(r'"[^"]*"', "", line)
+    found = [separator for separator in SEPARATORS if separator in unquoted]
+    return found[0] if len(found) == 1 else ","
+
+
+def need_columns(source: str, table: pd.DataFrame, names: Iterable[str]) -> None:
     """Checks that a table has these columns.
 
     Raises:
-      InputError: If one is missing.
+      InputError: If some are missing.
     """
-    for name in names:
-        if name not in table.columns:
-            known = ", ".join(table.columns[:20]) + (", ..." * (table.shape[1] > 20))
-            raise InputError(f"{source}: no column {name!r}; its columns are {known}")
-
-
-def features(
-    source: str, table: pd.DataFrame, categories: list[str] | None = None
-) -> pd.DataFrame:
-    """Converts columns to float64 numbers, or to text if they hold categories.
-
-    Args:
-      source: Name of the table in messages.
-      table: The columns.
-      categories: Names of the columns that hold categories; None infers them.
-
-    Raises:
-      InputError: If a value is missing or not finite, or a column holds neither numbers
-        nor categories.
-    """
-    found = {}
-    for name in table.columns:
-        column = pd.Series(table[name])
-        if categories is None:
-            looks_numeric = pd.api.types.is_numeric_dtype(column)
-            convert = _numbers if looks_numeric else _new_categories
-        else:
-            convert = _categories if name in categories else _numbers
-        found[name] = convert(f"{source}: column {name!r}", column)
-    return pd.DataFrame(found)
-
-
-def _numbers(where: str, column: pd.Series) -> pd.Series:
-    try:
-        values = column.to_numpy(np.float64, na_value=np.nan)
-    except (ValueError, TypeError):
-        raise InputError(f"{where} is {column.dtype}, expected numbers") from None
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values)))
-        raise InputError(f"{where} has {values[row]} in {_row(row)}")
-    return pd.Series(values, column.index)
-
-
-def _categories(where: str, column: pd.Series) -> pd.Series:
-    if column.isna().any():
-        row = int(column.isna().to_numpy().argmax())
-        raise InputError(f"{where} is missing in {_row(row)}")
-    return pd.Series([str(value) for value in column], column.index, dtype=object)
-
-
-def _new_categories(where: str, column: pd.Series) -> pd.Series:
-    """The categories of a column; rejects mistyped numbers and free text."""
-    categorical = isinstance(column.dtype, pd.CategoricalDtype)
-    if not categorical and not all(isinstance(v, str) for v in column.dropna()):
-        raise InputError(f"{where} is {column.dtype}, expected numbers or text")
-    values = _categories(where, column)
-    numbers = np.isfinite(np.asarray(pd.to_numeric(values, errors="coerce"), float))
-    if numbers.mean() > 0.5 and not numbers.all():
-        row = int(numbers.argmin())
-        raise InputError(f"{where} is not numeric in {_row(row)}: {values.iloc[row]!r}")
-    if values.nunique() > MAX_CATEGORIES:
+    missing = [repr(name) for name in names if name not in table.columns]
+    if missing:
+        known = ", ".join(map(repr, table.columns[:20]))
+        known += ", ..." * (table.shape[1] > 20)
         raise InputError(
-            f"{where} is text of {values.nunique()} different values, such as "
-            f"{values.iloc[0]!r}; expected at most {MAX_CATEGORIES} categories; "
-            "drop or encode the column"
+            f"{source}: no column{'s' * (len(missing) > 1)} {', '.join(missing)}; its "
+            f"columns are {known}"
         )
-    return values
 
 
-def _row(index: int) -> str:
-    return f"row {index + 1} below the header"
+def listed(values: Iterable[Any], most: int = 5) -> str:
+    """The first few values, by their `repr`."""
+    shown = list(map(repr, values))
+    return ", ".join(shown[:most]) + ", ..." * (len(shown) > most)
 
 
-def labels(
-    source: str, column: pd.Series, positive: str | None = None
-) -> tuple[np.ndarray, tuple[Hashable, Hashable]]:
-    """Converts a column of two values to labels 0 and 1.
-
-    Args:
-      source: Name of the table in messages.
-      column: The column.
-      positive: The value that is label 1, as text; None is the larger one.
-
-    Returns:
-      Labels `[N]`, float64, and the values that labels 0 and 1 stand for.
-
-    Raises:
-      InputError: If there are not exactly two values, or `positive` is neither.
-    """
-    name = f"{source}: target {column.name!r}"
-    if column.isna().any():
-        raise InputError(
-            f"{name} is missing in {_row(int(column.isna().to_numpy().argmax()))}"
-        )
-    if not all(isinstance(v, (str, bool, int, float)) for v in column.tolist()):
-        kind = type(column.iloc[0]).__name__
-        raise InputError(f"{name} is {kind}, expected numbers, text or booleans")
-    values = column.unique().tolist()  # Python's own, not NumPy's
-    try:
-        values.sort()
-    except TypeError:
-        values.sort(key=str)
-    if len(values) != 2:
-        shown = ", ".join(map(str, values[:5])) + ", ..." * (len(values) > 5)
-        raise InputError(f"{name} has the values {shown}; expected two different ones")
-    if positive is not None:
-        matching = [value for value in values if _same(value, positive)]
-        if not matching:
-            shown = " and ".join(map(str, values))
-            raise InputError(
-                f"{name} has the values {shown}; --positive={positive} is neither"
-            )
-        values.sort(key=lambda value: value == matching[0])
-    negative, positive_value = values
-    return (column == positive_value).to_numpy(np.float64), (negative, positive_value)
-
-
-def _same(value: Any, text: str) -> bool:
-    try:
-        return str(value) == text or float(value) == float(text)
-    except ValueError:
-        return False
+def warn(source: str, text: str) -> None:
+    """Prints one line about a file to stderr."""
+    print(f"{Path(source).name}: {text}", file=sys.stderr)

@@ -132,6 +132,18 @@ def test_durations_become_steps(options, steps, every):
     assert training == TrainingConfig(**options)  # which is left as it is
 
 
+def test_a_batch_size_that_nobody_asked_for_is_at_most_all_examples():
+    with given():
+        default = TrainingConfig.from_flags(batch_size=32)
+    assert default.check(20).batch_size == 20
+    assert default.check(20).num_steps == 60  # of one step per epoch
+    assert default.check(33).batch_size == 32
+    with given("--batch_size=32"):
+        asked_for = TrainingConfig.from_flags(batch_size=32)
+    with pytest.raises(InputError, match="--batch_size=32: moons has 20 rows to train"):
+        asked_for.check(20, "moons")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

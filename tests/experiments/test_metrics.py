@@ -171,7 +171,7 @@ def test_importances_are_those_of_the_columns_that_matter():
     )
     features["color"] = np.where(rng.random(300) < 0.5, "red", "blue")
     y = (features["color"] == "red").to_numpy(float)[:, None]
-    preprocessor = datasets.fit_preprocessor("toy", features)
+    preprocessor = preprocessing.fit("toy", features, "impute")
     weights = np.array([[0.5], [0.0], [0.0], [4.0]])  # blue, red are the last
     found = metrics.permutation_importances(
         preprocessor, lambda x: x @ weights - 2, features, y, seed=0

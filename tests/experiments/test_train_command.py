@@ -223,7 +223,11 @@ def trained(iris, tmp_path_factory):
 
 def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     folder, (status, out, err) = trained
-    assert (status, err) == (0, "")
+    assert (status, err) == (
+        0,
+        "iris.csv: 'sepal length (cm)': enough alone to tell the label 'big'; --drop "
+        "leaves it out\n",
+    )
     assert "iris.csv: 150 rows, 4 numeric columns, 1 categorical" in out
     assert "label 1: virginica=1, big=yes" in out
     assert "all 200 steps taken." in out
@@ -266,7 +270,7 @@ def test_keys_of_results_are_snake_case(trained):
     targets = r"((logit|probability) of )?(virginica=1|big=yes)"
     assert odd_keys(trained[0], ignored=targets) == {}
     model = joblib.load(trained[0] / "model.joblib")
-    keys = {"preprocessor", "params", "classes", "pos_weight", "thresholds"}
+    keys = {"schema", "preprocessor", "params", "classes", "pos_weight", "thresholds"}
     assert set(model) == keys
 
 
@@ -281,10 +285,10 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     )
     assert status == 0
     assert out == f"150 rows scored: {folder / 'new.scored.csv'}\n"
-    assert err == "new.parquet: color is green in 1 rows, not seen in training\n"
+    assert err == "new.parquet: 'color' is 'green' in 1 rows, not seen in training\n"
     scored: Any = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
-    assert kept["row"].tolist() == list(range(150))
+    assert kept["row"].tolist() == list(range(1, 151))
     pd.testing.assert_frame_equal(scored[new.columns], new, check_dtype=False)
     names = [f"{s} of {t}" for s in SCORES for t in ("virginica=1", "big=yes")]
     names += ["predicted virginica", "predicted big"]

@@ -1,0 +1,104 @@
+"""Preprocessing: missing values are imputed, numbers standardized, text one-hot."""
+
+import numpy as np
+import pandas as pd
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import MissingIndicator, SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from experiments.support.cli import InputError
+from experiments.support.table_io import warn
+
+MAX_STANDARDIZED = 1e15  # larger values could overflow
+MAX_WITHOUT_INDICATOR = 0.01  # of the training rows may lack a value
+
+
+def fit(name: str, features: pd.DataFrame, missing: str) -> ColumnTransformer:
+    """Fits a preprocessor that standardizes numbers and one-hot encodes categories.
+
+    Missing values are imputed. Categories that do not occur in these rows become all
+    zeros. Constant numbers become zero in all rows, and constant categories are left
+    out, because nothing can be learned about other values.
+
+    Args:
+      name: Name of the data in messages.
+      features: Columns of float64 numbers, or of text if they hold categories.
+      missing: A value of --missing.
+
+    Raises:
+      InputError: If numbers are too large to standardize.
+    """
+    numbers = list(features.select_dtypes(float))
+    different = features.nunique().to_dict()
+    share_missing = features.isna().mean()
+    tolerated = MAX_WITHOUT_INDICATOR if missing == "impute" else 0
+    transformer = ColumnTransformer(
+        [
+            (
+                "numbers",
+                make_pipeline(
+                    StandardScaler(),
+                    SimpleImputer(strategy="median", keep_empty_features=True),
+                ),
+                numbers,
+            ),
+            (
+                "categories",
+                make_pipeline(
+                    SimpleImputer(strategy="most_frequent"),
+                    OneHotEncoder(handle_unknown="ignore", sparse_output=False),
+                ),
+                [c for c in features if c not in numbers and different[c] > 1],
+            ),
+            (
+                "missing",
+                MissingIndicator(features="all"),
+                list(features.columns[share_missing > tolerated]),
+            ),
+        ],
+        verbose_feature_names_out=False,
+    )
+    with np.errstate(all="ignore"):
+        x = np.asarray(transformer.fit_transform(features))
+    if not (x != x[:1]).any():
+        raise InputError(f"{name}: has no column that varies")
+    if numbers:
+        _, (scaler, _), _ = transformer.transformers_[0]
+        is_varied = np.array([different[c] > 1 for c in numbers])
+        too_large = is_varied & ~np.isfinite(scaler.var_)
+        if too_large.any():
+            column = numbers[int(np.argmax(too_large))]
+            raise InputError(f"{name}: column {column!r} is too large to standardize")
+        scaler.scale_ = np.where(is_varied, scaler.scale_, np.inf)
+    return transformer
+
+
+def transform(
+    name: str, transformer: ColumnTransformer, features: pd.DataFrame
+) -> np.ndarray:
+    """Preprocessed features `[N, n_0]`, float64.
+
+    Numbers that are too large to standardize are imputed, and counted on stderr.
+    """
+    _, (scaler, *_), numbers = transformer.transformers_[0]
+    with np.errstate(all="ignore"):
+        if numbers:
+            standardized = scaler.transform(features[numbers])
+            too_large = np.abs(standardized) >= MAX_STANDARDIZED
+            for column in np.flatnonzero(too_large.any(axis=0)):
+                warn(
+                    name,
+                    f"{numbers[column]!r} is too large in "
+                    f"{too_large[:, column].sum()} rows; read as missing",
+                )
+            if too_large.any():
+                kept = features[numbers].mask(too_large)
+                features = features.assign(**kept)
+        return np.asarray(transformer.transform(features), np.float64)
+
+
+def categories(transformer: ColumnTransformer) -> dict[str, np.ndarray]:
+    """The categories that occurred in training, by column."""
+    _, fitted, names = transformer.transformers_[1]
+    return dict(zip(names, fitted[-1].categories_, strict=True)) if names else {}

@@ -1,0 +1,335 @@
+"""What the columns of a file hold, which is decided once, by the file to train on."""
+
+import shlex
+from collections.abc import Collection, Hashable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from experiments.support import parsing
+from experiments.support.cli import InputError
+from experiments.support.table_io import PLAIN, Format, listed, warn
+
+MAX_CATEGORIES = 100  # per text column; with more it is free text
+EPOCH = pd.Timestamp("1970-01-01", tz="UTC")
+DATE_FORMATS = ("ISO8601", "%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
+HINTS = (  # numbers as people write them: pattern, how, remedy
+    (r"^[+-]?[\d.,]+\s*%$", "with a percent sign", "remove the signs"),
+    (
+        r"^[+-]?\s*([$€£¥]\s*[\d.,]+|[\d.,]+\s*[$€£¥])$",
+        "with a currency sign",
+        "remove the signs",
+    ),
+    (r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$", "with thousands separators", "--thousands=,"),
+    (r"^[+-]?\d+,\d+$", "with a decimal comma", "--decimal=,"),
+)
+
+
+class Column(NamedTuple):
+    """What a column of features holds.
+
+    Attributes:
+      name: Its name.
+      kind: "number", "boolean", "date" or "category".
+      form: For dates, their format; for categories, how they are compared.
+    """
+
+    name: str
+    kind: str
+    form: str = ""
+
+
+class Schema(NamedTuple):
+    """What it takes to read features from another file.
+
+    Attributes:
+      columns: The columns of features.
+      format: How text files are written.
+      missing: A value of --missing.
+    """
+
+    columns: tuple[Column, ...]
+    format: Format = PLAIN
+    missing: str = "impute"
+
+
+class Problem(NamedTuple):
+    """Why a column cannot be used.
+
+    Attributes:
+      column: Its name.
+      problem: What is wrong.
+      rows: In how many rows.
+      first_row: The first of them.
+      remedy: What to do about it.
+    """
+
+    column: str
+    problem: str
+    rows: int
+    first_row: int
+    remedy: str
+
+
+def infer(
+    table: pd.DataFrame,
+    fmt: Format,
+    *,
+    categorical: Collection[str] = (),
+    numeric: Collection[str] = (),
+) -> tuple[tuple[Column, ...], list[Problem]]:
+    """Decides what each column holds.
+
+    Args:
+      table: The columns of features, as `table_io.read` returns them.
+      fmt: How the file is written.
+      categorical: Columns that hold categories, whatever they look like.
+      numeric: Columns that hold numbers, whatever they look like.
+
+    Returns:
+      The columns that can be used, and why the others cannot.
+    """
+    columns, problems = [], []
+    for name in table.columns:
+        cells = parsing.cells(pd.Series(table[name]))
+        if name in categorical and not pa.types.is_nested(cells.type):
+            present = ~parsing.missing(cells, parsing.na_values("category", fmt))
+            form = parsing.category_form(cells.filter(present), fmt)
+            found = Column(name, "category", form)
+        elif name in numeric and (parsing.is_text(cells) or parsing.is_number(cells)):
+            found = Column(name, "number")
+        else:
+            found = _typed(name, cells, table.index)
+            if found is None:
+                from_parquet = isinstance(table[name].dtype, pd.ArrowDtype)
+                found = _text(name, cells, table.index, fmt, from_parquet)
+        (columns if isinstance(found, Column) else problems).append(found)
+    return tuple(columns), problems
+
+
+def _problem(
+    name: str, what: str, wrong: np.ndarray, rows: pd.Index, *remedies: str
+) -> Problem:
+    first = int(rows[int(wrong.argmax())])
+    remedy = " or ".join(remedies).replace("NAME", shlex.quote(name))
+    return Problem(name, what, int(wrong.sum()), first, remedy)
+
+
+def _typed(name: str, cells: pa.Array, rows: pd.Index) -> Column | Problem | None:
+    """What a column of a Parquet file holds by its type; None if it is text."""
+    if parsing.is_text(cells):
+        return None
+    if parsing.is_boolean(cells):
+        return Column(name, "boolean")
+    if parsing.is_date(cells):
+        return Column(name, "date", DATE_FORMATS[0])
+    if not parsing.is_number(cells):
+        what = f"of type {cells.type}; expected numbers, text or dates"
+        return _problem(name, what, np.ones(len(cells), bool), rows, "--drop=NAME")
+    infinite = np.isnan(parsing.numbers(cells, PLAIN)) & ~parsing.missing(cells, ())
+    if infinite.any():
+        remedies = ("--numeric=NAME (read as missing)", "--drop=NAME")
+        return _problem(name, "infinite", infinite, rows, *remedies)
+    return Column(name, "number")
+
+
+def _text(
+    name: str, cells: pa.Array, rows: pd.Index, fmt: Format, from_parquet: bool
+) -> Column | Problem:
+    """What a column of text holds, which in a Parquet file are no numbers."""
+    missing = parsing.missing(cells, parsing.na_values("number", fmt))
+    numbers = np.isfinite(parsing.numbers(cells, fmt))
+    codes = parsing.matches(cells, parsing.LEADING_ZERO).any()
+    mostly_numbers = numbers.sum() > 0.5 * (~missing).sum() and not codes
+    odd = ~missing & ~numbers
+    drop, category = "--drop=NAME", "--categorical=NAME"
+
+    # Numbers, booleans and dates, if all cells are.
+    if missing.all():
+        return Column(name, "number")
+    if not from_parquet:
+        if not odd.any():
+            return Column(name, "number")
+        if (np.isfinite(parsing.booleans(cells, fmt)) | missing).all():
+            return Column(name, "boolean")
+    dates = [form for form in DATE_FORMATS if _are_dates(cells.filter(~missing), form)]
+    if len(dates) == 1:
+        return Column(name, "date", dates[0])
+    if dates:
+        what = f"dates of unknown order, such as {_first(cells, ~missing)}"
+        return _problem(name, what, ~missing, rows, drop, category)
+
+    # What was probably meant as numbers.
+    if not from_parquet:
+        for pattern, how, remedy in HINTS:
+            if (parsing.matches(cells, pattern) | ~odd).all():
+                what = f"numbers {how}, such as {_first(cells, odd)}"
+                return _problem(name, what, odd, rows, remedy, category)
+        if mostly_numbers:
+            values = list(dict.fromkeys(cells.filter(pa.array(odd)).to_pylist()))
+            texts = shlex.quote(",".join(values)) if len(values) <= 5 else "TEXT,..."
+            what = f"not a number: {listed(values)}"
+            remedies = (f"--na_values={texts}", category, drop)
+            return _problem(name, what, odd, rows, *remedies)
+
+    # Categories, unless there are too many.
+    present = ~parsing.missing(cells, parsing.na_values("category", fmt))
+    chosen = cells.filter(pa.array(present))
+    form = parsing.category_form(chosen, fmt)
+    keys = parsing.keys(chosen, form, fmt)
+    count = len(set(keys))
+    if count > MAX_CATEGORIES:
+        what = f"text of {count} different values, such as {keys[0]!r}"
+        remedies = (drop, category, *["--numeric=NAME"] * bool(mostly_numbers))
+        return _problem(name, what, present, rows, *remedies)
+    return Column(name, "category", form)
+
+
+def _first(cells: pa.Array, chosen: np.ndarray) -> str:
+    return repr(cells[int(chosen.argmax())].as_py())
+
+
+def _are_dates(cells: pa.Array, form: str) -> bool:
+    if not len(cells) or not parsing.matches(cells, parsing.LOOKS_LIKE_A_DATE).all():
+        return False
+    return bool(parsing.dates(cells, form).notna().all())
+
+
+def missing_values(
+    table: pd.DataFrame, columns: Iterable[Column], fmt: Format
+) -> list[Problem]:
+    """The columns with missing values, for --missing=error."""
+    problems = []
+    for column in columns:
+        cells = parsing.cells(pd.Series(table[column.name]))
+        missing = parsing.missing(cells, parsing.na_values(column.kind, fmt))
+        if missing.any():
+            remedies = ("another --missing", "--drop=NAME")
+            problems.append(
+                _problem(column.name, "missing", missing, table.index, *remedies)
+            )
+    return problems
+
+
+def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
+    """Converts columns to float64 numbers, or to text if they hold categories.
+
+    A date becomes its year, month, weekday (Monday is 0) and the days since 1970.
+    Missing values are NaN. So is what cannot be converted, which is counted on stderr.
+
+    Args:
+      source: Name of the table in messages.
+      table: A table with the columns of the schema, and maybe others.
+      schema: What the columns hold.
+    """
+    found = {}
+    read_as_missing: dict[str, list[str]] = {}
+    for column in schema.columns:
+        cells = parsing.cells(pd.Series(table[column.name]))
+        na_values = parsing.na_values(column.kind, schema.format)
+        missing = parsing.missing(cells, na_values)
+        if parsing.is_text(cells):
+            for text in cells.filter(pa.array(missing)).unique().to_pylist():
+                if text:
+                    read_as_missing.setdefault(text, []).append(column.name)
+        converted = {
+            name: pd.Series(values, table.index, values.dtype).mask(missing)
+            for name, values in _convert(cells, column, schema.format).items()
+        }
+        wrong = next(iter(converted.values())).isna().to_numpy() & ~missing
+        if wrong.any():
+            warn(
+                source,
+                f"{column.name!r} is no {column.kind} in {wrong.sum()} rows, such as "
+                f"{_first(parsing.text(cells), wrong)} in row "
+                f"{table.index[wrong.argmax()]}; read as missing",
+            )
+        found |= converted
+    if read_as_missing:
+        names = dict.fromkeys(n for names in read_as_missing.values() for n in names)
+        warn(
+            source,
+            f"{listed(read_as_missing)} read as missing in {listed(names)}; "
+            "--na_values says what is",
+        )
+    return pd.DataFrame(found, table.index)
+
+
+def _convert(cells: pa.Array, column: Column, fmt: Format) -> dict[str, np.ndarray]:
+    """The features that a column becomes; what cannot be converted is NaN."""
+    name = column.name
+    if column.kind == "number":
+        return {name: parsing.numbers(cells, fmt)}
+    if column.kind == "boolean":
+        return {name: parsing.booleans(cells, fmt)}
+    if column.kind == "category":
+        return {name: parsing.keys(cells, column.form, fmt)}
+    times = parsing.dates(cells, column.form)
+    parts = {
+        "year": times.dt.year,
+        "month": times.dt.month,
+        "weekday": times.dt.day_of_week,
+        "days": (times - EPOCH) / pd.Timedelta(days=1),
+    }
+    return {
+        f"{name} {part}": np.asarray(values, np.float64)
+        for part, values in parts.items()
+    }
+
+
+def labels(
+    source: str, column: pd.Series, fmt: Format, positive: str | None = None
+) -> tuple[np.ndarray, tuple[Hashable, Hashable]] | Problem:
+    """Converts a column of two values to labels 0 and 1.
+
+    Args:
+      source: Name of the table in messages.
+      column: The column, as `table_io.read` returns it.
+      fmt: How the file is written.
+      positive: The value that is label 1, as text; None is the larger one.
+
+    Returns:
+      Labels `[N]`, float64, NaN where they are missing, and the values that labels 0
+      and 1 stand for; or why the column cannot be used.
+
+    Raises:
+      InputError: If `positive` is neither value.
+    """
+    name, cells = str(column.name), parsing.cells(column)
+    known = parsing.is_text, parsing.is_number, parsing.is_boolean
+    if not any(is_kind(cells) for is_kind in known):
+        what = f"of type {cells.type}; expected labels of text, numbers or booleans"
+        everything = np.ones(len(cells), bool)
+        return _problem(name, what, everything, column.index, "another --target")
+    missing = parsing.missing(cells, parsing.na_values("category", fmt))
+    present = cells.filter(pa.array(~missing))
+    form = parsing.category_form(present, fmt)
+    keys = parsing.keys(cells, form, fmt)
+    found = {key: _value(key, form) for key in dict.fromkeys(keys[~missing])}
+    ordered = sorted(found, key=lambda key: found[key])
+    if len(ordered) != 2:
+        values = listed(found[key] for key in ordered)
+        what = f"labels of {len(ordered)} values: {values}; expected two"
+        return _problem(name, what, ~missing, column.index, "another --target")
+    if positive is not None:
+        (key,) = parsing.keys(pa.array([positive.strip()]), form, fmt)
+        if key not in found:
+            values = " and ".join(repr(found[key]) for key in ordered)
+            raise InputError(
+                f"{source}: target {name!r} has the values {values}; "
+                f"--positive={positive} is neither"
+            )
+        ordered.sort(key=lambda other: other == key)
+    y = np.where(missing, np.nan, (keys == ordered[1]).astype(np.float64))
+    return y, (found[ordered[0]], found[ordered[1]])
+
+
+def _value(key: str, form: str) -> bool | int | float | str:
+    """The value that a key of `parsing.keys` stands for."""
+    if form == "boolean":
+        return key == "True"
+    if form == "number":
+        return int(float(key)) if float(key).is_integer() else float(key)
+    return key

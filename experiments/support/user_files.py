@@ -1,0 +1,191 @@
+"""The user's own files: which columns are features, what is refused, what is odd."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from experiments.support import cli, output, schema, table_io
+from experiments.support.cli import InputError
+from experiments.support.schema import Column, Problem, Schema
+from experiments.support.table_io import Format
+
+GIVES_AWAY = 0.999  # ROC AUC of one column alone
+FEW = 5  # rows of a label, which a column may separate by chance
+SAMPLE = 10_000  # rows
+ID = re.compile(r"Unnamed: \d+|index|row ?(names?|id|num(ber)?)|(.*[^a-z])?id", re.I)
+
+
+class Selection(NamedTuple):
+    """Which columns of a file are features, and what they hold.
+
+    Attributes:
+      columns: Names of the features; None is all columns.
+      drop: Columns to leave out.
+      categorical: Columns that hold categories.
+      numeric: Columns that hold numbers.
+      missing: A value of --missing.
+    """
+
+    columns: Sequence[str] | None = None
+    drop: Sequence[str] = ()
+    categorical: Sequence[str] = ()
+    numeric: Sequence[str] = ()
+    missing: str = "impute"
+
+
+EVERYTHING = Selection()
+
+
+def load(
+    data: str,
+    target: list[str],
+    positive: str | None,
+    fmt: Format,
+    selection: Selection,
+) -> tuple[pd.DataFrame, np.ndarray, dict[str, tuple[Any, Any]], Schema]:
+    """Reads features and labels from a file, and warns of what looks wrong.
+
+    Args:
+      data: Path of the file.
+      target: Columns with the labels.
+      positive: The value of label 1, as text; None is the larger one.
+      fmt: How the file is written, if it is a text file.
+      selection: Which columns are features.
+
+    Returns:
+      All fields of a `datasets.Table` but for its name.
+
+    Raises:
+      InputError: If the file cannot be read or cannot be learned from.
+    """
+    # Read the file, and decide what its columns hold.
+    raw = table_io.read(Path(data), fmt)
+    table_io.need_columns(data, raw, target)
+    rest = _select(data, raw.drop(columns=target), selection)
+    columns, problems = schema.infer(
+        rest, fmt, categorical=selection.categorical, numeric=selection.numeric
+    )
+    if selection.missing == "error":
+        problems += schema.missing_values(rest, columns, fmt)
+    found = {}
+    for name in target:
+        labels = schema.labels(data, pd.Series(raw[name]), fmt, positive)
+        if isinstance(labels, Problem):
+            problems.append(labels)
+        else:
+            found[name] = labels
+    if problems:
+        raise _refusal(data, problems, target)
+
+    # Convert the rows that have labels.
+    y = np.stack([y for y, _ in found.values()], axis=1)
+    usable = np.asarray(np.isfinite(y).all(axis=1))
+    described = Schema(columns, fmt, selection.missing)
+    features = schema.features(data, rest.loc[usable], described)
+    _warn_of_rows(data, "label", rest.index[~usable])
+    y = y[usable]
+    if selection.missing == "drop":
+        complete = features.notna().all(axis=1).to_numpy()
+        _warn_of_rows(data, "complete features", features.index[~complete])
+        features, y = features.loc[complete], y[complete]
+    if not len(y):
+        raise InputError(f"{data}: has no rows left")
+    for text in _suspicions(features, y, list(found), columns):
+        table_io.warn(data, text)
+    classes = {name: values for name, (_, values) in found.items()}
+    return features, y, classes, described
+
+
+def _select(data: str, table: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """The columns that are features."""
+    named = (*selection.drop, *selection.categorical, *selection.numeric)
+    table_io.need_columns(data, table, (*(selection.columns or ()), *named))
+    both = set(selection.categorical) & set(selection.numeric)
+    if both:
+        raise InputError(f"--categorical and --numeric both name {min(both)!r}")
+    chosen = table.columns if selection.columns is None else selection.columns
+    table = table.loc[:, [name for name in chosen if name not in selection.drop]]
+    if table.shape[1] == 0:
+        raise InputError(f"{data}: has no features besides the target")
+    return table
+
+
+def _refusal(data: str, problems: list[Problem], target: list[str]) -> InputError:
+    """All problems of a file as a table."""
+    rows = [p._asdict() | {"column": repr(p.column)} for p in problems]
+    text = output.table(rows, headings={"first_row": "first row"})
+    features = [p.column for p in problems if p.column not in target]
+    everything = ""
+    if len(features) > 1:
+        names = shlex.quote(",".join(features))
+        everything = f"\n\nTo leave them all out: --drop={names}"
+    return cli.InputTableError(
+        f"{data}: cannot use these columns as they are (row 1 is the first below the "
+        f"header)\n\n{text}{everything}"
+    )
+
+
+def _warn_of_rows(data: str, what: str, rows: pd.Index) -> None:
+    if len(rows):
+        text = f"{len(rows)} rows without {what} are left out, such as row {rows[0]}"
+        table_io.warn(data, text)
+
+
+def _suspicions(
+    features: pd.DataFrame,
+    y: np.ndarray,
+    targets: list[str],
+    columns: tuple[Column, ...],
+) -> Iterator[str]:
+    """What should probably not be a feature, one line per reason."""
+    kinds = {column.name: column.kind for column in columns}  # without parts of dates
+    remedy = "--drop leaves it out"
+    found: dict[str, list[str]] = {}
+    for name in map(str, features):
+        values: Any = features[name].dropna()
+        different, kind = values.nunique(), kinds.get(name)
+        if different <= 1:
+            if kind is not None:
+                found.setdefault("constant, so ignored", []).append(name)
+            continue
+        if kind == "number" and different == len(values):
+            in_sequence = values.min() + len(values) - 1 == values.max()
+            if (values % 1 == 0).all() and (in_sequence or ID.fullmatch(name)):
+                reason = f"all different, like an index or an id; {remedy}"
+                found.setdefault(reason, []).append(name)
+        if kind == "category" and different > len(values) / 2:
+            reason = f"a category for nearly every row; {remedy}"
+            found.setdefault(reason, []).append(name)
+            continue
+        for target, label in zip(targets, y.T, strict=True):
+            if _gives_away(pd.Series(features[name]), label):
+                reason = f"enough alone to tell the label {target!r}; {remedy}"
+                found.setdefault(reason, []).append(name)
+    for reason, names in found.items():
+        yield f"{table_io.listed(names)}: {reason}"
+
+
+def _gives_away(values: pd.Series, label: np.ndarray) -> bool:
+    """Whether one column orders the rows by their labels."""
+    step = len(values) // SAMPLE + 1  # a sample nearly always shows that it does not
+    sampled = _auc(values.iloc[::step], label[::step])
+    return sampled >= GIVES_AWAY and _auc(values, label) >= GIVES_AWAY
+
+
+def _auc(values: pd.Series, label: np.ndarray) -> float:
+    """ROC AUC of a column, in the better order; a category counts as its mean label."""
+    known = values.notna().to_numpy()
+    values, label = values.loc[known], label[known]
+    if min(np.sum(label == 0), np.sum(label == 1)) < FEW:
+        return 0.5
+    if not pd.api.types.is_float_dtype(values):
+        by_category = pd.Series(label, values.index).groupby(values)
+        values = pd.Series(by_category.transform("mean"))
+    auc = float(roc_auc_score(label, values))
+    return max(auc, 1 - auc)
