@@ -322,8 +322,18 @@ def labels(
                 f"--positive={positive} is neither"
             )
         ordered.sort(key=lambda other: other == key)
-    y = np.where(missing, np.nan, (keys == ordered[1]).astype(np.float64))
-    return y, (found[ordered[0]], found[ordered[1]])
+    classes = found[ordered[0]], found[ordered[1]]
+    return known_labels(column, classes, fmt), classes
+
+
+def known_labels(
+    column: pd.Series, classes: tuple[Hashable, Hashable], fmt: Format
+) -> np.ndarray:
+    """Labels `[N]`, float64; NaN where a cell is neither of the two `classes`."""
+    form = {bool: "boolean", str: "text"}.get(type(classes[0]), "number")
+    keys = parsing.keys(parsing.cells(column), form, fmt)
+    names = parsing.keys(pa.array(list(map(str, classes))), form, PLAIN)
+    return np.select([keys == name for name in names], [0.0, 1.0], np.nan)
 
 
 def _value(key: str, form: str) -> bool | int | float | str:

@@ -636,6 +636,20 @@ def test_a_positive_label_of_another_spelling_is_refused(tmp_path):
         load(tmp_path / "data.csv", "a,label\n1,01\n2,02\n", positive="1")
 
 
+@pytest.mark.parametrize(
+    ("classes", "texts", "expected"),
+    [
+        ((0, 1), ["1.0", "0", "", "2", "NA", "01"], [1, 0, None, None, None, 1]),
+        ((0.5, -1), ["-1", "0.50", "x"], [1, 0, None]),
+        ((False, True), ["true", "FALSE", "0", "no"], [1, 0, 0, None]),
+        (("01", "1"), [" 1", "01 ", "1.0"], [1, 0, None]),
+    ],
+)
+def test_labels_of_another_file_are_those_of_the_first(classes, texts, expected):
+    found = schema.known_labels(pd.Series(texts), classes, Format())
+    np.testing.assert_array_equal(found, np.array(expected, float))
+
+
 def test_rows_without_labels_are_left_out_and_counted(tmp_path, capsys):
     text = "a,label,more\n1,0,x\n2,,y\n3,NA,x\n7,1,y\n9,0,\n4,1,y\n"
     table = load(tmp_path / "data.csv", text, "label,more")
