@@ -230,10 +230,9 @@ def _evaluate(
         return 0, [], []
     y = np.full(logits.shape, np.nan)
     for column, (name, classes) in enumerate(model["classes"].items()):
+        values = table[name]
         for label, value in enumerate(classes):
-            y[
-                (table[name] == value) | (table[name].astype(str) == str(value)), column
-            ] = label
+            y[(values == value) | (values.astype(str) == str(value)), column] = label
     rows = np.flatnonzero(np.isfinite(y).all(axis=1))
     if not len(rows):
         return 0, [], []

@@ -163,13 +163,13 @@ def test_patience_ends_a_run_and_the_best_parameters_are_kept():
 
 
 def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
-    options: Any = {"num_steps": 400, "evaluate_every": 10, "folder": tmp_path}
-    by_loss = moons(num_steps=400, evaluate_every=10)
-    result = moons(metric="roc_auc", **options)
+    options: Any = {"num_steps": 200, "evaluate_every": 10}
+    by_loss = moons(**options)
+    result = moons(metric="roc_auc", folder=tmp_path, **options)
     history: Any = pd.DataFrame(result["history"])
     steps = [row["step"] for row in by_loss["history"]]
     assert history["step"].tolist() == steps
-    losses = pd.DataFrame(by_loss["history"])  # the run is the same, in smaller chunks
+    losses = pd.DataFrame(by_loss["history"])  # the run is the same
     pd.testing.assert_frame_equal(history[losses.columns], losses, rtol=1e-5)
     best = history["validation_roc_auc"].idxmax()
     assert result["best_step"] == history["step"][best] != by_loss["best_step"]
@@ -177,11 +177,12 @@ def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
     np.testing.assert_allclose(
         found["roc_auc"], history["validation_roc_auc"][best], rtol=1e-7
     )
-    again = moons(metric="roc_auc", **options)  # resumed at its end
+    again = moons(metric="roc_auc", folder=tmp_path, **options)  # resumed at its end
     assert again["history"] == result["history"]
-    early = moons(metric="roc_auc", patience=50, num_steps=400, evaluate_every=10)
+    assert again["best_step"] == result["best_step"]
+    early = moons(metric="roc_auc", patience=30, **options)
     values = [row["validation_roc_auc"] for row in early["history"]]
-    assert early["steps"] == early["best_step"] + 50 < 400
+    assert early["steps"] == early["best_step"] + 30 < 200
     assert early["best_step"] == 10 * (np.argmax(values) + 1)
 
 
@@ -314,7 +315,7 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
 
 def test_metrics_of_new_rows_with_labels_are_printed(trained, iris, tmp_path):
     folder = shutil.copytree(trained[0], tmp_path / "out")
-    new = iris.astype({"big": "category", "virginica": float})  # read as 1.0
+    new = iris.astype({"big": "category", "virginica": str})
     new.loc[:9, "big"] = None
     new.to_parquet(tmp_path / "new.parquet")
     flags = (f"--predict={tmp_path / 'new.parquet'}", f"--output_dir={folder}")
