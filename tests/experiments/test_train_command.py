@@ -629,6 +629,7 @@ def test_what_cannot_be_done_is_refused(optimizer, options, message, tmp_path):
         (("--data=nowhere.csv", "--target=y", "--output_dir=PATH/new"), "No such file"),
         (("--predict=x.csv", "--output_dir=PATH"), "has no finished run to score with"),
         (("--predict=x.csv",), "--predict needs --output_dir"),
+        (("--id=x", "--output_dir=PATH/new"), "--id needs --predict"),
         (("--batch_size=-1", "--output_dir=PATH/new"), "batch_size"),
         (("--optimizer=adamm", "--output_dir=PATH/new"), "--optimizer=adamm: expected"),
         (
