@@ -117,29 +117,38 @@ def test_weights_balance_each_output():
 
 
 def test_probabilities_are_those_of_the_data_whatever_the_weights(tmp_path):
-    """A network that knows nothing of the features finds the rate of label 1."""
-    features = MOONS.features.assign(x1=0.0, x2=0.0)
-    rare = np.where((np.arange(1000) % 5 == 0)[:, None], 1.0, 0.0)
+    """A network that tells two groups apart finds the rate of label 1 in each."""
+    rows = np.arange(1000)
+    second = rows % 2 == 1
+    features = MOONS.features.assign(x1=1.0 * second, x2=1.0 * second)
+    y = np.where(second, rows % 5 == 0, rows % 3 == 0)[:, None]
     result = moons(
-        table=MOONS._replace(features=features, y=rare),
-        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=2.0),
+        table=MOONS._replace(features=features, y=y.astype(float)),
+        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=0.5, weight_decay=0.0),
         folder=tmp_path,
+        num_steps=400,
+        evaluate_every=400,
         hidden=(),
-        pos_weight="balanced",
+        pos_weight=4.0,
         dtype="float64",
     )
-    assert result["configuration"]["pos_weight"] == (4.0,)
-    for row in result["metrics"]:
-        entropy = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
-        np.testing.assert_allclose(row["log_loss"], entropy, rtol=1e-8)
-        np.testing.assert_allclose(row["calibration_error"], 0, atol=1e-6)
     features.to_csv(tmp_path / "new.csv", index=False)
     artifacts.score(str(tmp_path / "new.csv"), tmp_path)
-    for name in ("predictions.csv", "new.scored.csv"):
-        rows = pd.read_csv(tmp_path / name)
-        np.testing.assert_allclose(rows["probability of moon=lower"], 0.2, rtol=1e-6)
-        shift = rows["uncorrected logit of moon=lower"] - rows["logit of moon=lower"]
+    kept = pd.read_csv(tmp_path / "predictions.csv")
+    trained_on = (kept["split"] == "train").to_numpy()
+    rates = [y[trained_on & (second == group)].mean() for group in (False, True)]
+    assert 0.1 < rates[1] < 0.3 < rates[0] < 0.4
+    for file in ("predictions.csv", "new.scored.csv"):
+        found = pd.read_csv(tmp_path / file)
+        np.testing.assert_allclose(
+            found["probability of moon=lower"],
+            np.where(second, *rates[::-1]),
+            rtol=1e-9,
+        )
+        shift = found["uncorrected logit of moon=lower"] - found["logit of moon=lower"]
         np.testing.assert_allclose(shift, np.log(4), rtol=1e-12)
+    train_row = next(row for row in result["metrics"] if row["split"] == "train")
+    assert train_row["calibration_error"] < 1e-9
 
 
 def test_patience_ends_a_run_and_the_best_parameters_are_kept():
