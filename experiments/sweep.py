@@ -8,9 +8,9 @@ r"""Which hyperparameters are good, over thousands of networks at once?
 Trains one network per point and seed with jaxbce.sweep. All are trained on the same
 training set, from a 60/20/20 split. A point is a combination of the values of all axes.
 Each combination of --hidden and the comma-separated --optimizer is a separate program.
-The table shows the points with the lowest validation loss (mean over seeds ± its
-standard error). Their test results are those of the parameters with the lowest
-validation loss. An axis is a hyperparameter of the optimizer (learning_rate,
+The table shows the points with the lowest validation loss or the largest --metric (mean
+over seeds ± its standard error). Their results are those of the parameters with the
+lowest validation loss. An axis is a hyperparameter of the optimizer (learning_rate,
 weight_decay, b1, ...), or init_scale, pos_weight or label_smoothing. Expect tens of
 thousands of network-steps per second at 64→32→1.
 

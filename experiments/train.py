@@ -311,6 +311,8 @@ def main() -> int:
     if _PREDICT.value is not None:
         _predict(_PREDICT.value)
         return 0
+    if _ID.value is not None:
+        raise cli.InputError("--id needs --predict")
     optimizer = OptimizerConfig.from_flags()
     training = TrainingConfig.from_flags(**DEFAULTS)
     baseline_names = _baseline_names()

@@ -83,7 +83,7 @@ class ChunkedFit:
                 batch_size=training.batch_size,
                 validation=validation,
                 evaluate_every=training.evaluate_every,
-                patience=training.patience if training.metric == "loss" else None,
+                patience=training.patience,
                 pos_weight=weight,
                 penalty=penalty,
                 loss=loss,

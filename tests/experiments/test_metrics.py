@@ -11,10 +11,12 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
+from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import OneHotEncoder
 from threadpoolctl import threadpool_limits
 
 import jaxbce
@@ -171,7 +173,9 @@ def test_importances_are_those_of_the_columns_that_matter():
     )
     features["color"] = np.where(rng.random(300) < 0.5, "red", "blue")
     y = (features["color"] == "red").to_numpy(float)[:, None]
-    preprocessor = preprocessing.fit("toy", features, "impute")
+    preprocessor = make_column_transformer(
+        ("passthrough", ["a $x$", "idle"]), (OneHotEncoder(), ["color"])
+    ).fit(features)
     weights = np.array([[0.5], [0.0], [0.0], [4.0]])  # blue, red are the last
     found = metrics.permutation_importances(
         preprocessor, lambda x: x @ weights - 2, features, y, seed=0

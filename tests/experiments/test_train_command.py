@@ -119,29 +119,38 @@ def test_weights_balance_each_output():
 
 
 def test_probabilities_are_those_of_the_data_whatever_the_weights(tmp_path):
-    """A network that knows nothing of the features finds the rate of label 1."""
-    features = MOONS.features.assign(x1=0.0, x2=0.0)
-    rare = np.where((np.arange(1000) % 5 == 0)[:, None], 1.0, 0.0)
+    """A network that tells two groups apart finds the rate of label 1 in each."""
+    rows = np.arange(1000)
+    second = rows % 2 == 1
+    features = MOONS.features.assign(x1=1.0 * second, x2=1.0 * second)
+    y = np.where(second, rows % 5 == 0, rows % 3 == 0)[:, None]
     result = moons(
-        table=MOONS._replace(features=features, y=rare),
-        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=2.0),
+        table=MOONS._replace(features=features, y=y.astype(float)),
+        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=0.5, weight_decay=0.0),
         folder=tmp_path,
+        num_steps=400,
+        evaluate_every=400,
         hidden=(),
-        pos_weight="balanced",
+        pos_weight=4.0,
         dtype="float64",
     )
-    assert result["configuration"]["pos_weight"] == (4.0,)
-    for row in result["metrics"]:
-        entropy = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
-        np.testing.assert_allclose(row["log_loss"], entropy, rtol=1e-8)
-        np.testing.assert_allclose(row["calibration_error"], 0, atol=1e-6)
     features.to_csv(tmp_path / "new.csv", index=False)
     artifacts.score(str(tmp_path / "new.csv"), tmp_path)
-    for name in ("predictions.csv", "new.scored.csv"):
-        rows = pd.read_csv(tmp_path / name)
-        np.testing.assert_allclose(rows["probability of moon=lower"], 0.2, rtol=1e-6)
-        shift = rows["uncorrected logit of moon=lower"] - rows["logit of moon=lower"]
+    kept = pd.read_csv(tmp_path / "predictions.csv")
+    trained_on = (kept["split"] == "train").to_numpy()
+    rates = [y[trained_on & (second == group)].mean() for group in (False, True)]
+    assert 0.1 < rates[1] < 0.3 < rates[0] < 0.4
+    for file in ("predictions.csv", "new.scored.csv"):
+        found = pd.read_csv(tmp_path / file)
+        np.testing.assert_allclose(
+            found["probability of moon=lower"],
+            np.where(second, *rates[::-1]),
+            rtol=1e-9,
+        )
+        shift = found["uncorrected logit of moon=lower"] - found["logit of moon=lower"]
         np.testing.assert_allclose(shift, np.log(4), rtol=1e-12)
+    train_row = next(row for row in result["metrics"] if row["split"] == "train")
+    assert train_row["calibration_error"] < 1e-9
 
 
 def test_patience_ends_a_run_and_the_best_parameters_are_kept():
@@ -165,13 +174,13 @@ def test_patience_ends_a_run_and_the_best_parameters_are_kept():
 
 
 def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
-    options: Any = {"num_steps": 400, "evaluate_every": 10, "folder": tmp_path}
-    by_loss = moons(num_steps=400, evaluate_every=10)
-    result = moons(metric="roc_auc", **options)
+    options: Any = {"num_steps": 200, "evaluate_every": 10}
+    by_loss = moons(**options)
+    result = moons(metric="roc_auc", folder=tmp_path, **options)
     history: Any = pd.DataFrame(result["history"])
     steps = [row["step"] for row in by_loss["history"]]
     assert history["step"].tolist() == steps
-    losses = pd.DataFrame(by_loss["history"])  # the run is the same, in smaller chunks
+    losses = pd.DataFrame(by_loss["history"])  # the run is the same
     pd.testing.assert_frame_equal(history[losses.columns], losses, rtol=1e-5)
     best = history["validation_roc_auc"].idxmax()
     assert result["best_step"] == history["step"][best] != by_loss["best_step"]
@@ -179,11 +188,12 @@ def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
     np.testing.assert_allclose(
         found["roc_auc"], history["validation_roc_auc"][best], rtol=1e-7
     )
-    again = moons(metric="roc_auc", **options)  # resumed at its end
+    again = moons(metric="roc_auc", folder=tmp_path, **options)  # resumed at its end
     assert again["history"] == result["history"]
-    early = moons(metric="roc_auc", patience=50, num_steps=400, evaluate_every=10)
+    assert again["best_step"] == result["best_step"]
+    early = moons(metric="roc_auc", patience=30, **options)
     values = [row["validation_roc_auc"] for row in early["history"]]
-    assert early["steps"] == early["best_step"] + 50 < 400
+    assert early["steps"] == early["best_step"] + 30 < 200
     assert early["best_step"] == 10 * (np.argmax(values) + 1)
 
 
@@ -320,7 +330,7 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
 
 def test_metrics_of_new_rows_with_labels_are_printed(trained, iris, tmp_path):
     folder = shutil.copytree(trained[0], tmp_path / "out")
-    new = iris.astype({"big": "category", "virginica": float})  # read as 1.0
+    new = iris.astype({"big": "category", "virginica": str})
     new.loc[:9, "big"] = None
     new.to_parquet(tmp_path / "new.parquet")
     flags = (f"--predict={tmp_path / 'new.parquet'}", f"--output_dir={folder}")
@@ -671,6 +681,7 @@ def test_what_cannot_be_done_is_refused(optimizer, options, message, tmp_path):
         (("--data=nowhere.csv", "--target=y", "--output_dir=PATH/new"), "No such file"),
         (("--predict=x.csv", "--output_dir=PATH"), "has no finished run to score with"),
         (("--predict=x.csv",), "--predict needs --output_dir"),
+        (("--id=x", "--output_dir=PATH/new"), "--id needs --predict"),
         (("--batch_size=-1", "--output_dir=PATH/new"), "batch_size"),
         (("--optimizer=adamm", "--output_dir=PATH/new"), "--optimizer=adamm: expected"),
         (
