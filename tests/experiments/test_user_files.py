@@ -526,6 +526,7 @@ def model(tmp_path):
     params = jaxbce.init(jax.random.key(0), (splits["train"].x.shape[1], 3, 1))
     saved = {"schema": data.schema, "preprocessor": preprocessor}
     saved |= {"params": jax.tree.map(np.asarray, params), "classes": data.classes}
+    saved |= {"pos_weight": (1.0,), "thresholds": [0.0]}
     joblib.dump(saved, tmp_path / "model.joblib")
     return table.drop(columns="label"), tmp_path
 
