@@ -675,7 +675,7 @@ def test_what_should_not_be_a_feature_is_warned_of(tmp_path, capsys):
             "price": rng.integers(0, 9, 60),
             "name": [f"name{i}" for i in range(60)],
             "same": 7,
-            "leak": y * 2.0 + rng.uniform(size=60),
+            "leak": rng.uniform(size=60) - 2 * y,
             "word": np.where(y, "x", "y"),
             "color": rng.choice(["red", "blue"], 60),
             "label": y,
