@@ -676,7 +676,7 @@ def test_what_should_not_be_a_feature_is_warned_of(tmp_path, capsys):
             "price": rng.integers(0, 9, 60),
             "name": [f"name{i}" for i in range(60)],
             "same": 7,
-            "leak": y * 2.0 + rng.uniform(size=60),
+            "leak": rng.uniform(size=60) - 2 * y,
             "word": np.where(y, "x", "y"),
             "color": rng.choice(["red", "blue"], 60),
             "label": y,
@@ -709,3 +709,55 @@ def test_cells_that_cannot_be_read_are_missing_and_counted(tmp_path, capsys):
         "new.csv: 'b' is no boolean in 1 rows, such as '2' in row 1; read as missing",
         "new.csv: 'd' is no date in 1 rows, such as 'x' in row 1; read as missing",
     ]
+
+
+# ---------------------------------------------------------------------------- any file
+
+ODD_CELLS = [*CELLS, '"', "é", "\x00", "1e400", "12%", "1/2/2020", "a;b", "\t", "nan"]
+ENCODINGS = [*["utf-8"] * 8, "utf-8-sig", "utf-16"]
+MAKE_CELL = {
+    "number": lambda rng: f"{rng.normal():.3g}",
+    "count": lambda rng: str(rng.integers(5)),
+    "code": lambda rng: str(rng.choice(["01", "02", "A1"])),
+    "word": lambda rng: "".join(rng.choice(list("abc é$"), 2)),
+    "date": lambda rng: f"20{rng.integers(10, 30)}-01-{rng.integers(10, 32)}",
+    "flag": lambda rng: str(rng.choice(["TRUE", "false", ""])),
+    "odd": lambda rng: f'"{rng.choice(ODD_CELLS)}"',
+}
+
+
+def mutated_file(rng):
+    """A table as people write them, with some cells, lines and bytes changed."""
+    kinds = rng.choice(list(MAKE_CELL), rng.integers(1, 6))
+    names = [
+        str(rng.choice(["", "a", "b c", "$x^", "é,", "n"])) + str(i) for i in kinds
+    ]
+    rows = [[f'"{name}"' for name in names] + ["label"]]
+    for _ in range(rng.choice([0, 5, 80, 80, 80, 80])):
+        cells = [MAKE_CELL[kind](rng) for kind in kinds]
+        rows.append([*cells, str(rng.choice(["no", "yes"]))])
+    for _ in range(rng.choice([0, 0, 1, 5])):
+        row = rows[rng.integers(len(rows))]
+        row[rng.integers(len(row))] = MAKE_CELL["odd"](rng)
+    if rng.random() < 0.1:
+        rows[rng.integers(len(rows))].append("more")
+    text = rng.choice(["\n", "\r\n"]).join(map(rng.choice([",", ";"]).join, rows))
+    content = bytearray(text.encode(rng.choice(ENCODINGS)))
+    for _ in range(rng.choice([0] * 9 + [2])):
+        content[rng.integers(len(content))] = rng.integers(256)
+    return bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.filterwarnings("default")  # of what a network of odd data overflows
+@pytest.mark.parametrize("seed", range(200))
+def test_any_file_is_trained_on_or_refused_without_a_traceback(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    content = mutated_file(rng)
+    path = tmp_path / str(rng.choice(["data.csv", "data.csv.gz", "data.txt"]))
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    flags = ("--target=label", "--num_steps=1", "--hidden=")
+    finished = run_command("train", f"--data={path}", *flags)
+    assert finished.status in (0, 2)
+    assert ("train: " in finished.err) == (finished.status == 2)
