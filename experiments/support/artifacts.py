@@ -229,6 +229,8 @@ def _scored(
         scores[f"predicted {name}"] = np.array(classes, dtype=object)[decided]
     kept = table if keep is None else table[keep]
     kept = kept.drop(columns=scores.columns, errors="ignore")  # of an earlier score
+    if "row" not in kept:
+        kept.insert(0, "row", table.index)
     return pd.concat([kept.reset_index(drop=True), scores], axis=1)
 
 

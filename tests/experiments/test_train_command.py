@@ -298,11 +298,11 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
     assert err == "new.parquet: 'color' is 'green' in 1 rows, not seen in training\n"
     scored: Any = pd.read_csv(folder / "new.scored.csv")
     kept = pd.read_csv(folder / "predictions.csv")
-    assert kept["row"].tolist() == list(range(1, 151))
+    assert scored["row"].tolist() == kept["row"].tolist() == list(range(1, 151))
     pd.testing.assert_frame_equal(scored[new.columns], new, check_dtype=False)
     names = [f"{s} of {t}" for s in SCORES for t in ("virginica=1", "big=yes")]
     names += ["predicted virginica", "predicted big"]
-    assert list(scored) == [*new.columns, *names]
+    assert list(scored) == ["row", *new.columns, *names]
     for name, column in (("virginica", [0, 1]), ("big", ["no", "yes"])):
         over = scored[f"logit of {name}={column[1]}"] > 0
         assert scored[f"predicted {name}"].tolist() == np.take(column, over).tolist()
@@ -318,9 +318,11 @@ def test_new_rows_are_scored_by_the_saved_model(trained, iris, tmp_path):
             np.testing.assert_allclose(table[f"probability of {target}"], probability)
     again = artifacts.score(str(folder / "new.scored.csv"), folder, ["color"])
     rescored = pd.read_csv(again.path)
-    assert list(rescored) == ["color", *names]
-    pd.testing.assert_frame_equal(rescored, scored[["color", *names]])
+    assert list(rescored) == ["row", "color", *names]
+    pd.testing.assert_frame_equal(rescored, scored[["row", "color", *names]])
     assert again.labeled == 0
+    whole = artifacts.score(str(folder / "new.scored.csv"), folder)
+    assert list(pd.read_csv(whole.path)) == list(scored)  # with its own "row"
     missing = new.drop(columns="color")
     missing.to_csv(tmp_path / "missing.csv", index=False)
     with pytest.raises(InputError, match="no column 'color'"):
@@ -339,7 +341,7 @@ def test_metrics_of_new_rows_with_labels_are_printed(trained, iris, tmp_path):
     assert "150 rows scored" in out
     assert "140 rows have labels" in out
     scored = pd.read_csv(folder / "new.scored.csv")
-    assert list(scored)[:3] == ["color", "big", "logit of virginica=1"]
+    assert list(scored)[:4] == ["row", "color", "big", "logit of virginica=1"]
     y = iris["virginica"].to_numpy()[10:]
     a = scored["logit of virginica=1"].to_numpy()[10:]
     for name, value in metrics.score(y, a).items():
