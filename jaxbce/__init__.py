@@ -1,5 +1,7 @@
 """Binary cross-entropy networks in JAX, with gradients derived by hand."""
 
+import jax.export
+
 from jaxbce import curvature, per_example
 from jaxbce.checking import check_gradients
 from jaxbce.gradients import deltas, grad, loss, value_and_grad
@@ -8,6 +10,22 @@ from jaxbce.network import Activations, Layer, forward, init, logits, predict_pr
 from jaxbce.sweeps import SweepResult, grid, sweep
 from jaxbce.textbook import ChainRule, chain_rule
 from jaxbce.training import FitResult, fit
+
+# So that programs with these results can be serialized.
+for _type in (
+    Activations,
+    ChainRule,
+    FitResult,
+    Layer,
+    SweepResult,
+    curvature.KroneckerFactors,
+    per_example.Clipped,
+    per_example.NoiseScale,
+    per_example.Scores,
+):
+    jax.export.register_namedtuple_serialization(
+        _type, serialized_name=f"jaxbce.{_type.__name__}"
+    )
 
 __version__ = "0.1.0"
 

@@ -22,10 +22,8 @@ from jaxbce._layouts import is_sharded, num_shards, stack_shards
 # keeps. Blocks of 256 examples or fewer lose time adding up gradients. Blocks of 1024
 # gain little for a wide network and take twice the memory. The accelerator values have
 # not been measured; there blocks only bound memory.
-_SPLIT_ABOVE = {"cpu": 16 << 20}
-_BLOCK_BYTES = {"cpu": 2 << 20}
-_BLOCK_EXAMPLES = {"cpu": (512, 2048)}
-_ELSEWHERE = (1 << 30, 1 << 28, (4096, 1 << 20))  # the same three, in this order
+_ON_CPU = (16 << 20, 2 << 20, 512, 2048)
+_ELSEWHERE = (1 << 30, 1 << 28, 4096, 1 << 20)
 
 
 def examples_per_block(
@@ -44,10 +42,8 @@ def examples_per_block(
         return n
     if block_size != "auto":
         return min(int(block_size), n)
-    backend = jax.default_backend()
-    split_above = _SPLIT_ABOVE.get(backend, _ELSEWHERE[0])
-    block_bytes = _BLOCK_BYTES.get(backend, _ELSEWHERE[1])
-    least, most = _BLOCK_EXAMPLES.get(backend, _ELSEWHERE[2])
+    limits = _ON_CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+    split_above, block_bytes, least, most = limits
     example_bytes = (
         sum(layer.w.shape[1] for layer in params) * params[0].w.dtype.itemsize
     )

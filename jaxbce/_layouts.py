@@ -77,7 +77,7 @@ def stack_shards(t: jax.Array, *, like: jax.Array) -> jax.Array:
 
 
 def take(t: jax.Array, indices: jax.Array) -> jax.Array:
-    """`t[indices]`, sharded like the examples t if the devices divide the indices."""
+    """`t[indices]`, sharded like t if the number of shards divides their number."""
     mesh, (axes, *rest) = jax.typeof(t).sharding.mesh, jax.typeof(t).sharding.spec
     if axes is None:
         return t[indices]
@@ -96,8 +96,8 @@ def drop_nonfinite(
 ) -> jax.Array:
     """`t`, with 0 for what is not finite in the `ignored` examples `[N]`.
 
-    Otherwise an example that counts for nothing would add 0 · inf = NaN to a sum. What
-    is finite stays, so derivatives with respect to a weight are right where it is 0.
+    Otherwise an example of weight 0 would add 0 · inf = NaN to a sum. Finite entries
+    are kept, so derivatives with respect to a weight are right where it is 0.
     """
     finite = jnp.where(jnp.greater(jnp.inf, jnp.abs(t)), t, jnp.zeros((), t.dtype))
     return jnp.where(jnp.expand_dims(ignored, feature_axis), finite, t)
@@ -113,7 +113,7 @@ class Rows(NamedTuple):
         return tree
 
     def pad(self, x: jax.Array) -> jax.Array:
-        """Extends features `[N, n_0]` by what the layout adds to them."""
+        """Adds what the layout needs to features `[N, n_0]`, which is nothing here."""
         return x
 
     def arrange(self, t: jax.Array) -> jax.Array:
@@ -179,8 +179,8 @@ class Columns(NamedTuple):
         """
         n, n_in = x.shape
         extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
-        ones = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype), (n, extra))
-        return jnp.concatenate([x, shard(ones, like=x)], 1)
+        added = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype), (n, extra))
+        return jnp.concatenate([x, shard(added, like=x)], 1)
 
     def arrange(self, t: jax.Array) -> jax.Array:
         """Converts an array with examples as rows to this layout."""
@@ -188,7 +188,7 @@ class Columns(NamedTuple):
 
     def affine(self, h: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
         """`a_k = W_k h_{k-1} + b_k`, `[n_k, N]`."""
-        h = h.T[:, : w.shape[1]].T  # drops padding; XLA cancels the transposes of rows
+        h = h.T[:, : w.shape[1]].T  # drops padding, so that XLA slices rows
         a = matmul(w, h)
         return a + b.astype(a.dtype)[:, None]
 
@@ -215,7 +215,7 @@ ROWS = Rows()
 def for_training(batch_size: int, features: int) -> Layout:
     """The layout in which a training loop carries its parameters, from shapes alone.
 
-    Columns are as fast or faster for every shape measured on CPU but for batches of one
-    example.
+    On CPU, `Columns` was at least as fast for every shape measured, except for batches
+    of one example.
     """
-    return ROWS if batch_size == 1 else Columns(features)  # the size may be symbolic
+    return ROWS if batch_size == 1 else Columns(features)  # False if symbolic

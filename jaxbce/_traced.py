@@ -1,4 +1,4 @@
-"""Functions as data: a traced program, and the numbers in it.
+"""Traces functions into hashable programs and their numeric constants.
 
 `optax.adam(0.1)` and `optax.adam(0.01)` are different objects, but one program with
 different numbers. `trace` separates the two. A function that is compiled for a program,
@@ -9,6 +9,7 @@ those that the function itself would use. The results are too, except where XLA 
 combine several known numbers of a product, which rounds differently.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, get_opaque_trace_state
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, get_opaque_trace_state
 from jax.extend.core.primitives import (
     cond_p,
     custom_jvp_call_p,
@@ -59,10 +60,13 @@ def trace(fun: Callable[..., Any], *args: Any, static: tuple[Any, ...] = ()) -> 
     closed, result = jax.make_jaxpr(function, return_shape=True)(*args)
     constants: list[Any] = []
     block = _Block(closed, constants)
+    used = {v for eqn in closed.jaxpr.eqns for v in eqn.invars if isinstance(v, Var)}
+    used.update(v for v in closed.jaxpr.outvars if isinstance(v, Var))
     program = Program(
         block,
         jax.tree.structure(args),
         jax.tree.structure(result),
+        is_used=tuple(v in used for v in closed.jaxpr.invars),
         tests_finiteness=bool(_FINITENESS.search(str(closed))),
     )
     return Traced(program, tuple(constants))
@@ -93,19 +97,23 @@ def remember(fun: Callable[..., Any]) -> Callable[..., Any]:
         if get_opaque_trace_state() != _OUTERMOST:
             return fun(static, *args)
         leaves, tree = jax.tree.flatten(args)
-        settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
-        return remembered(static, tuple(map(jax.typeof, leaves)), tree, settings)
+        context = (
+            jax.sharding.get_abstract_mesh(),
+            *(getattr(jax.config, name) for name in _SETTINGS),
+        )
+        return remembered(static, tuple(map(jax.typeof, leaves)), tree, context)
 
     return call
 
 
-# The settings of JAX on which a trace depends, besides the types of its arguments.
+# The settings of JAX on which a trace depends, besides its arguments and the mesh.
 _SETTINGS = (
     "jax_enable_x64",
     "jax_numpy_dtype_promotion",
     "jax_numpy_rank_promotion",
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
+    "jax_random_seed_offset",
 )
 
 
@@ -114,7 +122,7 @@ def jitted(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
     """`jax.jit` of `function` with its first arguments fixed to hashable values.
 
     The least recently used functions are freed, with everything that was compiled for
-    them. With static arguments of `jax.jit`, each program would be kept for ever.
+    them. With static arguments of `jax.jit`, each program would be kept forever.
     """
     return jax.jit(functools.partial(function, *static))
 
@@ -123,15 +131,22 @@ class Program:
     """The operations of a traced function. Equal structure makes equal programs.
 
     Attributes:
+      is_used: Which of its arguments, as a flat list, it reads.
       tests_finiteness: Whether it looks for values that are infinite or NaN.
     """
 
     def __init__(
-        self, block: "_Block", in_tree: Any, out_tree: Any, *, tests_finiteness: bool
+        self,
+        block: "_Block",
+        in_tree: Any,
+        out_tree: Any,
+        *,
+        is_used: tuple[bool, ...],
+        tests_finiteness: bool,
     ):
-        self.tests_finiteness = tests_finiteness
+        self.is_used, self.tests_finiteness = is_used, tests_finiteness
         self._block, self._in_tree, self._out_tree = block, in_tree, out_tree
-        self._key = (block.key, in_tree, out_tree)
+        self._key = (block.key, in_tree, out_tree, is_used, tests_finiteness)
         self._hash = hash(self._key)  # once, because keys are large
 
     def __call__(self, constants: Sequence[Any], *args: Any) -> Any:
@@ -157,10 +172,11 @@ class _Constant(NamedTuple):
     aval: Any
 
 
-class _Static(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Static:
     """An operand that remains in the block, compared by its key."""
 
-    value: Any
+    value: Any = dataclasses.field(compare=False)
     key: Any
 
 
@@ -204,7 +220,7 @@ class _Block:
         self._keys: list[Any] = [tuple(v.aval for v in closed.jaxpr.invars)]
         self._size = len(closed.jaxpr.invars)
         self._outputs = self._inline(closed, list(range(self._size)))
-        self.key = (*self._keys, tuple(map(_operand_key, self._outputs)))
+        self.key = (*self._keys, tuple(self._outputs))
         del self._constants, self._keys
 
     def __call__(self, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -240,10 +256,9 @@ class _Block:
                 run, key = self._step(eqn)
                 self._steps.append((run, eqn.ctx, operands))
                 avals = tuple(v.aval for v in eqn.outvars)
-                inputs = tuple(map(_operand_key, operands))
                 # JAX's context has no comparison. Its text is complete; if it had an
                 # address, the step keeps the context alive.
-                self._keys.append((key, repr(eqn.ctx), inputs, avals))
+                self._keys.append((key, repr(eqn.ctx), tuple(operands), avals))
                 results = list(range(self._size, self._size + len(avals)))
                 self._size += len(avals)
             env.update(zip(eqn.outvars, results, strict=True))
@@ -292,7 +307,7 @@ class _Block:
             return results if eqn.primitive.multiple_results else [results]
 
         if eqn.primitive is custom_jvp_call_p:
-            # The rule is a new object in each trace: it is compared by its result.
+            # The rule is a new object in each trace, so its derivative is compared.
             rule = params.pop("jvp_jaxpr_fun")
             if self._has_rules:
                 params["derivative"] = _derivative(eqn, run) or _Same(rule)
@@ -321,10 +336,7 @@ class _Block:
         blocks = [_Block(branch, self._constants) for branch in branches]
 
         def run(constants: Any, operands: list[Any]) -> Any:
-            def call(block: _Block, *args: Any) -> list[Any]:
-                return block(constants, args)
-
-            functions = [functools.partial(call, block) for block in blocks]
+            functions = [lambda *args, b=b: b(constants, args) for b in blocks]
             return lax.switch(operands[0], functions, *operands[1:])
 
         return run, ("cond", *(block.key for block in blocks))
@@ -364,12 +376,12 @@ class _Block:
         return run, ("scan", num_consts, num_carry, self._key(options), body.key)
 
 
-# Other parameters, if any, are not understood here.
+# An equation with other parameters is bound as it is.
 _SCAN_PARAMS = {"jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll"}
 
 
 def _is_plain_jit(eqn: Any) -> bool:
-    """Whether an equation calls a jitted function, without requests to the compiler."""
+    """Whether it calls a jitted function, without shardings or compiler options."""
     if eqn.primitive is not jit_p:
         return False
     params = eqn.params
@@ -377,10 +389,6 @@ def _is_plain_jit(eqn: Any) -> bool:
     return not params["compiler_options_kvs"] and not any(
         isinstance(s, jax.sharding.Sharding) for s in shardings
     )
-
-
-def _operand_key(operand: Any) -> Any:
-    return ("static", operand.key) if isinstance(operand, _Static) else operand
 
 
 def _derivative(eqn: Any, run: Callable[..., Any]) -> Any:

@@ -41,11 +41,14 @@ def _type_name(value: Any) -> str:
     return prefix + type(value).__name__
 
 
-def _array(name: str, value: Any, expected: str) -> None:
+def _array(
+    name: str, value: Any, expected: str, *, floating: bool | None = None
+) -> None:
+    """Checks that `value` is an array, and unless `floating` is None, its dtype."""
     # Shapes without values stand for the parameters of a sweep.
     arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     if isinstance(value, arrays) and not isinstance(value, np.ma.MaskedArray):
-        return
+        return None if floating is None else _kind(name, value, floating)
     got = _type_name(value)
     for method, conversion in _CONVERSIONS.items():
         if hasattr(value, method):
@@ -55,13 +58,13 @@ def _array(name: str, value: Any, expected: str) -> None:
 
 
 def _cast(value: Any, dtype: Any) -> jax.Array:
-    """`value` in `dtype`, at no cost if it is."""
+    """`value` in `dtype`, without a copy if it already has that dtype."""
     if isinstance(value, jax.Array) and value.dtype == dtype:
         return value
     return jnp.asarray(value, dtype)
 
 
-def _kind(name: str, value: Any, *, floating: bool) -> None:
+def _kind(name: str, value: Any, floating: bool) -> None:
     if floating:
         ok, expected = value.dtype.name in DTYPES, _one_of(DTYPES)
     else:
@@ -135,8 +138,7 @@ def params(value: Any) -> Any:
             (w, layer.w, 2, "[n_in, n_out]"),
             (b, layer.b, 1, "[n_out]"),
         ):
-            _array(name, leaf, f"an array {shape}")
-            _kind(name, leaf, floating=True)
+            _array(name, leaf, f"an array {shape}", floating=True)
             if leaf.ndim != ndim:
                 raise ValueError(f"expected {name} of shape {shape}, got {leaf.shape}")
         if 0 in layer.w.shape:
@@ -179,8 +181,7 @@ def features(x: Any, params_: Any, name: str = "x") -> jax.Array:
     dtype = params(params_)
     w_shape = params_[0].w.shape
     shape = f"[N, {w_shape[0]}]"
-    _array(name, x, f"an array {shape}")
-    _kind(name, x, floating=True)
+    _array(name, x, f"an array {shape}", floating=True)
     if x.ndim != 2 or x.shape[1] != w_shape[0]:
         hint = ""
         if x.ndim == 2 and x.shape[0] == w_shape[0]:
@@ -223,8 +224,7 @@ def labels(
     name: str = "y",
 ) -> jax.Array:
     """Checks y against the shape of the outputs; returns it in `dtype`."""
-    _array(name, y, f"an array of shape {shape}")
-    _kind(name, y, floating=False)
+    _array(name, y, f"an array of shape {shape}", floating=False)
     if y.shape != shape:
         hint = f": use {name}[:, None]" if y.ndim == 1 and shape[1:] == (1,) else ""
         raise ValueError(
@@ -236,16 +236,14 @@ def labels(
 
 def real(name: str, value: Any) -> None:
     """Checks that `value` is an array of a supported floating dtype."""
-    _array(name, value, "an array")
-    _kind(name, value, floating=True)
+    _array(name, value, "an array", floating=True)
 
 
 def sample_weight(
     value: Any, n: int, dtype: Any, name: str = "sample_weight"
 ) -> jax.Array:
     """Checks example weights [N]; returns them in `dtype`."""
-    _array(name, value, f"None or an array of shape ({n},)")
-    _kind(name, value, floating=False)
+    _array(name, value, f"None or an array of shape ({n},)", floating=False)
     if value.shape != (n,):
         raise ValueError(
             f"expected {name} of shape ({n},), one weight per example, got "
@@ -259,8 +257,9 @@ def pos_weight(value: Any, outputs: int | None, dtype: Any) -> Any:
     if isinstance(value, (bool, int, float)):
         return np.asarray(value, dtype)
     shapes = "()" if outputs is None else f"() or ({outputs},)"
-    _array("pos_weight", value, f"a number or an array of shape {shapes}")
-    _kind("pos_weight", value, floating=False)
+    _array(
+        "pos_weight", value, f"a number or an array of shape {shapes}", floating=False
+    )
     if value.shape not in ((), (outputs,)):
         raise ValueError(f"expected pos_weight of shape {shapes}, got {value.shape}")
     return _cast(value, dtype)
@@ -284,12 +283,15 @@ def vector(v: Any, params_: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), v)
 
 
-def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
+def scalar(
+    name: str, value: Any, *, allow_zero: bool = False, is_static: bool = False
+) -> None:
     """Checks that a scalar is real, and if it is not traced, > 0 (or >= 0)."""
     expected = "a number >= 0" if allow_zero else "a number > 0"
+    if is_static and not _is_known(value):
+        raise TypeError(f"expected {name} to be a known number, got a traced array")
     if type(value) not in (int, float):
-        _array(name, value, expected)
-        _kind(name, value, floating=False)
+        _array(name, value, expected, floating=False)
         if value.shape != () or value.dtype == bool:
             raise ValueError(
                 f"expected {name} to be {expected}, got an array of shape "
@@ -349,13 +351,22 @@ def mesh(value: Any) -> None:
     )
 
 
-def optimizer(value: Any) -> None:
+def optimizer(value: Any, name: str = "optimizer") -> None:
     """Checks an optax transformation."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
-            "expected optimizer to be an optax transformation, such as optax.sgd(0.1), "
+            f"expected {name} to be an optax transformation, such as optax.sgd(0.1), "
             f"got {_type_name(value)}"
         )
+
+
+def penalty_value(value: Any) -> Any:
+    """Checks what a penalty returns; returns it."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or value.shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        got = _type_name(value) if dtype is None else f"{dtype}{[*value.shape]}"
+        raise TypeError(f"expected penalty to return a floating scalar, got {got}")
+    return value
 
 
 def function(name: str, value: Any, expected: str, *, is_static: bool = False) -> None:
@@ -372,20 +383,26 @@ def function(name: str, value: Any, expected: str, *, is_static: bool = False) -
             ) from None
 
 
-def count(name: str, value: Any, *, least: int = 1, examples: int | None = None) -> int:
+def count(
+    name: str,
+    value: Any,
+    *,
+    least: int = 1,
+    examples: int | None = None,
+    other: str = "",
+) -> int:
     """Checks an integer from `least` to `examples` (or 2^31 − 1); returns it."""
-    expected = f"an integer >= {least}"
+    expected = f"{other}an integer >= {least} and less than 2**31"
     if examples is not None:
         expected = f"an integer from {least} to {examples}, the number of examples in x"
+    message = f"expected {name} to be {expected}, got {value!r}"
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"expected {name} to be {expected}, got {value!r}") from None
-    if examples is None and number >= 2**31:
-        expected = "less than 2**31"
-    elif not isinstance(value, bool) and least <= number <= (examples or number):
-        return number
-    raise ValueError(f"expected {name} to be {expected}, got {value!r}")
+        raise TypeError(message) from None
+    if isinstance(value, bool) or not least <= number <= (examples or 2**31 - 1):
+        raise ValueError(message)
+    return number
 
 
 def _is_known(value: Any) -> bool:
@@ -427,7 +444,7 @@ def bounds(
       low: The least value.
       high: The largest value.
       weight: Weights [N]; the entries of examples of weight 0 may have any value.
-      hint: Says what the entries that count probably are, given the name.
+      hint: Says how to convert entries that look like another encoding of labels.
     """
     if not _is_known(value) or not _is_known(weight):
         return
@@ -497,8 +514,8 @@ def examples(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Checks a data set and its known values; returns it in the dtypes of params.
 
-    Examples of weight 0 may have any labels, but one weight is not 0. Features that are
-    not finite are left to the run, whose optimizer may skip a batch.
+    Examples of weight 0 may have any label, but at least one weight must be positive.
+    Features that are not finite are accepted, because an optimizer may skip a batch.
     """
     x_name, y_name, weight_name = names
     checked_x = features(x, params_, x_name)
@@ -512,8 +529,8 @@ def examples(
         least = float(jnp.finfo(dtype).smallest_normal)  # XLA may flush others to 0
         if _is_known(weight) and (largest := _range(weight)[1]) < least:
             raise ValueError(
-                f"expected {weight_name} to have an entry >= {least:.1e}, got at most "
-                f"{largest:.1e}"
+                f"expected at least one entry of {weight_name} to be >= {least:.1e} "
+                f"(smaller ones count as 0), but the largest is {largest:.1e}"
             )
     # What was passed, which may be in host memory or have a larger range.
     label_values(y_name, y, weight=weight)

@@ -31,7 +31,6 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
@@ -134,7 +133,7 @@ def _derivatives(
 
 def _label_weights(y: jax.Array, c: jax.Array, p: jax.Array) -> jax.Array:
     """`c ((1−y) + p y)`, `[N, n_L]`."""
-    return c[:, None] * ((1 - y) + jnp.broadcast_to(p, y.shape) * y)
+    return c[:, None] * sum(gradients.label_weights(y, p))
 
 
 @jit(static_argnames=("reduction", "block_size"))
@@ -250,7 +249,7 @@ def _curvature_vp(
         return (first, *grads), ()
 
     total, _ = sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)
-    return jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), total, params)
+    return gradients.cast_like(total, params)
 
 
 def _push_forward(
@@ -594,8 +593,3 @@ def kfac_factors(
     size = examples_per_block(block_size, params, n)
     c = jnp.ones(n, dtype) / jnp.asarray(n, dtype)  # n may be symbolic
     return sum_over_blocks(block, c, (x,), size)[0]
-
-
-jax.export.register_namedtuple_serialization(
-    KroneckerFactors, serialized_name="jaxbce.KroneckerFactors"
-)

@@ -155,16 +155,14 @@ def check_batch(
     y = _validate.labels(y, (n, outputs), dtype)
     p = _validate.pos_weight(pos_weight, outputs, dtype)
     _validate.reduction(reduction)
+    is_mean = reduction == "mean"
     if sample_weight is None:
-        c = jnp.full(n, 1 / n if reduction == "mean" else 1, dtype)
-        c = shard(c, like=x)
-    else:
-        s = _validate.sample_weight(sample_weight, n, dtype)
-        s = shard(s, like=x)
-        s = rescale(s) if reduction == "mean" else s
-        x = drop_nonfinite(s == 0, x)
-        c = s / jnp.sum(s) if reduction == "mean" else s
-    return Batch(x, y, c, p)
+        c = jnp.full(n, 1 / n if is_mean else 1, dtype)
+        return Batch(x, y, shard(c, like=x), p)
+    s = shard(_validate.sample_weight(sample_weight, n, dtype), like=x)
+    s = rescale(s) if is_mean else s
+    c = s / jnp.sum(s) if is_mean else s
+    return Batch(drop_nonfinite(s == 0, x), y, c, p)
 
 
 def rescale(s: jax.Array) -> jax.Array:
@@ -212,7 +210,9 @@ def value_and_grad(
 
     Returns:
       The loss in nats, a scalar in the accumulation dtype (float32 for bfloat16), and
-      the gradient, a pytree with the structure, shapes and dtype of params.
+      the gradient, a pytree with the structure, shapes and dtype of params. Labels
+      outside [0, 1] and negative weights, which are not looked for, give a result
+      without meaning.
 
     Raises:
       TypeError: If an argument has an unsupported type or dtype.
@@ -237,12 +237,13 @@ def value_and_grad(
 
 
 class Form(NamedTuple):
-    """How the loss of a batch is computed: static facts.
+    """Static options of the loss of a batch.
 
     Attributes:
       block_size: The largest number of examples per block.
-      is_weighted: Whether an example may have weight 0, and then add exactly nothing,
-        whatever overflows. Otherwise only copies have weight 0, of examples that count.
+      is_weighted: Whether examples may have weight 0, so that what is not finite in
+        their activations must be dropped. Otherwise the only examples of weight 0 are
+        those that a block or a short batch repeats.
       layout: The layout of params and of the gradient.
     """
 

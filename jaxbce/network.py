@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
@@ -56,12 +55,6 @@ class Activations(NamedTuple):
 
     a: tuple[jax.Array, ...]
     h: tuple[jax.Array, ...]
-
-
-for _tuple in (Layer, Activations):
-    jax.export.register_namedtuple_serialization(
-        _tuple, serialized_name=f"jaxbce.{_tuple.__name__}"
-    )
 
 
 @jax.custom_jvp

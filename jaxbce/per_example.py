@@ -21,7 +21,6 @@ If δ_L is not 0, layer inputs that are not finite make the result not finite.
 from typing import Literal, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -382,7 +381,7 @@ def _clipped(
     clipped = jnp.sum(counted & (norms > max_norm), dtype=s.dtype)
     return Clipped(
         value=value,
-        grads=jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, params),
+        grads=gradients.cast_like(grads, params),
         norms=norms,
         fraction_clipped=clipped / jnp.sum(counted, dtype=s.dtype),
     )
@@ -536,9 +535,3 @@ def noise_scale(
     infinite = (squared_norm <= 0) & (variance > 0)
     scale = jnp.where(infinite, jnp.inf, variance / squared_norm)
     return NoiseScale(scale, variance, squared_norm)
-
-
-for _result in (Clipped, Scores, NoiseScale):
-    jax.export.register_namedtuple_serialization(
-        _result, serialized_name=f"jaxbce.{_result.__name__}"
-    )

@@ -11,12 +11,11 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -36,6 +35,7 @@ _MAX_MEMBERS_ELSEWHERE = 1 << 16
 _MEMORY_FRACTION = 0.5  # of a device's memory that a group may use
 _AXIS = "members"
 _OWN_NAMES = ("init_scale", "pos_weight", "label_smoothing")  # read by the sweep itself
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 class SweepResult(NamedTuple):
@@ -44,16 +44,14 @@ class SweepResult(NamedTuple):
     Attributes:
       params: Parameters after the last step, leaves `[points, seeds, ...]`; None if
         `keep_params` was False.
-      best_params: Parameters at the evaluation with the lowest validation loss, or the
-        lowest training loss if there is no validation set; None as above.
+      best_params: Parameters at the best evaluation; None as above.
       train_loss: Loss of the training set at each evaluation, in nats,
         `[points, seeds, evaluations]`; inf after a member has stopped.
       validation_loss: Loss of the validation set, likewise; `[points, seeds, 0]` if
         there is none.
       diverged_at: The first step at which a member diverged, or −1, `[points, seeds]`.
       best_loss: The loss of `best_params`, `[points, seeds]`.
-      best_step: Number of steps before the evaluation of `best_params`,
-        `[points, seeds]`.
+      best_step: Number of steps taken at the best evaluation, `[points, seeds]`.
       step: Number of steps taken, `[points, seeds]`.
     """
 
@@ -65,11 +63,6 @@ class SweepResult(NamedTuple):
     best_loss: np.ndarray
     best_step: np.ndarray
     step: np.ndarray
-
-
-jax.export.register_namedtuple_serialization(
-    SweepResult, serialized_name="jaxbce.SweepResult"
-)
 
 
 def grid(**axes: Any) -> dict[str, np.ndarray]:
@@ -134,7 +127,7 @@ def sweep(
 ) -> SweepResult:
     r"""Trains a network for every point and seed, in one program over all devices.
 
-    Up to rounding, member (i, s) is the result of::
+    Up to rounding, member (i, j) is the result of, with s = first_seed + j::
 
       key_params, key_fit = jax.random.split(jax.random.fold_in(key, s))
       params = init(key_params, (n_0, *hidden, n_L), dtype=dtype)
@@ -144,9 +137,9 @@ def sweep(
     differ only in their hyperparameters. A member that diverges is frozen and does not
     affect the others.
 
-    All members are judged by one loss. Whatever a hyperparameter changes in the loss
-    that members train on, the reported losses are of the given labels, weighted by
-    the argument `pos_weight`.
+    The reported losses of all members are comparable: they use the given labels and the
+    argument `pos_weight`, even if hyperparameters change the loss that members train
+    on.
 
     The program is compiled once per shape of a group and operations of the optimizer
     and penalty, as for `fit`. The shape depends on the number of members only if they
@@ -159,7 +152,8 @@ def sweep(
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       hidden: Widths of the hidden layers; may be empty.
       make_optimizer: Builds any optax transformation from the hyperparameters of one
-        point, which are traced scalars.
+        point, a dict of traced scalars. It is traced once per function, so that values
+        that it reads elsewhere, such as global variables, must not change.
       make_penalty: Builds the penalty of `fit` from them, a function of params.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
         result of `grid`, or random values; empty for one point. The sweep itself uses
@@ -195,8 +189,8 @@ def sweep(
         name that nothing reads.
 
     Warns:
-      RuntimeWarning: If a group does not fit in memory. All groups are then halved;
-        with several processes an error is raised instead.
+      RuntimeWarning: If a group does not fit in memory. All remaining groups are then
+        halved; with several processes an error is raised instead.
 
     Example:
       >>> import jax, jaxbce, optax
@@ -226,8 +220,7 @@ def sweep(
     sizes = (x.shape[1], *_validate.hidden(hidden), y.shape[1])
     points, values = _points(hparams, dtype)
     total = points * num_seeds
-    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    params = tuple(Layer(shape((a, b)), shape((b,))) for a, b in pairwise(sizes))
+    params = _parameter_shapes(sizes, dtype)
     data, evaluated = datasets(params, x, y, sample_weight, validation, pos_weight)
     options = training.check_options(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
@@ -247,8 +240,9 @@ def sweep(
     user = training.UserCode(
         _init, _step, (make_optimizer, make_penalty), options.batch_size
     )
-    with _only_mesh(members_mesh):
+    with jax.sharding.use_abstract_mesh(_NO_MESH):  # the members have theirs
         programs, constants = training.trace(user, hp, params, typed)
+    _check_all_read(hp, programs)
     plan = _Plan(
         mesh=members_mesh,
         sizes=sizes,
@@ -256,12 +250,13 @@ def sweep(
         programs=programs,
         options=options,
         keep_params=keep_params,
+        key_impl=key_impl,
     )
     if group_size == "auto":
         group_size = max_members_per_device(
             sizes, dtype, x.shape[0], batch_size, devices
         )
-    group_size = _validate.count("group_size", group_size)
+    group_size = _validate.count("group_size", group_size, other='"auto" or ')
     queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
     result: Any = None
     while queue:
@@ -270,9 +265,7 @@ def sweep(
             members = _members(groups, len(devices), values, first_seed)
             members = _to_devices(plan.mesh, P(_AXIS), members)
             with _only_mesh(plan.mesh):
-                trained = _to_host(
-                    _train(*members, shared, constants, plan=plan, impl=key_impl)
-                )
+                trained = _to_host(_train(*members, shared, constants, plan=plan))
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
@@ -299,6 +292,7 @@ class _Plan(NamedTuple):
     programs: training.Programs
     options: training.Options
     keep_params: bool
+    key_impl: str | None  # None for a legacy key
 
 
 class _Group(NamedTuple):
@@ -330,6 +324,11 @@ def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]
     floating = _validate.accumulation_dtype(dtype)
     for name, value in values.items():
         kind = value.dtype.kind
+        if kind in "iu" and not np.array_equal(value, value.astype(np.int32)):
+            raise ValueError(
+                f"expected hparams[{name!r}] to be integers from -2**31 to 2**31 - 1, "
+                f"got {value[value != value.astype(np.int32)][0]}"
+            )
         if kind not in "fiub":
             raise TypeError(
                 f"expected the dtype of hparams[{name!r}] to be real or boolean, got "
@@ -357,8 +356,7 @@ def max_members_per_device(
       batch_size: Number of examples per batch; None is n.
       devices: The devices, of all processes.
     """
-    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    params = tuple(Layer(shape((a, b)), shape((b,))) for a, b in pairwise(sizes))
+    params = _parameter_shapes(sizes, dtype)
     leaves = jax.tree.leaves(params)
     param_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     example_bytes = sum(sizes[1:]) * leaves[0].dtype.itemsize
@@ -371,6 +369,11 @@ def max_members_per_device(
         step_bytes = min(batch_size or n, block) * example_bytes + 4 * param_bytes
         members = min(members, 2 ** round(math.log2(max(1, _CACHE_BYTES / step_bytes))))
     return max(1, min(members, int(fit_memory)))
+
+
+def _parameter_shapes(sizes: tuple[int, ...], dtype: Any) -> Params:
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    return tuple(Layer(shape((a, b)), shape((b,))) for a, b in pairwise(sizes))
 
 
 def _device_memory(devices: np.ndarray) -> float:
@@ -410,15 +413,13 @@ def _halve_groups(queue: list[_Group], error: Exception) -> list[_Group]:
         RuntimeWarning,
         stacklevel=3,
     )
-    halves = []
-    for group in queue:
-        if seeds > 1:
-            first, second = group.seeds[: -(-seeds // 2)], group.seeds[seeds // 2 :]
-            halves += [group._replace(seeds=first), group._replace(seeds=second)]
-        else:
-            first, second = group.points[: -(-points // 2)], group.points[points // 2 :]
-            halves += [group._replace(points=first), group._replace(points=second)]
-    return halves
+    axis, size = ("seeds", seeds) if seeds > 1 else ("points", points)
+    halves = slice(-(-size // 2)), slice(size // 2, None)
+    return [
+        group._replace(**{axis: getattr(group, axis)[half]})
+        for group in queue
+        for half in halves
+    ]
 
 
 def _count(groups: list[_Group]) -> int:
@@ -455,7 +456,6 @@ def _train(
     constants: tuple[Any, ...],
     *,
     plan: _Plan,
-    impl: str | None,
 ) -> SweepResult:
     """Trains one group per device.
 
@@ -465,24 +465,23 @@ def _train(
       shared: What all members share: key data, and the examples of all sets.
       constants: The numbers in the programs of the plan.
       plan: The static facts.
-      impl: The implementation of a typed key; None for a legacy one.
 
     Returns:
       The results, with leaves `[devices, seeds, points, ...]`.
     """
-    return _traced.jitted(_train_groups, plan, impl)(seeds, values, shared, constants)
+    return _traced.jitted(_train_groups, plan)(seeds, values, shared, constants)
 
 
 def _train_groups(
-    plan: _Plan, impl: str | None, seeds: Any, values: Any, shared: Any, constants: Any
+    plan: _Plan, seeds: Any, values: Any, shared: Any, constants: Any
 ) -> SweepResult:
 
     def train_group(
         seeds: jax.Array, values: dict[str, Any], shared: Any, constants: Any
     ) -> SweepResult:
         key, *data = shared
-        if impl is not None:
-            key = jax.random.wrap_key_data(key, impl=impl)
+        if plan.key_impl is not None:
+            key = jax.random.wrap_key_data(key, impl=plan.key_impl)
 
         def train_seed(seed: jax.Array) -> SweepResult:
             keys = jax.random.split(jax.random.fold_in(key, seed))
@@ -548,61 +547,48 @@ def _member(
     )
 
 
-class _Point(dict):
-    """The hyperparameters of one point, which remember which of them were read."""
-
-    def __init__(self, values: Mapping[str, Any]):
-        super().__init__(values)
-        self.unread = set(values) - set(_OWN_NAMES)
-
-    def __getitem__(self, name: str) -> Any:
-        self.unread.discard(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.unread.discard(name)
-        return super().get(name, default)
-
-    def __iter__(self) -> Iterator[str]:  # of **point, too
-        self.unread.clear()
-        return super().__iter__()
-
-    def keys(self) -> Any:
-        self.unread.clear()
-        return super().keys()
-
-    def values(self) -> Any:
-        self.unread.clear()
-        return super().values()
-
-    def items(self) -> Any:
-        self.unread.clear()
-        return super().items()
-
-
 def _init(
     make_optimizer: Any, make_penalty: Any, hparams: dict[str, Any], params: Params
 ) -> Any:
     del make_penalty
-    return make_optimizer(_Point(hparams)).init(params)
+    return _optimizer(make_optimizer, hparams).init(params)
 
 
 def _step(
     make_optimizer: Any, make_penalty: Any, hparams: dict[str, Any], *arrays: Any
 ) -> Any:
-    """`take_step` for a member; an error if nothing reads one of its hyperparameters.
+    """`take_step` for a member."""
+    optimizer, penalty = _optimizer(make_optimizer, hparams), None
+    if make_penalty is not None:
+        penalty = make_penalty(dict(hparams))
+        expected = "a function of params"
+        _validate.function("the result of make_penalty", penalty, expected)
+    return training.take_step(optimizer, penalty, None, *arrays)
 
-    This runs when the program is traced, so optimizers may read late, in a schedule.
+
+def _optimizer(make_optimizer: Any, hparams: dict[str, Any]) -> Any:
+    optimizer = make_optimizer(dict(hparams))
+    _validate.optimizer(optimizer, "the result of make_optimizer")
+    return optimizer
+
+
+def _check_all_read(names: Iterable[str], programs: training.Programs) -> None:
+    """Checks that the sweep or its programs, of which they are arguments, read names.
+
+    Raises:
+      ValueError: If one is not read.
     """
-    point = _Point(hparams)
-    penalty = None if make_penalty is None else make_penalty(point)
-    result = training.take_step(make_optimizer(point), penalty, None, *arrays)
-    if point.unread:
+    is_used = zip(*(program.is_used for program in programs), strict=False)
+    unread = [
+        name
+        for name, used in zip(sorted(names), is_used, strict=False)
+        if not any(used) and name not in _OWN_NAMES
+    ]
+    if unread:
         raise ValueError(
             "expected all of hparams to be read by make_optimizer, make_penalty or the "
-            f"sweep ({', '.join(_OWN_NAMES)}), got {', '.join(sorted(point.unread))}"
+            f"sweep ({', '.join(_OWN_NAMES)}), got {', '.join(unread)}"
         )
-    return result
 
 
 def _only_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:

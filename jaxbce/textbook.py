@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -41,11 +40,6 @@ class ChainRule(NamedTuple):
     da1_dw1: jax.Array
     dbce_dw1: jax.Array
     dbce_db1: jax.Array
-
-
-jax.export.register_namedtuple_serialization(
-    ChainRule, serialized_name="jaxbce.ChainRule"
-)
 
 
 @jit()

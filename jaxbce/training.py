@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
@@ -26,16 +26,18 @@ class FitResult(NamedTuple):
 
     Attributes:
       params: Parameters after the last step.
-      best_params: Parameters at the evaluation with the lowest validation loss, or the
-        lowest training loss if there is no validation set.
+      best_params: Parameters at the best evaluation: the last one whose validation loss
+        (training loss if there is no validation set) was lower than that of the best
+        one before by more than `min_delta`.
       train_loss: Loss of the whole training set at each evaluation, in nats,
         `[evaluations]`; inf after the run has stopped.
       validation_loss: Loss of the validation set, likewise; `[0]` if there is none.
       diverged_at: The first step at which the run diverged, or −1. The parameters are
         those before that step.
-      opt_state: State of the optimizer after the last step.
+      opt_state: State of the optimizer after the last step; unspecified if the run
+        diverged.
       best_loss: The loss of `best_params`; inf before the first evaluation.
-      best_step: Number of steps before the evaluation of `best_params`.
+      best_step: Number of steps taken at the best evaluation; 0 if there is none.
       step: Number of steps taken, also before a resume; fewer than requested if the run
         stopped.
     """
@@ -49,11 +51,6 @@ class FitResult(NamedTuple):
     best_loss: jax.Array
     best_step: jax.Array
     step: jax.Array
-
-
-jax.export.register_namedtuple_serialization(
-    FitResult, serialized_name="jaxbce.FitResult"
-)
 
 
 def fit(
@@ -85,17 +82,18 @@ def fit(
     supported, because of the loops.
 
     `fit` is compiled once per combination of shapes, static options and operations of
-    the optimizer, penalty and loss. Their numbers are arguments of the compiled
+    the optimizer, penalty and loss. Their constants are arguments of the compiled
     program, so the same optimizer with another learning rate does not compile again.
-    Programs that have not been used for long are freed. A program exported by
-    `jax.export` may leave N symbolic if batches are full. To serialize it, register the
-    states of the optimizer with `jax.export`, or drop `opt_state` from the result.
+    At most 64 programs are kept; the least recently used are freed. `fit` can be
+    exported with `jax.export` for a symbolic N if `batch_size` is None. To serialize
+    the result, register the states of the optimizer, or drop `opt_state`.
 
-    The run is frozen, and `diverged_at` set, at the first step whose loss is not finite
-    (or is negative, from labels outside [0, 1]), and at an evaluation whose training
-    loss is so. An optimizer that tests for values that are not finite itself, such as
-    `optax.apply_if_finite`, may skip steps: with it the run is frozen where parameters
-    or state would become non-finite, or at an evaluation.
+    From the first step whose loss is not finite (or is negative, from labels outside
+    [0, 1]), or an evaluation whose training loss is so, the parameters no longer change
+    and `diverged_at` is set. An optimizer that tests for values that are not finite
+    itself, by `jnp.isfinite` or `jnp.isnan` as `optax.apply_if_finite` does, may skip
+    steps: with it the run is frozen where parameters or state would become non-finite,
+    or at an evaluation.
 
     An epoch visits every example once, in an order drawn from the key and the number of
     the epoch. If its last batch is shorter than the others, the loss of that batch is
@@ -112,37 +110,40 @@ def fit(
         opt_state are equal, and only without patience.
       x: Features `[N, n_0]`, floating, N >= 1.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
-      optimizer: Any optax transformation. `value`, `grad` and `value_fn` of the batch
+      optimizer: Any optax transformation. It is traced once per object, like `penalty`
+        and `loss`, so that values that it reads elsewhere, such as global variables,
+        must not change. `value`, `grad` and `value_fn` of the batch
         are passed to its `update` if it accepts them, and `grad_fn` if it names it.
         The reported losses are those of the parameters that it updates. For
-        `optax.contrib.schedule_free` these are not the ones to use, which are
-        `schedule_free_eval_params(run.opt_state, run.params)`.
+        `optax.contrib.schedule_free`, evaluate the network with
+        `schedule_free_eval_params(run.opt_state, run.params)` instead.
       num_steps: Number of steps; 0 returns the initial state of a run.
       batch_size: Number of examples per batch, 1 to N; None is N.
       validation: Features `[M, n_0]` and labels `[M, n_L]`, and optionally weights of
         the examples, `[M]`.
-      evaluate_every: Number of steps between evaluations. The last step is always
-        followed by one; with None it is the only one. Each evaluation costs a forward
-        pass over all examples.
+      evaluate_every: Number of steps between evaluations. There is always one after the
+        last step; None evaluates only there. Each evaluation costs a forward pass over
+        all examples.
       patience: Stop at the first evaluation that is at least this many steps after the
         best one; None never stops. Nothing is computed after a stop, except under
         `vmap` while other networks continue.
-      min_delta: The least improvement, in nats, of an evaluation that counts as better
-        than the best one.
+      min_delta: An evaluation replaces the best one only if its loss is lower by more
+        than this, in nats.
       sample_weight: Weights s >= 0 of the training examples, `[N]`; None is all ones.
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`. It also
         applies to the validation loss.
       penalty: A function of params, such as `lambda params: 1e-3 *
         optax.tree.norm(params, squared=True)`. It is differentiated by JAX, and added
         to the loss and to the gradient of each step. The reported losses are without
-        it.
+        it. Its gradient must be finite wherever its value is.
       loss: A training objective to use in place of the hand-derived one, for comparing
         with automatic differentiation, by which it is differentiated. It has the
         signature of `jaxbce.loss` and is called with `sample_weight`, `pos_weight` and
         `reduction="sum"`. The reported losses are those of `jaxbce.loss`.
       callback: Called on the host after each evaluation, in order, with the number of
         steps taken and the training and validation loss (None without a validation
-        set). Under `vmap` it is called once per network.
+        set). Under `vmap` it is called once per network. It is not supported for
+        examples that are sharded over several devices.
 
     Returns:
       A `FitResult`.
@@ -178,10 +179,14 @@ def fit(
     programs, constants = trace(user, (), first, training)
     if isinstance(params, FitResult):
         state = jax.eval_shape(programs.init, constants[0], (), first)
-        if jax.tree.map(jnp.shape, params.opt_state) != jax.tree.map(jnp.shape, state):
+        theirs, expected = (
+            (jax.tree.structure(t), [(u.shape, u.dtype) for u in jax.tree.leaves(t)])
+            for t in (jax.tree.map(jnp.asarray, params.opt_state), state)
+        )
+        if theirs != expected:
             raise ValueError(
                 "expected params to be the FitResult of a run with the same optimizer, "
-                "got one with an opt_state of another structure"
+                "got one with an opt_state of another structure, shape or dtype"
             )
         params = params._replace(train_loss=_NONE, validation_loss=_NONE)
     compiled = _traced.jitted(run, programs, options, by_hand)
@@ -218,7 +223,8 @@ def check_options(
         evaluate_every = _validate.count("evaluate_every", evaluate_every)
     if patience is not None:
         patience = _validate.count("patience", patience)
-    _validate.scalar("min_delta", min_delta, allow_zero=True)
+    _validate.scalar("min_delta", min_delta, allow_zero=True, is_static=True)
+    _validate.weights("min_delta", np.asarray(min_delta), training.y.dtype)
     if callback is not None:
         expected = "None or a function of (step, train_loss, validation_loss)"
         _validate.function("callback", callback, expected, is_static=True)
@@ -277,7 +283,7 @@ class Programs(NamedTuple):
 
     Attributes:
       init: `(hparams, params) -> state` of the optimizer.
-      step: All of a training step but the derivation, as `take_step` computes it:
+      step: The user-supplied part of a training step, as `take_step` computes it:
         `(hparams, params, state, total, batch) -> (params, state, rest)`.
     """
 
@@ -346,7 +352,7 @@ def take_step(
     total: tuple[jax.Array, Params] | None,
     batch: Batch,
 ) -> tuple[Any, Any, jax.Array]:
-    """All of a training step but the derivation: whatever users supply.
+    """The user-supplied part of a step: penalty or loss, and the optimizer's update.
 
     Args:
       optimizer: The optimizer.
@@ -361,11 +367,14 @@ def take_step(
       The new parameters and state, and the part of the loss that is not hand-derived.
     """
 
+    def penalized(params: Any) -> jax.Array:
+        return _validate.penalty_value(penalty(params) if penalty else None)
+
     def objective(params: Any) -> jax.Array:
         x, y, c, p = batch
         function = loss or gradients.loss
         value = function(params, x, y, sample_weight=c, pos_weight=p, reduction="sum")
-        return value if penalty is None else value + penalty(params)
+        return value if penalty is None else value + penalized(params)
 
     rest = jnp.zeros((), batch.c.dtype)
     if total is None:
@@ -374,7 +383,7 @@ def take_step(
     else:
         value, grads = total
         if penalty is not None:
-            rest, penalty_grads = jax.value_and_grad(penalty)(params)
+            rest, penalty_grads = jax.value_and_grad(penalized)(params)
             value, grads = value + rest, jax.tree.map(jnp.add, grads, penalty_grads)
     # The value and gradient in the state of a line search are not reused: they may
     # belong to another batch, or to other parameters if a transformation follows the
@@ -400,7 +409,7 @@ def run(
     training: Dataset,
     evaluated: tuple[Dataset, ...],
 ) -> FitResult:
-    """`fit` with checked arguments, and what users supply as traced programs.
+    """Runs `fit` on checked arguments, with users' functions as traced programs.
 
     Args:
       programs: The programs of `trace`; static, like the next two.
@@ -427,22 +436,18 @@ def run(
     # as a section of a longer run.
     layout = _layouts.for_training(batch_size or n, n_in) if by_hand else _layouts.ROWS
     convert = layout.convert
-    none = jnp.full((), jnp.inf, dtype)
     if not isinstance(start, FitResult):
         start = FitResult(
             params=start,
             best_params=start,
-            train_loss=none,
-            validation_loss=none,
+            train_loss=_NONE,
+            validation_loss=_NONE,
             diverged_at=jnp.int32(-1),
             opt_state=init(start),
-            best_loss=none,
+            best_loss=jnp.full((), jnp.inf, dtype),
             best_step=jnp.int32(0),
             step=jnp.int32(0),
         )
-    start = start._replace(
-        train_loss=none, validation_loss=none if len(evaluated) > 1 else _NONE
-    )
     initial = _varying(lax.optimization_barrier(_convert_run(start, convert)))
     block_size = examples_per_block("auto", start.params, n)
     x, y, relative_weight, p = training
@@ -456,17 +461,16 @@ def run(
         if by_hand:
             objective, _ = gradients.accumulate(run.params, batch, form)
             grads = gradients.cast_like(objective.grads, run.params)
-            total, linear_part = (
-                (objective.value, convert(grads)),
-                objective.linear_part,
-            )
+            total = objective.value, convert(grads)
+            linear_part = objective.linear_part
         params, state, rest = step(
             *convert((run.params, run.opt_state)),
             total,
             _varying(batch._replace(x=batch.x[:, :n_in])),
         )
         if may_skip:  # the optimizer may have skipped a bad gradient
-            is_finite = _all_finite((params, state))
+            before = convert((run.params, run.opt_state))
+            is_finite = _stays_finite(before, (params, state))
         else:
             is_finite = jnp.isfinite(linear_part + rest) & (linear_part >= 0)
         is_finite &= run.diverged_at < 0
@@ -479,7 +483,9 @@ def run(
             ),
         )
 
-    def advance(begin: jax.Array, end: jax.Array, run: FitResult) -> FitResult:
+    def advance(
+        begin: jax.Array, end: jax.Array, run: FitResult
+    ) -> tuple[FitResult, list[jax.Array]]:
         """Takes the steps from `begin` to `end`, and evaluates."""
         if batch_size is None:
             run = lax.fori_loop(begin, end, lambda t, run: take(t, full, run), run)
@@ -489,11 +495,14 @@ def run(
                 c = weight.astype(dtype)
                 if relative_weight is not None:
                     c = c * _layouts.take(relative_weight, indices)
-                rows = _layouts.take(padded, indices), _layouts.take(y, indices)
-                return take(t, Batch(*rows, c, p), run)
+                features = _layouts.take(padded, indices)
+                if n % indices.shape[0]:  # a copy of weight 0 must not overflow
+                    features = jnp.where(weight[:, None] > 0, features, 0)
+                labels = _layouts.take(y, indices)
+                return take(t, Batch(features, labels, c, p), run)
 
             run = _over_batches(batch, key, n, batch_size, begin, end, run)
-        train_loss, *validation_loss = [
+        losses = [
             gradients.weighted_loss(
                 run.params,
                 data.batch()._replace(x=layout.pad(data.x)),
@@ -501,19 +510,18 @@ def run(
             )
             for data in evaluated
         ]
-        selection_loss = validation_loss[0] if validation_loss else train_loss
+        train_loss, selection_loss = losses[0], losses[-1]
         is_valid = jnp.isfinite(train_loss) & (train_loss >= 0)
         diverged_at = jnp.where((run.diverged_at < 0) & ~is_valid, end, run.diverged_at)
         is_best = (diverged_at < 0) & (selection_loss < run.best_loss - min_delta)
-        return run._replace(
+        run = run._replace(
             best_params=_select(is_best, run.params, run.best_params),
-            train_loss=train_loss,
-            validation_loss=validation_loss[0] if validation_loss else _NONE,
             diverged_at=diverged_at,
             best_loss=jnp.where(is_best, selection_loss, run.best_loss),
             best_step=jnp.where(is_best, end, run.best_step),
             step=jnp.where(diverged_at < 0, end, diverged_at),
         )
+        return run, losses
 
     def advance_unless_stopped(
         run: FitResult, begin: jax.Array
@@ -522,37 +530,29 @@ def run(
         stopped = run.diverged_at >= 0
         if patience is not None:
             stopped |= run.step - run.best_step >= patience
-        inf = jnp.full_like(run.train_loss, jnp.inf)
-        unchanged = run._replace(
-            train_loss=inf,
-            validation_loss=_NONE if run.validation_loss is None else inf,
-        )
-        run = lax.cond(
+        unchanged = run, [jnp.full_like(run.best_loss, jnp.inf) for _ in evaluated]
+        run, losses = lax.cond(
             _all_across_vmap(stopped),
             lambda run: unchanged,
             lambda run: _select(stopped, unchanged, advance(begin, end, run)),
             run,
         )
-        losses = run.train_loss, run.validation_loss
         if callback is not None:
             report = functools.partial(_report, callback)
             jax.debug.callback(report, stopped, run.step, losses, ordered=True)
         return run, losses
 
     if num_steps == 0:
-        last, losses = initial, (initial.train_loss, initial.validation_loss)
-        losses = jax.tree.map(lambda t: t[None][:0], losses)
+        last, losses = initial, [initial.best_loss[None][:0] for _ in evaluated]
     else:
         # The loop counts steps from the initial one and does not read run.step. Under
         # vmap run.step may differ between networks, and each would draw its own order.
         first = initial.step
         begins = first + jnp.arange(0, num_steps, evaluate_every, dtype=first.dtype)
         last, losses = lax.scan(advance_unless_stopped, initial, begins)
-    train_loss, validation_loss = losses
-    if validation_loss is None:
-        validation_loss = train_loss[:0]
     return _convert_run(last, convert)._replace(
-        train_loss=train_loss, validation_loss=validation_loss
+        train_loss=losses[0],
+        validation_loss=losses[1] if len(losses) > 1 else losses[0][:0],
     )
 
 
@@ -561,16 +561,22 @@ def _report(
 ) -> None:
     """Calls the user's callback with Python numbers, unless the run had stopped."""
     if not stopped:
-        train_loss, validation_loss = losses
-        if validation_loss is not None:
-            validation_loss = float(validation_loss)
-        callback(int(step), float(train_loss), validation_loss)
+        train_loss, validation_loss = (*map(float, losses), None)[:2]
+        callback(int(step), train_loss, validation_loss)
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    leaves = [t for t in jax.tree.leaves(tree) if jnp.issubdtype(t.dtype, jnp.inexact)]
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
-    return functools.reduce(jnp.logical_and, finite)
+def _stays_finite(before: Any, after: Any) -> jax.Array:
+    """Whether all numbers are finite but for those that were not finite before.
+
+    The state of an optimizer may hold inf, such as a best loss without an evaluation.
+    """
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    stays = [
+        jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+        for old, new in pairs
+        if jnp.issubdtype(new.dtype, jnp.inexact)
+    ]
+    return functools.reduce(jnp.logical_and, stays)
 
 
 def _convert_run(run: FitResult, convert: Callable[[Any], Any]) -> FitResult:

@@ -461,3 +461,26 @@ def test_fresh_functions_with_the_same_operations_are_one_program():
     runs = [run(0.5 + 0.1 * i) for i in range(1, 5)]
     assert compiled().misses == before
     assert not np.allclose(first.params[0].w, runs[-1].params[0].w)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_a_sweep_inside_a_mesh_leaves_later_ones_as_they_are():
+    x, y = np.ones((4, 2), "f"), np.array([[0], [1], [1], [0]], "f")
+
+    def train():
+        return jaxbce.sweep(
+            jax.random.key(0),
+            x,
+            y,
+            hidden=(2,),
+            make_optimizer=make_optimizer,
+            hparams={"rate": [0.1, 0.2]},
+            num_steps=1,
+        )
+
+    def make_optimizer(hp):  # a new function, which no cache knows
+        return optax.sgd(hp["rate"])
+
+    with jax.set_mesh(jax.make_mesh((2,), ("d",))):
+        inside = train()
+    np.testing.assert_array_equal(inside.train_loss, train().train_loss)

@@ -118,6 +118,7 @@ BRANCHING = {
     "abs": lambda point, v: v * sign(v, point),
     "max": lambda point, u, v: u if sign(u - v, point) > 0 else v,
     "gt": lambda point, u, v: sign(u - v, point) > 0,
+    "lt": lambda point, u, v: sign(u - v, point) < 0,
     "eq": lambda point, u, v: sign(u - v, point) == 0,
 }
 ARRAY = {
@@ -154,6 +155,9 @@ def interpret(closed, point, *inputs):
             outs = interpret(eqn.params[CALLS[name]], point, *args)
         elif name in BRANCHING:
             outs = [elementwise(functools.partial(BRANCHING[name], point))(*args)]
+        elif name == "reduce_max":
+            largest = max(next(args).flat, key=lambda v: v.xreplace(point))
+            outs = [np.asarray(largest, object)]
         elif name in SCALAR:
             outs = [elementwise(SCALAR[name])(*args)]
         elif name in ARRAY:

@@ -538,13 +538,21 @@ def test_the_derivative_in_a_hyperparameter_is_the_difference_quotient(batch_siz
 
 REFUSED = {
     "optimizer": ({"optimizer": "adam"}, TypeError, "an optax .* got str"),
-    "steps": ({"num_steps": -1}, ValueError, "num_steps .* integer >= 0, got -1"),
+    "steps": (
+        {"num_steps": -1},
+        ValueError,
+        "num_steps .* integer >= 0 and less than .*, got -1",
+    ),
     "many steps": ({"num_steps": 2**31}, ValueError, r"less than 2\*\*31, got"),
-    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps .* >= 0, got 1.5"),
+    "half a step": ({"num_steps": 1.5}, TypeError, "num_steps .* >= 0 .*, got 1.5"),
     "no rows": ({"batch_size": 0}, ValueError, "batch_size .* from 1 to 37, .* got 0"),
     "too many": ({"batch_size": 38}, ValueError, "batch_size .* 1 to 37, .* got 38"),
     "every": ({"evaluate_every": -1}, ValueError, "evaluate_every .* got -1"),
-    "patience": ({"patience": 0}, ValueError, "patience .* integer >= 1, got 0"),
+    "patience": (
+        {"patience": 0},
+        ValueError,
+        "patience .* integer >= 1 and less than .*, got 0",
+    ),
     "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation to be a tuple"),
     "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight of shape"),
     "p": ({"pos_weight": jnp.ones(3)}, ValueError, "pos_weight of shape"),
@@ -963,3 +971,31 @@ def test_a_run_of_no_steps_is_a_valid_carry():
     truth = fit(params, x, y, num_steps=20, evaluate_every=5)
     assert relative_error(last.params, truth.params) <= 1e-6
     np.testing.assert_allclose(losses[:, 0], truth.train_loss, rtol=1e-6)
+
+
+def test_a_state_that_begins_with_inf_is_no_divergence():
+    params, x, y = problem((3, 4, 1)).arguments(np.float32)
+    optimizer = optax.chain(
+        optax.zero_nans(),
+        optax.adam(1e-2),
+        optax.contrib.reduce_on_plateau(accumulation_size=3),
+    )
+    run = jaxbce.fit(jax.random.key(0), params, x, y, optimizer=optimizer, num_steps=4)
+    assert int(run.diverged_at) == -1
+    assert int(run.step) == 4
+
+
+def test_what_a_penalty_returns_is_checked():
+    params, x, y = problem((3, 4, 1)).arguments(np.float32)
+    wrong: Any = (lambda p: p[0].b, lambda p: None, lambda p: jnp.int32(1))
+    for penalty in wrong:
+        with pytest.raises(TypeError, match="expected penalty to return a floating"):
+            jaxbce.fit(
+                jax.random.key(0),
+                params,
+                x,
+                y,
+                optimizer=optax.sgd(0.1),
+                num_steps=1,
+                penalty=penalty,
+            )

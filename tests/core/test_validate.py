@@ -86,8 +86,8 @@ def test_labels_are_refused_unless_the_weight_is_0(array, bad):
         (changed(S, 3, -1), r"to be finite and >= 0, got -1.0 at sample_weight\[3\]"),
         (changed(S, 0, np.nan), "sample_weight to be finite and >= 0, got nan"),
         (changed(S, 0, np.inf), "sample_weight to be finite and >= 0, got inf"),
-        (0 * S, r"sample_weight to have an entry >= 1.2e-38, got at most 0\.0e\+00"),
-        (1e-42 * S, "to have an entry >= 1.2e-38, got at most 2.0e-42"),
+        (0 * S, r"entry of sample_weight to be >= 1.2e-38 .* largest is 0\.0e\+00"),
+        (1e-42 * S, "entry of sample_weight to be >= 1.2e-38 .* largest is 2.0e-42"),
     ],
 )
 def test_weights_out_of_bounds_are_refused(array, weight, message):
