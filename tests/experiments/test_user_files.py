@@ -5,6 +5,7 @@ import decimal
 import gzip
 import lzma
 from pathlib import Path
+from typing import Any
 
 import jax
 import joblib
@@ -536,7 +537,9 @@ def scored(folder, name, *flags):
     arguments = (f"--predict={folder / name}", f"--output_dir={folder}", *flags)
     finished = run_command("train", *arguments)
     assert finished.status == 0, finished.err
-    return pd.read_csv(folder / f"{table_io.stem(name)}.scored.csv"), finished.err
+    table: Any = pd.read_csv(folder / f"{table_io.stem(name)}.scored.csv")
+    scores = ["logit of label=yes", "probability of label=yes"]
+    return table[["row", *scores]], finished.err
 
 
 def test_the_prediction_of_a_row_does_not_depend_on_its_file(model):
