@@ -13,8 +13,9 @@ digits of about 0.98, and 0.91 for logistic regression.
 
 With --output_dir everything is saved as files. If the command is interrupted, even
 killed, rerun it to resume. --predict scores new rows with the model in --output_dir,
-prints metrics if they have labels, and ignores the other flags except --id. A model is
-a pickle: score only with models you trust.
+and prints metrics if they have labels. Of the other flags it takes only --id and those
+that say how a text file is written. A model is a pickle: score only with models you
+trust.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ _GRADIENT = flags.DEFINE_enum(
 _PREDICT = flags.DEFINE_string(
     "predict",
     None,
-    "Score the rows of this .csv or .parquet file with the model in --output_dir.",
+    "Score the rows of this file with the model in --output_dir.",
 )
 _BASELINES = flags.DEFINE_list(
     "baselines",
