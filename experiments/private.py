@@ -2,7 +2,7 @@ r"""What does differential privacy cost here?
 
     python -m experiments.private
     python -m experiments.private --epsilon 1,3 --delta 1e-6 --output_dir results
-    python -m experiments.private --data mine.csv --target label --bounds 0,100
+    python -m experiments.private --data mine.csv --target label --bounds age=0:99,k=0:1
 
 Trains with DP-SGD. Each step draws examples by Poisson sampling, clips their gradients
 to --max_grad_norm and sums them (jaxbce's clipped_value_and_grad), adds Gaussian noise,
@@ -31,6 +31,7 @@ import numpy as np
 import optax
 import pandas as pd
 from absl import flags
+from sklearn.preprocessing import OneHotEncoder
 from tqdm import tqdm
 
 import jaxbce
@@ -76,9 +77,10 @@ _MAX_GRAD_NORM = flags.DEFINE_float(
 _BOUNDS = flags.DEFINE_list(
     "bounds",
     None,
-    "LOW,HIGH of all features, known without looking at the data. Features are clipped "
-    "to them and scaled to [-1, 1]. If not set, 0,16 for digits; other data are "
-    "standardized by the training examples, which ε does not cover.",
+    "LOW,HIGH of all columns of numbers, or NAME=LOW:HIGH of each, comma-separated, "
+    "known without looking at the data. Numbers are clipped to them and scaled to "
+    "[-1, 1]. If not set, 0,16 for digits; other data are standardized by the training "
+    "examples, which ε does not cover.",
 )
 
 DEFAULTS: dict[str, Any] = {"num_steps": 300, "dtype": "float32", "seeds": 5}
@@ -97,6 +99,7 @@ METRICS = ("accuracy", "roc_auc", "log_loss")
 CHUNKS = 20  # of steps; each moves the progress bar
 
 Row = dict[str, Any]
+Bounds = tuple[float, float] | dict[str, tuple[float, float]]
 
 
 class NoiseLevel(NamedTuple):
@@ -118,7 +121,7 @@ def run(
     optimizer: OptimizerConfig,
     training: TrainingConfig,
     seeds: int = 5,
-    bounds: tuple[float, float] | None = None,
+    bounds: Bounds | None = None,
     make_folder: Callable[[], Path | None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains networks for every ε, and without privacy.
@@ -130,15 +133,16 @@ def run(
       training: How to train; `batch_size` is the expected number of examples per batch,
         and None is a quarter of the training examples, at most 256.
       seeds: Networks per ε.
-      bounds: Bounds of all features, known beforehand; None standardizes the features.
+      bounds: Bounds of all numbers, or of each column, known beforehand; None
+        standardizes the features.
       make_folder: Called once all arguments are known to be valid; returns the folder
         in which to save the results, or None.
 
     Returns:
       "configuration"; "base_rate", the share of label 1 among the test examples, per
-      output; "rows", one per ε, and a last one without privacy; and "clipped", the
-      fraction of each batch that was clipped, `[levels, seeds, steps]`, where the last
-      level is without privacy.
+      output; "has_categories", whether a feature is categorical; "rows", one per ε, and
+      a last one without privacy; and "clipped", the fraction of each batch that was
+      clipped, `[levels, seeds, steps]`, where the last level is without privacy.
 
     Raises:
       InputError: If an argument cannot be used.
@@ -199,6 +203,9 @@ def run(
         result = {
             "configuration": configuration,
             "base_rate": np.mean(splits["test"].y, axis=0).tolist(),
+            "has_categories": bool(
+                table.features.select_dtypes(exclude=float).shape[1]
+            ),
             "rows": summarize(
                 [*privacy.epsilons, np.inf],
                 [*spent, np.inf],
@@ -264,24 +271,41 @@ def build_optimizer(
 
 
 def scale_to_bounds(
-    table: datasets.Table,
-    splits: dict[str, datasets.Split],
-    bounds: tuple[float, float],
+    table: datasets.Table, splits: dict[str, datasets.Split], bounds: Bounds
 ) -> dict[str, datasets.Split]:
-    """The splits, with features clipped to `bounds` and scaled to [−1, 1]."""
-    low, high = bounds
-    if not -np.inf < low < high < np.inf:
-        raise cli.InputError(
-            f"--bounds={low:g},{high:g}: expected finite numbers LOW < HIGH"
-        )
-    categories = table.features.select_dtypes(exclude=float).columns
-    if len(categories):
-        raise cli.InputError(
-            f"--bounds: expected numbers only; {table.name} has categories in column "
-            f"{categories[0]!r}"
-        )
-    x = table.features.to_numpy(np.float64).clip(low, high)
-    x = np.nan_to_num(2 * (x - low) / (high - low) - 1)  # missing values become 0
+    """The splits, with numbers clipped to `bounds` and scaled to [−1, 1].
+
+    Missing numbers become 0. Categories are one-hot, and those that do not occur in the
+    training rows all zeros.
+
+    Raises:
+      InputError: If a column of numbers has no bounds, or other columns have some.
+    """
+    numbers = list(table.features.select_dtypes(float))
+    if isinstance(bounds, tuple):
+        bounds = dict.fromkeys(numbers, bounds)
+    for known, wanted, what in (
+        (numbers, bounds, "has no column of numbers"),
+        (bounds, numbers, "has no bounds for column"),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise cli.InputError(f"--bounds: {table.name} {what} {name!r}")
+    for name, (low, high) in bounds.items():
+        if not -np.inf < low < high < np.inf:
+            raise cli.InputError(
+                f"--bounds: expected finite numbers LOW < HIGH for {name!r}, got "
+                f"{low:g}:{high:g}"
+            )
+    low, high = np.array([bounds[name] for name in numbers]).reshape(-1, 2).T
+    x = table.features[numbers].to_numpy(np.float64).clip(low, high)
+    parts = [np.nan_to_num(2 * (x - low) / (high - low) - 1)]
+    categories = table.features.drop(columns=numbers)
+    if categories.shape[1]:
+        encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+        encoder.fit(categories.iloc[splits["train"].rows])
+        parts.append(np.asarray(encoder.transform(categories)))
+    x = np.concatenate(parts, axis=1)
     return {name: split._replace(x=x[split.rows]) for name, split in splits.items()}
 
 
@@ -446,16 +470,31 @@ def _numbers(flag: str, texts: list[str]) -> tuple[float, ...]:
         ) from None
 
 
-def _bounds() -> tuple[float, float] | None:
+def _bounds() -> Bounds | None:
     """--bounds, or the known bounds of the dataset."""
-    if _BOUNDS.value is None:
+    texts = _BOUNDS.value
+    if texts is None:
         if datasets.DATA.value is not None:
             return None
         return BOUNDS.get(datasets.DATASET.value or "digits")
-    numbers = _numbers("bounds", _BOUNDS.value)
-    if len(numbers) != 2:
-        raise cli.InputError(f"--bounds={','.join(_BOUNDS.value)}: expected LOW,HIGH")
-    return numbers[0], numbers[1]
+    if not any("=" in text for text in texts):
+        numbers = _numbers("bounds", texts)
+        if len(numbers) != 2:
+            raise cli.InputError(
+                f"--bounds={','.join(texts)}: expected LOW,HIGH or NAME=LOW:HIGH,..."
+            )
+        return numbers[0], numbers[1]
+    found = {}
+    for text in texts:
+        name, _, bounds = text.rpartition("=")
+        try:
+            low, high = map(float, bounds.split(":"))
+        except ValueError:
+            raise cli.InputError(
+                f"--bounds={text}: expected NAME=LOW:HIGH, with two numbers"
+            ) from None
+        found[name] = low, high
+    return found
 
 
 def _report(result: dict[str, Any]) -> None:
@@ -501,6 +540,8 @@ def _report(result: dict[str, Any]) -> None:
             "Features were standardized by the training rows, which ε does not cover. "
             "Give --bounds if bounds are known beforehand."
         )
+    elif result["has_categories"]:
+        print("The categories are those of the training rows, which ε does not cover.")
     if configuration["delta"] >= 1 / configuration["rows"]:
         print("Warning: δ is at least 1 / rows, which allows publishing a whole row.")
 

@@ -164,8 +164,11 @@ def test_privacy_3_on_digits_beats_chance_by_far():
             "--optimizer=polyak_sgd: needs more than the private gradient",
         ),
         ({"batch_size": 601}, "--batch_size=601: moons has 600 rows to train on"),
-        ({"bounds": (1.0, 0.0)}, "--bounds=1,0: expected finite numbers LOW < HIGH"),
-        ({"bounds": (0.0, np.inf)}, "--bounds=0,inf: expected finite numbers"),
+        (
+            {"bounds": (1.0, 0.0)},
+            "expected finite numbers LOW < HIGH for 'x1', got 1:0",
+        ),
+        ({"bounds": (0.0, np.inf)}, "--bounds: expected finite numbers .* got 0:inf"),
         ({"optimizer": {"optimizer": "adamm"}}, "--optimizer=adamm: expected one of"),
     ],
 )
@@ -174,12 +177,23 @@ def test_what_cannot_be_is_refused(change, message):
         run(**change)
 
 
-def test_bounds_of_categories_are_refused():
-    table = MOONS._replace(features=MOONS.features.assign(color="red"))
-    with pytest.raises(
-        InputError, match="numbers only; moons has categories in column"
+def test_each_column_of_numbers_has_bounds_and_categories_are_one_hot():
+    colors = np.where(np.arange(1000) % 3 == 0, "red", "blue")
+    table = MOONS._replace(features=MOONS.features.assign(color=colors))
+    splits, _ = datasets.split(table, 0)
+    bounds = {"x2": (-1.0, 3.0), "x1": (-2.0, 2.0)}
+    scaled = private.scale_to_bounds(table, splits, bounds)["test"]
+    x = table.features[["x1", "x2"]].to_numpy()[scaled.rows]
+    expected = np.clip((x - [0, 1]) / 2, -1, 1)
+    np.testing.assert_allclose(scaled.x[:, :2], expected, atol=1e-15)
+    red = colors[scaled.rows] == "red"
+    np.testing.assert_array_equal(scaled.x[:, 2:], np.stack([~red, red], axis=1))
+    for wrong, message in (
+        ({"x1": (0.0, 1.0)}, "moons has no bounds for column 'x2'"),
+        (bounds | {"color": (0.0, 1.0)}, "moons has no column of numbers 'color'"),
     ):
-        run(table=table, bounds=(0.0, 1.0))
+        with pytest.raises(InputError, match=message):
+            private.scale_to_bounds(table, splits, wrong)
 
 
 @pytest.mark.usefixtures("known_noise")
@@ -305,6 +319,7 @@ def test_what_epsilon_does_not_cover_is_said(result, capsys):
         (("--dataset=moons",), None, 0.01),
         (("--data=x.csv",), None, 0.01),
         (("--bounds=-1,2.5", "--learning_rate=0.2"), (-1.0, 2.5), 0.2),
+        (("--bounds=a b=0:1,c=d=-1:2e5",), {"a b": (0, 1), "c=d": (-1, 2e5)}, 0.01),
         (("--optimizer=sgd",), (0.0, 16.0), None),
     ],
 )
@@ -333,6 +348,7 @@ BAD_FLAGS = [
     ("--epsilon=1,x", "--epsilon=1,x: expected comma-separated numbers"),
     ("--bounds=1", "--bounds=1: expected LOW,HIGH"),
     ("--bounds=1,y", "--bounds=1,y: expected comma-separated numbers"),
+    ("--bounds=a=1,b=0:1", "--bounds=a=1: expected NAME=LOW:HIGH"),
     ("--delta=2", "--delta=2"),
     ("--epochs=3", "epochs"),
 ]
