@@ -48,7 +48,9 @@ def _array(
     # Shapes without values stand for the parameters of a sweep.
     arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     if isinstance(value, arrays) and not isinstance(value, np.ma.MaskedArray):
-        return None if floating is None else _kind(name, value, floating)
+        if floating is not None:
+            _kind(name, value, floating)
+        return
     got = _type_name(value)
     for method, conversion in _CONVERSIONS.items():
         if hasattr(value, method):
@@ -283,13 +285,9 @@ def vector(v: Any, params_: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), v)
 
 
-def scalar(
-    name: str, value: Any, *, allow_zero: bool = False, is_static: bool = False
-) -> None:
+def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
     """Checks that a scalar is real, and if it is not traced, > 0 (or >= 0)."""
     expected = "a number >= 0" if allow_zero else "a number > 0"
-    if is_static and not _is_known(value):
-        raise TypeError(f"expected {name} to be a known number, got a traced array")
     if type(value) not in (int, float):
         _array(name, value, expected, floating=False)
         if value.shape != () or value.dtype == bool:
@@ -465,6 +463,15 @@ def bounds(
     raise ValueError(f"expected {name} to be {expected}, got {original[index]}{where}")
 
 
+def min_delta(value: Any, dtype: Any) -> float:
+    """Checks a static number >= 0 that is finite in `dtype`; returns it."""
+    scalar("min_delta", value, allow_zero=True)
+    if not _is_known(value):
+        raise TypeError("expected min_delta to be a known number, got a traced array")
+    weights("min_delta", np.asarray(value), dtype)
+    return float(value)
+
+
 def finite(name: str, value: Any, dtype: Any) -> None:
     """Checks that known entries are finite in `dtype`."""
     largest = float(jnp.finfo(dtype).max)
@@ -484,7 +491,7 @@ def label_values(name: str, y: Any, *, weight: Any = None) -> None:
 
 
 def _label_hint(name: str, y: np.ndarray) -> str:
-    """What labels outside [0, 1] probably are, and how to convert them."""
+    """How to convert labels outside [0, 1] that look like another encoding."""
     if not np.isfinite(y).all() or (y != np.rint(y)).any():
         return ""
     found = set(np.unique(y).tolist())

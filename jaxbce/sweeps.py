@@ -324,11 +324,9 @@ def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]
     floating = _validate.accumulation_dtype(dtype)
     for name, value in values.items():
         kind = value.dtype.kind
-        if kind in "iu" and not np.array_equal(value, value.astype(np.int32)):
-            raise ValueError(
-                f"expected hparams[{name!r}] to be integers from -2**31 to 2**31 - 1, "
-                f"got {value[value != value.astype(np.int32)][0]}"
-            )
+        if kind in "iu":
+            expected = "integers from -2**31 to 2**31 - 1"
+            _validate.bounds(f"hparams[{name!r}]", value, expected, -(2**31), 2**31 - 1)
         if kind not in "fiub":
             raise TypeError(
                 f"expected the dtype of hparams[{name!r}] to be real or boolean, got "
@@ -463,7 +461,7 @@ def _train(
       seeds: `[devices, seeds]`.
       values: Hyperparameters `[devices, points]`.
       shared: What all members share: key data, and the examples of all sets.
-      constants: The numbers in the programs of the plan.
+      constants: The constants of the programs of the plan.
       plan: The static facts.
 
     Returns:
@@ -573,11 +571,12 @@ def _optimizer(make_optimizer: Any, hparams: dict[str, Any]) -> Any:
 
 
 def _check_all_read(names: Iterable[str], programs: training.Programs) -> None:
-    """Checks that the sweep or its programs, of which they are arguments, read names.
+    """Checks that the sweep or its programs read every hyperparameter.
 
     Raises:
       ValueError: If one is not read.
     """
+    # Hyperparameters are the first arguments of both programs, sorted by their names.
     is_used = zip(*(program.is_used for program in programs), strict=False)
     unread = [
         name

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
@@ -179,11 +178,8 @@ def fit(
     programs, constants = trace(user, (), first, training)
     if isinstance(params, FitResult):
         state = jax.eval_shape(programs.init, constants[0], (), first)
-        theirs, expected = (
-            (jax.tree.structure(t), [(u.shape, u.dtype) for u in jax.tree.leaves(t)])
-            for t in (jax.tree.map(jnp.asarray, params.opt_state), state)
-        )
-        if theirs != expected:
+        found = jax.eval_shape(lambda state: state, params.opt_state)
+        if _form(found) != _form(state):
             raise ValueError(
                 "expected params to be the FitResult of a run with the same optimizer, "
                 "got one with an opt_state of another structure, shape or dtype"
@@ -191,6 +187,11 @@ def fit(
         params = params._replace(train_loss=_NONE, validation_loss=_NONE)
     compiled = _traced.jitted(run, programs, options, by_hand)
     return compiled(constants, (), key, _varying(params), training, evaluated)
+
+
+def _form(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 class Options(NamedTuple):
@@ -223,8 +224,6 @@ def check_options(
         evaluate_every = _validate.count("evaluate_every", evaluate_every)
     if patience is not None:
         patience = _validate.count("patience", patience)
-    _validate.scalar("min_delta", min_delta, allow_zero=True, is_static=True)
-    _validate.weights("min_delta", np.asarray(min_delta), training.y.dtype)
     if callback is not None:
         expected = "None or a function of (step, train_loss, validation_loss)"
         _validate.function("callback", callback, expected, is_static=True)
@@ -233,7 +232,7 @@ def check_options(
         batch_size=batch_size,
         evaluate_every=min(evaluate_every or most, most),
         patience=patience,
-        min_delta=float(min_delta),
+        min_delta=_validate.min_delta(min_delta, training.y.dtype),
         callback=callback,
     )
 
@@ -279,7 +278,7 @@ def _dataset(
 
 
 class Programs(NamedTuple):
-    """What users supply to a run, as traced programs of hyperparameters and arrays.
+    """The user's functions, as traced programs of hyperparameters and arrays.
 
     Attributes:
       init: `(hparams, params) -> state` of the optimizer.
@@ -292,7 +291,7 @@ class Programs(NamedTuple):
 
 
 class UserCode(NamedTuple):
-    """What users supply to a run, and the static facts on which its trace depends.
+    """The user's functions, and the static options on which their trace depends.
 
     Attributes:
       init: `(*functions, hparams, params) -> state` of the optimizer.
@@ -314,7 +313,7 @@ class UserCode(NamedTuple):
 def trace(
     user: UserCode, hparams: Any, params: Params, training: Dataset
 ) -> tuple[Programs, tuple[Any, ...]]:
-    """Traces what users supply.
+    """Traces the user's functions.
 
     Returns:
       The programs, and the numbers in each of them.
@@ -415,7 +414,7 @@ def run(
       programs: The programs of `trace`; static, like the next two.
       options: The static options.
       by_hand: Whether the gradient is the hand-derived one.
-      constants: The numbers in the programs.
+      constants: The constants of the programs.
       hparams: Hyperparameters, arguments of the programs.
       key: A JAX random key.
       start: Parameters, or the result of a run to resume, without losses.
@@ -431,9 +430,9 @@ def run(
     num_steps, batch_size, evaluate_every, patience, min_delta, callback = options
     n, n_in = training.x.shape
     dtype = training.y.dtype
-    # The loops carry the run, with only the losses of its last evaluation, in the
-    # layout. The barrier makes a run with one evaluation compile to the same arithmetic
-    # as a section of a longer run.
+    # The loops carry the run in the layout, without its losses. The barrier makes a
+    # run with one evaluation compile to the same arithmetic as a section of a longer
+    # run.
     layout = _layouts.for_training(batch_size or n, n_in) if by_hand else _layouts.ROWS
     convert = layout.convert
     if not isinstance(start, FitResult):

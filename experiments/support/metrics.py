@@ -65,7 +65,7 @@ def logits(params: Any, x: np.ndarray) -> np.ndarray:
 
 
 def prior_shift(pos_weight: Any) -> np.ndarray:
-    """What weights p of label 1, `[n_L]`, add to the logits that minimize the loss.
+    """The shift of logits, log p, by weights p of label 1 in the loss, `[n_L]`.
 
     The loss with weight p is that of a population in which label 1 is p times as
     frequent, so its logits are larger by log p. Without label 1 (p = 0) there is

@@ -1,4 +1,4 @@
-"""What the columns of a file hold, which is decided once, by the file to train on."""
+"""Kinds of the columns of a file, which are decided once, by the file to train on."""
 
 import shlex
 from collections.abc import Collection, Hashable, Iterable
@@ -28,7 +28,7 @@ HINTS = (  # numbers as people write them: pattern, how, remedy
 
 
 class Column(NamedTuple):
-    """What a column of features holds.
+    """A column of features.
 
     Attributes:
       name: Its name.
@@ -42,7 +42,7 @@ class Column(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """What it takes to read features from another file.
+    """How to read features from any file, as from the one to train on.
 
     Attributes:
       columns: The columns of features.
@@ -118,7 +118,7 @@ def _problem(
 
 
 def _typed(name: str, cells: pa.Array, rows: pd.Index) -> Column | Problem | None:
-    """What a column of a Parquet file holds by its type; None if it is text."""
+    """The kind of a column by its type in a Parquet file; None if it is text."""
     if parsing.is_text(cells):
         return None
     if parsing.is_boolean(cells):
@@ -138,7 +138,7 @@ def _typed(name: str, cells: pa.Array, rows: pd.Index) -> Column | Problem | Non
 def _text(
     name: str, cells: pa.Array, rows: pd.Index, fmt: Format, from_parquet: bool
 ) -> Column | Problem:
-    """What a column of text holds, which in a Parquet file are no numbers."""
+    """The kind of a column of text; text in a Parquet file is never a number."""
     missing = parsing.missing(cells, parsing.na_values("number", fmt))
     numbers = np.isfinite(parsing.numbers(cells, fmt))
     codes = parsing.matches(cells, parsing.LEADING_ZERO).any()

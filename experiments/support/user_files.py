@@ -143,7 +143,7 @@ def _suspicions(
     targets: list[str],
     columns: tuple[Column, ...],
 ) -> Iterator[str]:
-    """What should probably not be a feature, one line per reason."""
+    """Warnings of columns that are probably no features, one line per reason."""
     kinds = {column.name: column.kind for column in columns}  # without parts of dates
     remedy = "--drop leaves it out"
     found: dict[str, list[str]] = {}

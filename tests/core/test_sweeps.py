@@ -463,7 +463,24 @@ def test_fresh_functions_with_the_same_operations_are_one_program():
     assert not np.allclose(first.params[0].w, runs[-1].params[0].w)
 
 
-@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("wrong", [2**31, np.uint64(2**32 + 1), -(2**31) - 1])
+def test_integers_that_jax_would_wrap_are_refused(wrong):
+    x, y = data(dtype="float32")
+    with pytest.raises(ValueError, match=r"hparams\['v'\] to be integers from"):
+        jaxbce.sweep(KEY, x, y, hparams={"v": [1, wrong]}, **SMALL)
+
+
+def test_what_make_optimizer_and_make_penalty_return_is_checked():
+    x, y = data(dtype="float32")
+    wrong: Any = {
+        "the result of make_optimizer": {"make_optimizer": lambda hp: None},
+        "the result of make_penalty": {"make_penalty": lambda hp: 1.0},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(TypeError, match=message):
+            jaxbce.sweep(KEY, x, y, hparams=rates(2), **{**SMALL, **options})
+
+
 def test_a_sweep_inside_a_mesh_leaves_later_ones_as_they_are():
     x, y = np.ones((4, 2), "f"), np.array([[0], [1], [1], [0]], "f")
 

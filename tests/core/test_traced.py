@@ -137,6 +137,8 @@ DIFFERENT = {
         identity_with_tangent(2 * np.ones(3, np.float32)),
         identity_with_tangent(3 * np.ones(3, np.float32)),
     ),
+    # Only the first one is seen to test for NaN.
+    "finiteness": (jnp.isnan, lambda x: jax.jit(lambda a, b: a != b)(x, x)),
     "callback": (
         lambda x: jax.pure_callback(lambda x: x, SHAPE, x),
         lambda x: jax.pure_callback(lambda x: 2 * x, SHAPE, x),

@@ -553,6 +553,7 @@ REFUSED = {
         ValueError,
         "patience .* integer >= 1 and less than .*, got 0",
     ),
+    "inf": ({"min_delta": 1e39}, ValueError, "min_delta to be finite and >= 0, got"),
     "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation to be a tuple"),
     "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight of shape"),
     "p": ({"pos_weight": jnp.ones(3)}, ValueError, "pos_weight of shape"),
@@ -579,9 +580,17 @@ def test_a_key_that_is_none_is_refused():
 
 def test_a_result_of_another_optimizer_is_refused():
     params, x, y = arguments(dtype="float32")
-    run = fit(params, x, y, optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"params to be the FitResult of .* opt_state"):
-        fit(run, x, y, optimizer=optax.adam(0.1))
+    # The last two have states of the same shapes, in different named tuples.
+    for before, after in (
+        (optax.sgd(0.1), optax.adam(0.1)),
+        (
+            optax.sgd(0.1, momentum=0.9),
+            optax.chain(optax.scale_by_rss(), optax.scale(-1)),
+        ),
+    ):
+        run = fit(params, x, y, optimizer=before)
+        with pytest.raises(ValueError, match=r"to be the FitResult of .* opt_state"):
+            fit(run, x, y, optimizer=after)
 
 
 def test_labels_of_another_shape_are_refused():
@@ -983,6 +992,37 @@ def test_a_state_that_begins_with_inf_is_no_divergence():
     run = jaxbce.fit(jax.random.key(0), params, x, y, optimizer=optimizer, num_steps=4)
     assert int(run.diverged_at) == -1
     assert int(run.step) == 4
+
+
+def test_a_traced_min_delta_is_refused():
+    params, x, y = arguments(dtype="float32")
+    with pytest.raises(TypeError, match="min_delta to be a known number, got a traced"):
+        jax.vmap(lambda least: fit(params, x, y, min_delta=least))(jnp.zeros(2))
+
+
+def test_copies_in_a_short_batch_do_not_overflow():
+    params = (
+        jaxbce.Layer(jnp.array([[0.5, 0.5]]), jnp.zeros(2)),
+        jaxbce.Layer(jnp.array([[1.0], [-2.0]]), jnp.zeros(1)),
+    )
+    x, y = jnp.array([[3e38], [0.0], [0.0]]), jnp.ones((3, 1))
+
+    def order(seed):
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        return jax.random.permutation(key, 3).tolist()
+
+    # The copy in the second batch is of the first example, which overflows by then.
+    seed = next(seed for seed in range(100) if order(seed)[1] == 0)
+    options = {"optimizer": optax.sgd(1e-37), "num_steps": 2, "batch_size": 2}
+    run = jaxbce.fit(jax.random.key(seed), params, x, y, **options)
+    for batch in (order(seed)[:2], order(seed)[2:]):
+        grads = jaxbce.grad(params, x[jnp.array(batch)], y[jnp.array(batch)])
+        params = jax.tree.map(lambda p, g: p - 1e-37 * g, params, grads)
+    assert np.isinf(jaxbce.forward(params, x).h[1]).any()
+    for found, expected in zip(
+        jax.tree.leaves(run.params), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_what_a_penalty_returns_is_checked():
