@@ -1,5 +1,6 @@
 """What the compiler sees: platforms, traces, work that is not asked for, devices."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -279,26 +280,34 @@ def test_devices_share_a_batch_if_they_divide_it(size, axis):
         assert jax.typeof(batch).sharding.spec == P(axis, None)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_A_MESH)
+def test_functions_leak_no_tracers(name):
+    with jax.checking_leaks():
+        jax.eval_shape(ON_A_MESH[name], *small_problem())
+
+
 @pytest.mark.parametrize("name", ON_A_MESH)
 def test_functions_trace_in_strict_modes(name):
     def function(*arguments):  # a new function, which no cache knows
         return ON_A_MESH[name](*arguments)
 
-    with jax.numpy_rank_promotion("raise"):
-        with jax.checking_leaks():
-            jax.eval_shape(function, *small_problem())
-        with jax.enable_x64(True):
-            for dtype in ("float32", "float64"):
-                found = jax.eval_shape(function, *small_problem(dtype))
-                assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
+    with jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
+        for dtype in ("float32", "float64"):
+            found = jax.eval_shape(function, *small_problem(dtype))
+            assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {dtype}
 
 
-def test_networks_train_together_in_strict_modes():
+@pytest.mark.parametrize(
+    "check_leaks",
+    [contextlib.nullcontext, pytest.param(jax.checking_leaks, marks=pytest.mark.slow)],
+)
+def test_networks_train_together_in_strict_modes(check_leaks):
     with (
         jax.numpy_rank_promotion("raise"),
         jax.enable_x64(True),
         jax.debug_nans(True),
-        jax.checking_leaks(),
+        check_leaks(),
     ):
         params, x, y = small_problem()
         key, rates = jax.random.key(0), jnp.array([0.1, 0.2], "float32")

@@ -463,11 +463,18 @@ def test_fresh_functions_with_the_same_operations_are_one_program():
     assert not np.allclose(first.params[0].w, runs[-1].params[0].w)
 
 
-@pytest.mark.parametrize("wrong", [2**31, np.uint64(2**32 + 1), -(2**31) - 1])
-def test_integers_that_jax_would_wrap_are_refused(wrong):
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([1, 2**31]),
+        np.array([1, 2**32 + 1], np.uint64),
+        np.array([-(2**31) - 1, 1]),
+    ],
+)
+def test_integers_that_jax_would_wrap_are_refused(values):
     x, y = data(dtype="float32")
     with pytest.raises(ValueError, match=r"hparams\['v'\] to be integers from"):
-        jaxbce.sweep(KEY, x, y, hparams={"v": [1, wrong]}, **SMALL)
+        jaxbce.sweep(KEY, x, y, hparams={"v": values}, **SMALL)
 
 
 def test_what_make_optimizer_and_make_penalty_return_is_checked():
