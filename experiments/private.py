@@ -31,7 +31,7 @@ import numpy as np
 import optax
 import pandas as pd
 from absl import flags
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.compose import ColumnTransformer
 from tqdm import tqdm
 
 import jaxbce
@@ -148,9 +148,9 @@ def run(
       InputError: If an argument cannot be used.
     """
     # Check everything before anything is trained.
-    splits, _ = datasets.split(table, training.seed)
+    splits, preprocessor = datasets.split(table, training.seed)
     if bounds is not None:
-        splits = scale_to_bounds(table, splits, bounds)
+        splits = scale_to_bounds(table, splits, preprocessor, bounds)
     rows = len(splits["train"].x)
     privacy.check()
     if training.dtype == "bfloat16":
@@ -271,12 +271,15 @@ def build_optimizer(
 
 
 def scale_to_bounds(
-    table: datasets.Table, splits: dict[str, datasets.Split], bounds: Bounds
+    table: datasets.Table,
+    splits: dict[str, datasets.Split],
+    preprocessor: ColumnTransformer,
+    bounds: Bounds,
 ) -> dict[str, datasets.Split]:
     """The splits, with numbers clipped to `bounds` and scaled to [−1, 1].
 
-    Missing numbers become 0. Categories are one-hot, and those that do not occur in the
-    training rows all zeros.
+    Missing numbers become 0. Categories are as `preprocessor`, which is fitted on the
+    training rows, encodes them.
 
     Raises:
       InputError: If a column of numbers has no bounds, or other columns have some.
@@ -299,14 +302,12 @@ def scale_to_bounds(
             )
     low, high = np.array([bounds[name] for name in numbers]).reshape(-1, 2).T
     x = table.features[numbers].to_numpy(np.float64).clip(low, high)
-    parts = [np.nan_to_num(2 * (x - low) / (high - low) - 1)]
-    categories = table.features.drop(columns=numbers)
-    if categories.shape[1]:
-        encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-        encoder.fit(categories.iloc[splits["train"].rows])
-        parts.append(np.asarray(encoder.transform(categories)))
-    x = np.concatenate(parts, axis=1)
-    return {name: split._replace(x=x[split.rows]) for name, split in splits.items()}
+    x = np.nan_to_num(2 * (x - low) / (high - low) - 1)
+    encoded = preprocessor.output_indices_["categories"]
+    return {
+        name: split._replace(x=np.hstack([x[split.rows], split.x[:, encoded]]))
+        for name, split in splits.items()
+    }
 
 
 def train(

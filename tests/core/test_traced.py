@@ -188,6 +188,9 @@ def test_results_are_remembered_by_static_argument_types_and_settings():
     assert a.program != b.program
     remembered(1.5, X)
     assert calls[2:] == [1.5]
+    with jax.set_mesh(jax.make_mesh((2,), ("devices",))):
+        remembered(1.5, np.asarray(X))
+    assert calls[3:] == [1.5]
 
 
 def test_nothing_is_remembered_of_what_has_no_hash_or_is_transformed():

@@ -180,9 +180,9 @@ def test_what_cannot_be_is_refused(change, message):
 def test_each_column_of_numbers_has_bounds_and_categories_are_one_hot():
     colors = np.where(np.arange(1000) % 3 == 0, "red", "blue")
     table = MOONS._replace(features=MOONS.features.assign(color=colors))
-    splits, _ = datasets.split(table, 0)
+    splits, preprocessor = datasets.split(table, 0)
     bounds = {"x2": (-1.0, 3.0), "x1": (-2.0, 2.0)}
-    scaled = private.scale_to_bounds(table, splits, bounds)["test"]
+    scaled = private.scale_to_bounds(table, splits, preprocessor, bounds)["test"]
     x = table.features[["x1", "x2"]].to_numpy()[scaled.rows]
     expected = np.clip((x - [0, 1]) / 2, -1, 1)
     np.testing.assert_allclose(scaled.x[:, :2], expected, atol=1e-15)
@@ -193,7 +193,7 @@ def test_each_column_of_numbers_has_bounds_and_categories_are_one_hot():
         (bounds | {"color": (0.0, 1.0)}, "moons has no column of numbers 'color'"),
     ):
         with pytest.raises(InputError, match=message):
-            private.scale_to_bounds(table, splits, wrong)
+            private.scale_to_bounds(table, splits, preprocessor, wrong)
 
 
 @pytest.mark.usefixtures("known_noise")
@@ -239,8 +239,8 @@ def test_the_noise_is_in_units_of_the_norm(monkeypatch):
 def test_bounds_leave_the_training_rows_out():
     table = datasets.load(dataset="moons")
     table.features.iloc[0, 0] = 1e6  # clipped, and nothing else is changed by it
-    splits, _ = datasets.split(table, 0)
-    scaled = private.scale_to_bounds(table, splits, (-2.0, 2.0))
+    splits, preprocessor = datasets.split(table, 0)
+    scaled = private.scale_to_bounds(table, splits, preprocessor, (-2.0, 2.0))
     everything = np.concatenate([split.x for split in scaled.values()])
     rows = np.concatenate([split.rows for split in scaled.values()])
     expected = table.features.to_numpy().clip(-2, 2) / 2
