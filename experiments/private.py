@@ -44,11 +44,13 @@ from experiments.support import (
     output,
     plots,
     resumable,
+    splitting,
 )
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from jaxbce import per_example
 
 flags.adopt_module_key_flags(datasets)
+flags.adopt_module_key_flags(splitting)
 for _name in (
     *cli.COMMON,
     *config.OPTIMIZER_FLAGS,
@@ -168,9 +170,7 @@ def run(
         "num_steps": training.steps,
     }
     configuration = {
-        "data": table.name,
-        "data_digest": datasets.digest(table),
-        "classes": table.classes,
+        **datasets.describe(table),
         "rows": rows,
         "seeds": seeds,
         **privacy._asdict(),

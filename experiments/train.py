@@ -5,11 +5,13 @@ r"""How well does one network do on this data, with this optimizer?
     python -m experiments.train --predict new.csv --output_dir results
 
 Splits the examples 60/20/20 into training, validation and test sets, trains with
-jaxbce.fit, and keeps the parameters with the lowest validation loss. Prints
-scikit-learn's metrics on all three sets, also for logistic regression, MLPClassifier
-and HistGradientBoostingClassifier, with one model per target. MLPClassifier has the
-same hidden layers and otherwise scikit-learn's defaults. Expect a test accuracy on
-digits of about 0.98, and 0.91 for logistic regression.
+jaxbce.fit, and keeps the parameters with the lowest validation loss. --group keeps the
+rows of a group in one split, --time takes the latest rows for the test, and
+--validation and --test name files of their own. Prints scikit-learn's metrics on all
+three sets, also for logistic regression, MLPClassifier and
+HistGradientBoostingClassifier, with one model per target. MLPClassifier has the same
+hidden layers and otherwise scikit-learn's defaults. Expect a test accuracy on digits of
+about 0.98, and 0.91 for logistic regression.
 
 With --output_dir everything is saved as files. If the command is interrupted, even
 killed, rerun it to resume. --predict scores new rows with the model in --output_dir,
@@ -37,11 +39,13 @@ from experiments.support import (
     optimizers,
     output,
     resumable,
+    splitting,
 )
 from experiments.support.chunked_fit import ChunkedFit, Trained
 from experiments.support.config import OptimizerConfig, TrainingConfig
 
 flags.adopt_module_key_flags(datasets)
+flags.adopt_module_key_flags(splitting)
 flags.adopt_module_key_flags(config)
 for _name in (*cli.COMMON, "dtype"):
     flags.declare_key_flag(_name)
@@ -103,11 +107,12 @@ def run(
         in which to save the run and from which to resume it, or None.
 
     Returns:
-      "configuration"; "metrics", one row per model, split and target; "decisions", two
-      each, at a probability of 0.5 and at the threshold that is best on the validation
-      set; "thresholds", the network's own, as logits, one per target; "history", one
-      row per evaluation; "best_step" and "params", those that are best on the
-      validation set; "steps", the number taken; and "diverged", whether the run did.
+      "configuration"; "rows", their number per split; "metrics", one row per model,
+      split and target; "decisions", two each, at a probability of 0.5 and at the
+      threshold that is best on the validation set; "thresholds", the network's own, as
+      logits, one per target; "history", one row per evaluation; "best_step" and
+      "params", those that are best on the validation set; "steps", the number taken;
+      and "diverged", whether the run did.
 
     Raises:
       InputError: If an argument cannot be used, or the run diverges before its first
@@ -119,9 +124,7 @@ def run(
     training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
     weight = positive_weights(training.pos_weight, splits["train"].y)
     configuration = {
-        "data": table.name,
-        "data_digest": datasets.digest(table),
-        "classes": table.classes,
+        **datasets.describe(table),
         **optimizer.as_dict(),
         **training.as_dict(),
         "pos_weight": weight,
@@ -152,6 +155,7 @@ def run(
         thresholds = metrics.best_thresholds(splits["validation"], logits)
         result = {
             "configuration": configuration,
+            "rows": {name: len(split.rows) for name, split in splits.items()},
             **summary(trained, training.metric),
             "metrics": metrics.table(splits, targets, logits),
             "decisions": metrics.decision_table(splits, targets, logits, thresholds),
@@ -288,17 +292,22 @@ def _without(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str
 
 
 def _report(result: dict[str, Any]) -> None:
-    num_steps, steps = result["configuration"]["num_steps"], result["steps"]
+    rows = ", ".join(f"{count} for {name}" for name, count in result["rows"].items())
+    configuration = result["configuration"]
+    keys = [name for name in ("group", "time") if name in configuration]
+    how = "".join(f", split by {name} {configuration[name]!r}" for name in keys)
+    print(f"\nRows: {rows}{how}")
+    num_steps, steps = configuration["num_steps"], result["steps"]
     if steps == num_steps:
         end = f"all {num_steps} steps taken."
     elif result["diverged"]:
         end = f"diverged at step {steps}."
     else:
         end = f"stopped early at step {steps}, out of patience."
-    metric = result["configuration"]["metric"]
+    metric = configuration["metric"]
     best = "smallest" if metric == "loss" else "largest"
     print(
-        f"\nParameters of step {result['best_step']}, with the {best} validation "
+        f"Parameters of step {result['best_step']}, with the {best} validation "
         f"{metric}; {end}"
     )
     if result["best_step"] == steps == num_steps:

@@ -93,7 +93,8 @@ def _predictions(
         .join(_scores(table.classes, logits[name], pos_weight))
         for name, split in splits.items()
     )
-    return rows.sort_values("row")
+    positions = np.concatenate([split.rows for split in splits.values()])
+    return rows.iloc[np.argsort(positions)]
 
 
 def _scores(
@@ -208,7 +209,7 @@ def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
     names = [column.name for column in described.columns]
     table_io.need_columns(file, table, [*(keep or []), *names])
     features = schema.features(file, table, described)
-    _report_new_categories(file, features, preprocessor)
+    preprocessing.warn_of_new_categories(file, preprocessor, features)
     logits = _logits(model, preprocessing.transform(file, preprocessor, features))
     path = folder / f"{table_io.stem(file)}.scored.csv"
     with output.atomic_write(path) as partial:
@@ -289,15 +290,3 @@ def _load(folder: Path) -> dict[str, Any]:
             f"{path}: is not a model of this version of experiments.train; train again"
         )
     return model
-
-
-def _report_new_categories(
-    file: str, features: pd.DataFrame, preprocessor: ColumnTransformer
-) -> None:
-    for name, known in preprocessing.categories(preprocessor).items():
-        values = features[name].dropna()
-        new = values[~values.isin(list(known))]
-        if len(new):
-            shown = table_io.listed(dict.fromkeys(new))
-            text = f"{name!r} is {shown} in {len(new)} rows, not seen in training"
-            table_io.warn(file, text)

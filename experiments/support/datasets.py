@@ -1,20 +1,21 @@
 """Datasets: scikit-learn's, generated or the user's own, preprocessed and split."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from absl import flags
+from pandas.util import hash_pandas_object
 from sklearn import datasets as sklearn_datasets
 from sklearn.compose import ColumnTransformer
-from sklearn.model_selection import train_test_split
 
-from experiments.support import preprocessing, user_files
+from experiments.support import preprocessing, splitting, user_files
 from experiments.support.cli import InputError
 from experiments.support.schema import Column, Schema
-from experiments.support.table_io import PLAIN, Format
+from experiments.support.table_io import PLAIN, Format, warn
 from experiments.support.user_files import EVERYTHING, Selection
 
 DATASET = flags.DEFINE_enum(
@@ -107,9 +108,22 @@ SELECTION_FLAGS = {  # fields of `Selection`
     "categorical": CATEGORICAL,
     "numeric": NUMERIC,
     "missing": MISSING,
+    "group": splitting.GROUP,
+    "time": splitting.TIME,
 }
 GENERATED_ROWS = 1000
-MIN_ROWS_PER_LABEL = 5  # so that each split has one
+
+
+class HeldOut(NamedTuple):
+    """The rows of a file for validation or the test.
+
+    Attributes:
+      path: Path of the file.
+      rows: Indices of its rows in the table, `[n]`.
+    """
+
+    path: str
+    rows: np.ndarray
 
 
 class Table(NamedTuple):
@@ -122,6 +136,9 @@ class Table(NamedTuple):
       y: Labels 0 and 1, `[N, n_L]`, float64.
       classes: By target, the values that labels 0 and 1 stand for.
       schema: How to read features from another file.
+      group: The group of each row, which --group gives.
+      time: The time of each row, which --time gives.
+      held_out: The last rows of the table, if they come from --validation and --test.
     """
 
     name: str
@@ -129,6 +146,9 @@ class Table(NamedTuple):
     y: np.ndarray
     classes: dict[str, tuple[Any, Any]]
     schema: Schema
+    group: pd.Series | None = None
+    time: pd.Series | None = None
+    held_out: Mapping[str, HeldOut] = MappingProxyType({})
 
 
 class Split(NamedTuple):
@@ -152,8 +172,9 @@ def label_1(classes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 def from_flags(seed: int) -> Table:
     """Loads the dataset that the flags name; see `load`."""
+    files = {"validation": splitting.VALIDATION, "test": splitting.TEST}
     given = {"target": TARGET, "positive": POSITIVE, **FORMAT_FLAGS, **SELECTION_FLAGS}
-    for name, flag in given.items():
+    for name, flag in (given | files).items():
         if DATA.value is None and flag.present:
             raise InputError(f"--{name} needs --data")
     chosen = {name: _stripped(flag.value) for name, flag in SELECTION_FLAGS.items()}
@@ -165,6 +186,7 @@ def from_flags(seed: int) -> Table:
         seed=seed,
         fmt=format_from_flags(),
         selection=Selection(**chosen),
+        held_out={n: flag.value for n, flag in files.items() if flag.value is not None},
     )
 
 
@@ -202,6 +224,7 @@ def load(
     seed: int = 0,
     fmt: Format = PLAIN,
     selection: Selection = EVERYTHING,
+    held_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
     """Loads a dataset by name, or the user's own file.
 
@@ -213,9 +236,10 @@ def load(
       seed: Seed of generated data.
       fmt: How `data` is written, if it is a text file.
       selection: Which of its columns are features.
+      held_out: Paths of files with rows for "validation" or "test".
 
     Raises:
-      InputError: If the file cannot be read or cannot be learned from.
+      InputError: If a file cannot be read or cannot be learned from.
     """
     if data is None:
         for flag, value in (("target", target), ("positive", positive)):
@@ -228,7 +252,33 @@ def load(
         raise InputError("--data needs --target, the column with the labels")
     if len(set(target)) < len(target):
         raise InputError(f"--target={','.join(target)}: names a column twice")
-    return Table(data, *user_files.load(data, target, positive, fmt, selection))
+    if selection.group is not None and selection.time is not None:
+        raise InputError("expected --group or --time, got both")
+    for name in ("group", "time"):
+        if getattr(selection, name) is not None and len(held_out) == 2:
+            raise InputError(
+                f"--{name}: --validation and --test leave nothing to split"
+            )
+    x, labels, classes, described, key = user_files.load(
+        data, target, positive, fmt, selection
+    )
+    group, time = (key, None) if selection.time is None else (None, key)
+    table = Table(data, x, labels, classes, described, group, time)
+    for name, path in held_out.items():
+        features, y = user_files.load_held_out(path, table.classes, table.schema)
+        if _digests(features).isin(_digests(table.features)).all():
+            warn(path, "all rows are also among the other rows")
+        rows = len(table.y) + np.arange(len(y))
+        table = table._replace(
+            features=pd.concat([table.features, features]),
+            y=np.concatenate([table.y, y]),
+            held_out={**table.held_out, name: HeldOut(path, rows)},
+        )
+    return table
+
+
+def _digests(features: pd.DataFrame) -> pd.Series:
+    return hash_pandas_object(features, index=False)
 
 
 def _named(name: str, seed: int) -> Table:
@@ -258,11 +308,29 @@ def _named(name: str, seed: int) -> Table:
     return Table(name, features, np.asarray(y, np.float64)[:, None], classes, described)
 
 
+def describe(table: Table) -> dict[str, Any]:
+    """The entries for the data in the configuration file."""
+    columns = {"group": table.group, "time": table.time}
+    return {
+        "data": table.name,
+        **{name: part.path for name, part in table.held_out.items()},
+        "data_digest": digest(table),
+        **{n: values.name for n, values in columns.items() if values is not None},
+        "classes": table.classes,
+    }
+
+
 def digest(table: Table) -> str:
     """A hash of the content and the kinds of columns, as 16 hexadecimal digits."""
     kinds = repr((table.schema.columns, table.schema.missing))
-    content = table.features.to_csv(index=False) + kinds
-    return hashlib.sha256(content.encode() + table.y.tobytes()).hexdigest()[:16]
+    hashed = hashlib.sha256((table.features.to_csv(index=False) + kinds).encode())
+    hashed.update(table.y.tobytes())
+    for values in (table.group, table.time):
+        if values is not None:
+            hashed.update(values.to_csv(index=False).encode())
+    for name, part in table.held_out.items():
+        hashed.update(f"{name}: {len(part.rows)}".encode())
+    return hashed.hexdigest()[:16]
 
 
 def preprocess_all(table: Table) -> tuple[np.ndarray, np.ndarray]:
@@ -273,7 +341,9 @@ def preprocess_all(table: Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]:
-    """Splits rows into 60% train, 20% validation and 20% test, stratified by label.
+    """Splits rows 60/20/20 into training, validation and test rows.
+
+    See `splitting.divide`. Rows of --validation and --test replace a part of them.
 
     Returns:
       The splits by name, and the preprocessor, which is fitted on the training rows.
@@ -281,39 +351,46 @@ def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]
     Raises:
       InputError: If a label is too rare to occur in every split.
     """
-    for column, (name, classes) in enumerate(table.classes.items()):
-        counts = [int(np.sum(table.y[:, column] == label)) for label in (0, 1)]
-        if min(counts) < MIN_ROWS_PER_LABEL:
-            rare = classes[int(np.argmin(counts))]
-            raise InputError(
-                f"{table.name}: target {name!r} has {min(counts)} rows of {rare!r}; at "
-                f"least {MIN_ROWS_PER_LABEL} are needed for three splits"
-            )
-    _, group, counts = np.unique(
-        table.y, axis=0, return_inverse=True, return_counts=True
-    )
-    # A rare combination of several targets is grouped with the most common one.
-    group = np.where(
-        counts[group] < MIN_ROWS_PER_LABEL, np.argmax(counts), group.ravel()
-    )
-    rows = np.arange(len(table.y))
-    rest, test = train_test_split(
-        rows, test_size=0.2, stratify=group, random_state=seed
-    )
-    train, validation = train_test_split(
-        rest, test_size=0.25, stratify=group[rest], random_state=seed
-    )
+    count = len(table.y) - sum(len(part.rows) for part in table.held_out.values())
+    _check_labels(table.name, table.y[:count], table.classes)
+    chosen_rows = splitting.divide(
+        table.name,
+        table.y[:count],
+        seed,
+        given=table.held_out,
+        group=table.group,
+        time=table.time,
+    ) | {name: part.rows for name, part in table.held_out.items()}
     transformer = preprocessing.fit(
-        table.name, table.features.iloc[train], table.schema.missing
+        table.name, table.features.iloc[chosen_rows["train"]], table.schema.missing
     )
-    chosen_rows = {"train": train, "validation": validation, "test": test}
-    return {
-        name: Split(
-            np.asarray(chosen),
-            preprocessing.transform(
-                table.name, transformer, table.features.iloc[chosen]
-            ),
-            table.y[chosen],
-        )
-        for name, chosen in chosen_rows.items()
-    }, transformer
+    splits = {}
+    for name in ("train", "validation", "test"):
+        rows = chosen_rows[name]
+        source, features = table.name, table.features.iloc[rows]
+        if name in table.held_out:
+            source = table.held_out[name].path
+            preprocessing.warn_of_new_categories(source, transformer, features)
+        x = preprocessing.transform(source, transformer, features)
+        splits[name] = Split(rows, x, table.y[rows])
+        for target, y in zip(table.classes, splits[name].y.T, strict=True):
+            if y.min() == y.max():
+                only = table.classes[target][int(y[0])]
+                which = "training" if name == "train" else name
+                raise InputError(
+                    f"{source}: target {target!r} is {only!r} in all {which} rows"
+                )
+    return splits, transformer
+
+
+def _check_labels(
+    name: str, y: np.ndarray, classes: dict[str, tuple[Any, Any]]
+) -> None:
+    for column, (target, values) in enumerate(classes.items()):
+        counts = [int(np.sum(y[:, column] == label)) for label in (0, 1)]
+        if min(counts) < splitting.MIN_ROWS_PER_LABEL:
+            rare = values[int(np.argmin(counts))]
+            raise InputError(
+                f"{name}: target {target!r} has {min(counts)} rows of {rare!r}; at "
+                f"least {splitting.MIN_ROWS_PER_LABEL} are needed for three splits"
+            )

@@ -8,7 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from experiments.support.cli import InputError
-from experiments.support.table_io import warn
+from experiments.support.table_io import listed, warn
 
 MAX_STANDARDIZED = 1e15  # larger values could overflow
 MAX_WITHOUT_INDICATOR = 0.01  # of the training rows may lack a value
@@ -102,3 +102,17 @@ def categories(transformer: ColumnTransformer) -> dict[str, np.ndarray]:
     """The categories that occurred in training, by column."""
     _, fitted, names = transformer.transformers_[1]
     return dict(zip(names, fitted[-1].categories_, strict=True)) if names else {}
+
+
+def warn_of_new_categories(
+    name: str, transformer: ColumnTransformer, features: pd.DataFrame
+) -> None:
+    """Reports categories that did not occur in training on stderr."""
+    for column, known in categories(transformer).items():
+        values = features[column].dropna()
+        new = values[~values.isin(list(known))]
+        if len(new):
+            shown = listed(dict.fromkeys(new))
+            warn(
+                name, f"{column!r} is {shown} in {len(new)} rows, not seen in training"
+            )

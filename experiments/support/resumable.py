@@ -22,6 +22,7 @@ from tqdm import tqdm
 from experiments.support import output
 from experiments.support.cli import InputError
 
+FILES = ("data", "validation", "test")  # paths in the configuration
 FORMAT = 3  # version of config.json and of the folder that it describes
 
 
@@ -103,7 +104,7 @@ def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """The names of the values that differ."""
     names = sorted(set(mine) | set(theirs))
     if "data_digest" in mine:  # which tells whether the data are the same
-        names.remove("data")
+        names = [name for name in names if name not in FILES]
     return [name for name in names if mine.get(name) != theirs.get(name)]
 
 

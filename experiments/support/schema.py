@@ -336,6 +336,20 @@ def known_labels(
     return np.select([keys == name for name in names], [0.0, 1.0], np.nan)
 
 
+def unknown_labels(
+    column: pd.Series, classes: tuple[Hashable, Hashable], fmt: Format
+) -> Problem | None:
+    """The labels that are neither missing nor one of the two `classes`, if any."""
+    cells = parsing.cells(column)
+    missing = parsing.missing(cells, parsing.na_values("category", fmt))
+    unknown = np.isnan(known_labels(column, classes, fmt)) & ~missing
+    if not unknown.any():
+        return None
+    values = listed(parsing.text(cells).filter(pa.array(unknown)).unique().to_pylist())
+    what = f"labels {values}; expected {' or '.join(map(repr, classes))}"
+    return _problem(str(column.name), what, unknown, column.index, "correct them")
+
+
 def _value(key: str, form: str) -> bool | int | float | str:
     """The value that a key of `parsing.keys` stands for."""
     if form == "boolean":

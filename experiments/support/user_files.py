@@ -30,6 +30,8 @@ class Selection(NamedTuple):
       categorical: Columns that hold categories.
       numeric: Columns that hold numbers.
       missing: A value of --missing.
+      group: A column of groups; it is a feature only if `columns` names it.
+      time: A column of times, likewise.
     """
 
     columns: Sequence[str] | None = None
@@ -37,6 +39,8 @@ class Selection(NamedTuple):
     categorical: Sequence[str] = ()
     numeric: Sequence[str] = ()
     missing: str = "impute"
+    group: str | None = None
+    time: str | None = None
 
 
 EVERYTHING = Selection()
@@ -48,7 +52,13 @@ def load(
     positive: str | None,
     fmt: Format,
     selection: Selection,
-) -> tuple[pd.DataFrame, np.ndarray, dict[str, tuple[Any, Any]], Schema]:
+) -> tuple[
+    pd.DataFrame,
+    np.ndarray,
+    dict[str, tuple[Any, Any]],
+    Schema,
+    pd.Series | None,
+]:
     """Reads features and labels from a file, and warns of what looks wrong.
 
     Args:
@@ -59,7 +69,8 @@ def load(
       selection: Which columns are features.
 
     Returns:
-      All fields of a `datasets.Table` but for its name.
+      The fields of a `datasets.Table` from `features` to `schema`, and the column of
+      groups or times, if there is one.
 
     Raises:
       InputError: If the file cannot be read or cannot be learned from.
@@ -67,12 +78,16 @@ def load(
     # Read the file, and decide what its columns hold.
     raw = table_io.read(Path(data), fmt)
     table_io.need_columns(data, raw, target)
-    rest = _select(data, raw.drop(columns=target), selection)
+    others = raw.drop(columns=target)
+    rest = _select(data, others, selection)
     columns, problems = schema.infer(
         rest, fmt, categorical=selection.categorical, numeric=selection.numeric
     )
     if selection.missing == "error":
         problems += schema.missing_values(rest, columns, fmt)
+    key = _key(data, others, fmt, selection)
+    if isinstance(key, Problem):
+        problems.append(key)
     found = {}
     for name in target:
         labels = schema.labels(data, pd.Series(raw[name]), fmt, positive)
@@ -83,34 +98,76 @@ def load(
     if problems:
         raise _refusal(data, problems, target)
 
-    # Convert the rows that have labels.
-    y = np.stack([y for y, _ in found.values()], axis=1)
-    usable = np.asarray(np.isfinite(y).all(axis=1))
+    # Convert the rows that can be used.
+    y = pd.DataFrame({name: y for name, (y, _) in found.items()}, raw.index)
+    rows = _complete(data, "label", y)
+    if isinstance(key, pd.Series):
+        rows = _complete(data, repr(key.name), key.loc[rows].to_frame())
     described = Schema(columns, fmt, selection.missing)
-    features = schema.features(data, rest.loc[usable], described)
-    _warn_of_rows(data, "label", rest.index[~usable])
-    y = y[usable]
+    features = schema.features(data, rest.loc[rows], described)
     if selection.missing == "drop":
-        complete = features.notna().all(axis=1).to_numpy()
-        _warn_of_rows(data, "complete features", features.index[~complete])
-        features, y = features.loc[complete], y[complete]
-    if not len(y):
+        features = features.loc[_complete(data, "complete features", features)]
+    rows = features.index
+    if not len(rows):
         raise InputError(f"{data}: has no rows left")
+    y = y.loc[rows].to_numpy()
     for text in _suspicions(features, y, list(found), columns):
         table_io.warn(data, text)
     classes = {name: values for name, (_, values) in found.items()}
-    return features, y, classes, described
+    key = key.loc[rows] if isinstance(key, pd.Series) else None
+    return features, y, classes, described, key
+
+
+def load_held_out(
+    data: str, classes: dict[str, tuple[Any, Any]], described: Schema
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Reads more rows, as those of the file to train on are read.
+
+    Args:
+      data: Path of the file.
+      classes: By target, the values of labels 0 and 1.
+      described: What the columns hold.
+
+    Returns:
+      Features and labels `[N, n_L]` of the rows that have labels.
+
+    Raises:
+      InputError: If the file cannot be read, a column is missing, or a label is new.
+    """
+    raw = table_io.read(Path(data), described.format)
+    names = [column.name for column in described.columns]
+    table_io.need_columns(data, raw, [*classes, *names])
+    problems = []
+    if described.missing == "error":
+        problems = schema.missing_values(raw, described.columns, described.format)
+    labels = {}
+    for name, values in classes.items():
+        column = pd.Series(raw[name])
+        labels[name] = schema.known_labels(column, values, described.format)
+        unknown = schema.unknown_labels(column, values, described.format)
+        problems += [] if unknown is None else [unknown]
+    if problems:
+        raise _refusal(data, problems, list(classes))
+    y = pd.DataFrame(labels, raw.index)
+    rows = _complete(data, "label", y)
+    if not len(rows):
+        raise InputError(f"{data}: has no rows left")
+    return schema.features(data, raw.loc[rows], described), y.loc[rows].to_numpy()
 
 
 def _select(data: str, table: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """The columns that are features."""
-    named = (*selection.drop, *selection.categorical, *selection.numeric)
+    keys = [name for name in (selection.group, selection.time) if name is not None]
+    named = (*selection.drop, *selection.categorical, *selection.numeric, *keys)
     table_io.need_columns(data, table, (*(selection.columns or ()), *named))
     both = set(selection.categorical) & set(selection.numeric)
     if both:
         raise InputError(f"--categorical and --numeric both name {min(both)!r}")
     chosen = table.columns if selection.columns is None else selection.columns
-    table = table.loc[:, [name for name in chosen if name not in selection.drop]]
+    left_out = {*selection.drop}
+    if selection.columns is None:
+        left_out |= {selection.group, selection.time}
+    table = table.loc[:, [name for name in chosen if name not in left_out]]
     if table.shape[1] == 0:
         raise InputError(f"{data}: has no features besides the target")
     return table
@@ -131,10 +188,33 @@ def _refusal(data: str, problems: list[Problem], target: list[str]) -> InputErro
     )
 
 
-def _warn_of_rows(data: str, what: str, rows: pd.Index) -> None:
+def _key(
+    data: str, table: pd.DataFrame, fmt: Format, selection: Selection
+) -> pd.Series | Problem | None:
+    """The column of groups, as text, or of times, as numbers; None without one."""
+    name = selection.time if selection.group is None else selection.group
+    if name is None:
+        return None
+    table = table.loc[:, [name]]
+    groups = [name] if selection.time is None else []
+    columns, problems = schema.infer(table, fmt, categorical=groups)
+    if problems:
+        return problems[0]
+    if not groups and columns[0].kind not in ("number", "date"):
+        what = f"a {columns[0].kind}; expected numbers or dates"
+        return Problem(name, what, len(table), int(table.index[0]), "another --time")
+    found = schema.features(data, table, Schema(columns, fmt))
+    return found.iloc[:, -1].rename(name)  # of a date, the days since 1970
+
+
+def _complete(data: str, what: str, table: pd.DataFrame) -> pd.Index:
+    """The rows without missing values; warns of the others."""
+    is_complete = table.notna().all(axis=1).to_numpy()
+    rows = table.index[~is_complete]
     if len(rows):
         text = f"{len(rows)} rows without {what} are left out, such as row {rows[0]}"
         table_io.warn(data, text)
+    return table.index[is_complete]
 
 
 def _suspicions(

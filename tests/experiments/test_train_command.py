@@ -717,6 +717,7 @@ def test_runs_that_stop_early_say_so(capsys):
     scores = metrics.score(np.array([0, 1]), np.array([-1.0, 1.0]))
     row = {"model": "jaxbce", "split": "test", "target": "moon"}
     early: Any = {"metrics": [row | scores], "decisions": [], "best_step": 5}
+    early |= {"rows": {"train": 4, "test": 2}}
     known = {
         "num_steps": 9,
         "metric": "loss",
@@ -735,6 +736,7 @@ def test_runs_that_stop_early_say_so(capsys):
         train._report({"configuration": known, **early, **end})
         out = capsys.readouterr().out
         assert message in out
+        assert "Rows: 4 for train, 2 for test\n" in out
         assert ("longer training" in out) == (end.get("best_step") == 9)
         assert "moon=lower has weight 3 in the loss" in out
         assert "The network's own 0.5 is a corrected probability of 0.2500." in out

@@ -1,0 +1,124 @@
+"""Which rows are for training, validation and test."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from absl import flags
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+
+from experiments.support.cli import InputError
+
+VALIDATION = flags.DEFINE_string(
+    "validation",
+    None,
+    "A file with the rows for validation, like --data. If not set, a part of --data.",
+)
+TEST = flags.DEFINE_string(
+    "test", None, "A file with the rows for the test, like --data. If not set, a part."
+)
+GROUP = flags.DEFINE_string(
+    "group",
+    None,
+    "Column of --data whose equal values belong together, such as a patient: all rows "
+    "of one value are in the same split. It is no feature unless --columns names it.",
+)
+TIME = flags.DEFINE_string(
+    "time",
+    None,
+    "Column of --data with numbers or dates: the latest rows are for the test, those "
+    "before them for validation. It is no feature unless --columns names it.",
+)
+HELD_OUT = ("test", "validation")  # in the order in which they are split off
+TRAIN_PARTS = 3  # rows to train on, of 5 parts; the other splits are one each
+MIN_ROWS_PER_LABEL = 5  # so that each split has one
+
+
+def divide(
+    name: str,
+    y: np.ndarray,
+    seed: int,
+    *,
+    given: Collection[str] = (),
+    group: pd.Series | None = None,
+    time: pd.Series | None = None,
+) -> dict[str, np.ndarray]:
+    """Divides rows 60/20/20 into training, validation and test rows.
+
+    They are drawn at random and stratified by label, also where groups stay together;
+    or else the latest are for the test, and those before them for validation.
+
+    Args:
+      name: Name of the data in messages.
+      y: Labels `[N, n_L]`.
+      seed: Seed of the draw.
+      given: Splits with rows of their own. The rest keep their proportions.
+      group: The group of each row, if groups must stay together.
+      time: The time of each row, if the latest are held out. Rows of one time stay
+        together.
+
+    Returns:
+      Indices of rows by split.
+
+    Raises:
+      InputError: If there are too few groups or times.
+    """
+    stratum = _strata(y)
+    train: Any = np.arange(len(y))
+    found = {}
+    wanted = [split for split in ("test", "validation") if split not in given]
+    for done, split in enumerate(wanted):
+        parts = 3 + len(wanted) - done  # equal ones, of which this split takes one
+        if time is not None:
+            kept, chosen = _by_time(time.iloc[train], parts, name)
+        elif group is not None:
+            kept, chosen = _by_group(
+                group.iloc[train], stratum[train], parts, seed, name
+            )
+        else:
+            kept, chosen = train_test_split(
+                np.arange(len(train)),
+                test_size=1 / parts,
+                stratify=stratum[train],
+                random_state=seed,
+            )
+        train, found[split] = train[kept], train[chosen]
+    return {"train": train, **found}
+
+
+def _strata(y: np.ndarray) -> np.ndarray:
+    """The combination of labels of each row, `[N]`.
+
+    A rare combination of several targets is grouped with the most common one.
+    """
+    _, stratum, counts = np.unique(y, axis=0, return_inverse=True, return_counts=True)
+    stratum = stratum.ravel()
+    return np.where(counts[stratum] < MIN_ROWS_PER_LABEL, np.argmax(counts), stratum)
+
+
+def _by_group(
+    group: pd.Series, stratum: np.ndarray, parts: int, seed: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out groups with about one part of the rows of each stratum."""
+    count = group.nunique()
+    if count < parts:
+        raise InputError(
+            f"--group={group.name}: {name} has {count} groups; at least {parts} are "
+            "needed"
+        )
+    folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+    return next(folds.split(stratum, stratum, group))
+
+
+def _by_time(time: pd.Series, parts: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out the latest times, with as nearly one part of the rows as possible."""
+    times, counts = np.unique(time, return_counts=True)
+    if len(times) < parts:
+        raise InputError(
+            f"--time={time.name}: {name} has {len(times)} times; at least {parts} are "
+            "needed"
+        )
+    later = counts[:0:-1].cumsum()[::-1]  # rows after each time but the last
+    last = times[np.argmin(np.abs(later - len(time) / parts))]
+    return np.flatnonzero(time <= last), np.flatnonzero(time > last)
