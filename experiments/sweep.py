@@ -4,6 +4,7 @@ r"""Which hyperparameters are good, over thousands of networks at once?
     python -m experiments.sweep --axis learning_rate=log:1e-4:1:32 \
         --axis weight_decay=0,1e-4,1e-2 --seeds 16 --hidden 16 --hidden 64,32 \
         --optimizer adamw --output_dir results/sweep
+    python -m experiments.train --predict new.csv --output_dir results/sweep
 
 Trains one network per point and seed with jaxbce.sweep. All are trained on the same
 training set, from a 60/20/20 split. A point is a combination of the values of all axes.
@@ -14,9 +15,11 @@ lowest validation loss. An axis is a hyperparameter of the optimizer (learning_r
 weight_decay, b1, ...), or init_scale, pos_weight or label_smoothing. Expect tens of
 thousands of network-steps per second at 64→32→1.
 
-With --output_dir, if the command is interrupted, even killed, rerun it to resume; it
-ends with the same sweep.parquet. Several processes, each started with the same flags
-and its own --process_id, share the work; the first one writes the files.
+With --output_dir, the best network of the best point is trained again at the end,
+because a sweep keeps no parameters, and saved as a model for --predict. If the command
+is interrupted, even killed, rerun it to resume; it ends with the same sweep.parquet.
+Several processes, each started with the same flags and its own --process_id, share the
+work; the first one writes the files.
 """
 
 import dataclasses
@@ -30,9 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from absl import flags
+from jax.experimental import multihost_utils
 
 import jaxbce
 from experiments.support import (
+    artifacts,
     cli,
     config,
     datasets,
@@ -155,7 +160,8 @@ class Plan:
             raise cli.InputError(
                 f"--pos_weight={weight}: expected a finite number >= 0"
             )
-        self.splits, _ = datasets.split(table, training.seed)
+        self.table, self.search = table, search
+        self.splits, self.preprocessor = datasets.split(table, training.seed)
         rows = len(self.splits["train"].x)
         self.training = training.check(rows, table.name)
         optimizer = optimizer.fill_in(rows)
@@ -237,16 +243,31 @@ class Plan:
         offsets = np.arange(self.chunk_points)
         chosen = np.minimum(chunk.first_point + offsets, self.num_points - 1)
         first_seed = min(chunk.first_seed, self.num_seeds - self.chunk_seeds)
-        family = self.families[chunk.program.optimizer]
-        found = jaxbce.sweep(
+        seeds = np.arange(first_seed, first_seed + self.chunk_seeds)
+        found = self.sweep(chunk.program, chosen, seeds, num_steps, evaluate_every)
+        skipped = chunk.first_seed - first_seed
+        found = jax.tree.map(lambda t: t[: chunk.points, skipped:], found)
+        return chosen[: chunk.points], seeds[skipped:], found
+
+    def sweep(
+        self,
+        program: Program,
+        chosen: np.ndarray,
+        seeds: np.ndarray,
+        num_steps: int,
+        evaluate_every: int | None,
+    ) -> jaxbce.SweepResult:
+        """Trains the points with indices `chosen` with consecutive seeds."""
+        family = self.families[program.optimizer]
+        return jaxbce.sweep(
             jax.random.key(self.training.seed),
             *self.arrays("train"),
-            hidden=chunk.program.hidden,
+            hidden=program.hidden,
             make_optimizer=family.make_optimizer,
             make_penalty=family.make_penalty,
             hparams={name: values[chosen] for name, values in self.points.items()},
-            num_seeds=self.chunk_seeds,
-            first_seed=first_seed,
+            num_seeds=len(seeds),
+            first_seed=int(seeds[0]),
             num_steps=num_steps,
             batch_size=self.training.batch_size,
             validation=self.arrays("validation"),
@@ -255,10 +276,6 @@ class Plan:
             pos_weight=float(self.training.pos_weight),
             dtype=self.training.dtype,
         )
-        skipped = chunk.first_seed - first_seed
-        found = jax.tree.map(lambda t: t[: chunk.points, skipped:], found)
-        seeds = np.arange(chunk.first_seed, first_seed + self.chunk_seeds)
-        return chosen[: chunk.points], seeds, found
 
 
 def run(plan: Plan, folder: Path | None = None) -> dict[str, Any]:
@@ -376,7 +393,7 @@ def best_points(
     result = []
     for index in order.index[:count]:
         row: Row = dict(zip(by, index, strict=True))
-        del row["point"]
+        row["point"] = int(row["point"])
         row |= {name: float(row[name]) for name in names}
         for name in scores:
             row[name] = _with_error(mean.loc[index, name], sem.loc[index, name])
@@ -388,6 +405,77 @@ def best_points(
 def _with_error(mean: Any, error: Any) -> str:
     digits = ".4f" if mean < 100 else ".4g"  # so that the table keeps its width
     return f"{mean:{digits}}" + ("" if np.isnan(error) else f" ± {error:{digits}}")
+
+
+def best_member(plan: Plan, members: Any) -> tuple[int, int, int] | None:
+    """The program, point and seed of the network to keep.
+
+    Of the networks of the best point that did not diverge, it is the one that is best
+    on validation.
+
+    Returns:
+      The index of the program, the point and the seed; None if all diverged.
+    """
+    metric = plan.training.metric
+    (best,) = best_points(members, list(plan.points), 1, metric)
+    keys = ["hidden", "optimizer", "point"]
+    of_point = (members[keys] == [best[key] for key in keys]).all(axis=1)
+    ranked = members[of_point & (members["diverged_at"] < 0)].sort_values(
+        f"validation_{metric}", ascending=metric == "loss", kind="stable"
+    )
+    if ranked.empty:
+        return None
+    names = [(program.layers, program.optimizer) for program in plan.programs]
+    program = names.index((best["hidden"], best["optimizer"]))
+    return program, best["point"], int(ranked["seed"].iloc[0])
+
+
+def train_best(plan: Plan, members: Any) -> Row | None:
+    """Trains the best network again, because the sweep has not kept its parameters.
+
+    All processes must call this, and train it together. In float32 its results can
+    differ from those in `members`, where other networks were trained beside it.
+
+    Args:
+      plan: The sweep.
+      members: The table that `run` returns; None in all processes but the first.
+
+    Returns:
+      The row of this network as in `members`, with its "params", "pos_weight" of each
+      output, "thresholds", "metrics" and "decisions", as `train.run` has them; None if
+      there is no such network, or it has diverged.
+    """
+    chosen = None if members is None else best_member(plan, members)
+    chosen = multihost_utils.broadcast_one_to_all(np.array(chosen or (-1, -1, -1)))
+    index, point, seed = map(int, chosen)
+    if index < 0:
+        return None
+    training, program = plan.training, plan.programs[index]
+    member = program, np.array([point]), np.array([seed])
+    with jax.enable_x64(training.dtype == "float64"):
+        found = plan.sweep(*member, training.steps, training.evaluate_every)
+    if found.best_step.item() == 0:
+        return None
+    (row,) = member_table(plan, *member, found).to_dict("records")
+    params = jax.tree.map(lambda leaf: leaf[0, 0], found.best_params)
+    targets = list(plan.table.classes)
+    weights = (float(row.get("pos_weight", training.pos_weight)),) * len(targets)
+    shift = metrics.prior_shift(weights)
+    logits = {
+        artifacts.NETWORK: {
+            name: metrics.logits(params, split.x) - shift
+            for name, split in plan.splits.items()
+        }
+    }
+    thresholds = metrics.best_thresholds(plan.splits["validation"], logits)
+    return {
+        **row,
+        "params": params,
+        "pos_weight": weights,
+        "thresholds": thresholds[artifacts.NETWORK],
+        "metrics": metrics.table(plan.splits, targets, logits),
+        "decisions": metrics.decision_table(plan.splits, targets, logits, thresholds),
+    }
 
 
 def dry_run(plan: Plan) -> list[Row]:
@@ -428,32 +516,53 @@ def _cost(plan: Plan, program: Program) -> Row:
 
 
 def save(
-    folder: Path, result: dict[str, Any], search: Search, best: list[Row], csv: bool
+    folder: Path,
+    plan: Plan,
+    members: Any,
+    best: list[Row],
+    model: Row | None,
+    csv: bool,
 ) -> None:
-    """Writes the table of networks, the best points and the picture."""
-    members = result["members"]
+    """Writes the table of networks, the best points, the model and the picture."""
     with output.atomic_write(folder / "sweep.parquet") as path:
         members.to_parquet(path, index=False)
     if csv:
         with output.atomic_write(folder / "sweep.csv") as path:
             members.to_csv(path, index=False)
-    document = {"configuration": result["configuration"], "top": best}
+    document = {"configuration": plan.configuration, "top": best, "model": None}
+    if model is not None:
+        document["model"] = {k: v for k, v in model.items() if k != "params"}
+        kept = {name: model[name] for name in ("params", "pos_weight", "thresholds")}
+        artifacts.save_model(folder, plan.table, plan.preprocessor, **kept)
     output.write_results(folder, "top", document, best)
-    spacings = {axis.name: axis.spacing for axis in search.axes}
-    metric = result["configuration"]["metric"]
-    plots.sweep(folder / "sweep.png", members, spacings, metric)
+    spacings = {axis.name: axis.spacing for axis in plan.search.axes}
+    plots.sweep(folder / "sweep.png", members, spacings, plan.training.metric)
 
 
 def _report(plan: Plan, members: Any, best: list[Row]) -> None:
     diverged = int((members["diverged_at"] >= 0).sum())
     print(f"\n{len(members)} networks, of which {diverged} diverged\n")
     metric = plan.training.metric
-    hidden = {"hidden", "optimizer"} if len(plan.programs) == 1 else set()
+    hidden = {"point"}
+    hidden |= {"hidden", "optimizer"} if len(plan.programs) == 1 else set()
     hidden |= {"validation_loss", "test_loss"} if metric != "loss" else set()
     rows = [{k: v for k, v in row.items() if k not in hidden} for row in best]
     shown = metrics.HEADINGS.get(metric, metric)
     headings = {f"{s}_{metric}": f"{s} {shown}" for s in ("validation", "test")}
     print(output.table(rows, headings=headings))
+
+
+def _report_model(model: Row | None) -> None:
+    if model is None:
+        print("\nNo model is saved, because the networks of the best point diverged.")
+        return
+    print(
+        f"\nmodel.joblib is the network of the best point with seed {model['seed']}, "
+        "trained again:\n"
+    )
+    hidden = ("model", "base_rate")
+    rows = [{k: v for k, v in r.items() if k not in hidden} for r in model["metrics"]]
+    print(output.table(rows, ".4f", metrics.HEADINGS))
 
 
 def main() -> int:
@@ -486,14 +595,16 @@ def main() -> int:
         return 0
     folder = cli.output_dir()
     result = run(plan, folder)
+    model = None if folder is None else train_best(plan, result.get("members"))
     if not is_first:
         return 0
     members = result["members"]
     best = best_points(members, list(plan.points), _TOP.value, plan.training.metric)
     if folder is not None:
-        save(folder, result, search, best, _CSV.value)
+        save(folder, plan, members, best, model, _CSV.value)
     _report(plan, members, best)
     if folder is not None:
+        _report_model(model)
         output.print_files(folder)
     return 0
 

@@ -32,7 +32,7 @@ def save(
     preprocessor: ColumnTransformer,
     logits: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Writes the model, the metrics, the predictions and the pictures.
+    """Writes the files of a training run: model, metrics, predictions and pictures.
 
     Args:
       folder: The folder to write to.
@@ -42,16 +42,14 @@ def save(
       preprocessor: The preprocessor, fitted on the training rows.
       logits: Logits of label 1 by model and split, `[n, n_L]`, float64.
     """
-    model = {
-        "schema": table.schema,
-        "preprocessor": preprocessor,
-        "params": jax.tree.map(np.asarray, result["params"]),
-        "classes": table.classes,
-        "pos_weight": result["configuration"]["pos_weight"],
-        "thresholds": result["thresholds"],
-    }
-    with output.atomic_write(folder / "model.joblib") as path:
-        joblib.dump(model, path)
+    model = save_model(
+        folder,
+        table,
+        preprocessor,
+        params=result["params"],
+        pos_weight=result["configuration"]["pos_weight"],
+        thresholds=result["thresholds"],
+    )
     document = {key: value for key, value in result.items() if key != "params"}
     output.write_results(folder, "metrics", document, result["metrics"])
     for name, key in (("losses", "history"), ("decisions", "decisions")):
@@ -72,6 +70,41 @@ def save(
     plots.importances(folder / "importances.png", importances)
     _draw(folder, result, table, splits, logits)
     _draw_boundary(folder, table, splits, model)
+
+
+def save_model(
+    folder: Path,
+    table: datasets.Table,
+    preprocessor: ColumnTransformer,
+    *,
+    params: Any,
+    pos_weight: tuple[float, ...],
+    thresholds: list[float],
+) -> dict[str, Any]:
+    """Writes `model.joblib`, with which `score` scores new rows.
+
+    Args:
+      folder: The folder to write to.
+      table: The data.
+      preprocessor: The preprocessor, fitted on the training rows.
+      params: The network's parameters.
+      pos_weight: The weights of label 1 that it was trained with, one per output.
+      thresholds: Its own thresholds, as logits, likewise.
+
+    Returns:
+      The model.
+    """
+    model = {
+        "schema": table.schema,
+        "preprocessor": preprocessor,
+        "params": jax.tree.map(np.asarray, params),
+        "classes": table.classes,
+        "pos_weight": pos_weight,
+        "thresholds": thresholds,
+    }
+    with output.atomic_write(folder / "model.joblib") as path:
+        joblib.dump(model, path)
+    return model
 
 
 def _logits(model: dict[str, Any], x: np.ndarray) -> np.ndarray:
@@ -195,7 +228,7 @@ def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
 
     Args:
       file: A file with the columns that the model was trained on.
-      folder: A folder that `save` has written to.
+      folder: A folder that `save_model` has written to.
       keep: Columns of the file to keep beside the scores; None keeps all.
 
     Raises:
@@ -265,12 +298,10 @@ def _evaluate(
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    """Loads the model in a folder, as `save` has written it."""
+    """Loads the model in a folder, as `save_model` has written it."""
     path = folder / "model.joblib"
     if not path.exists():
-        raise cli.InputError(
-            f"--output_dir={folder}: has no finished run to score with"
-        )
+        raise cli.InputError(f"--output_dir={folder}: has no model of a finished run")
     try:
         model = joblib.load(path)
     except Exception as error:  # a pickle may raise anything
@@ -287,6 +318,6 @@ def _load(folder: Path) -> dict[str, Any]:
         and model["classes"]
     ):
         raise cli.InputError(
-            f"{path}: is not a model of this version of experiments.train; train again"
+            f"{path}: is not a model of this version of these experiments; train again"
         )
     return model

@@ -242,16 +242,17 @@ def compute_chunks(
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         error_here = None  # raised once all processes know of it
+        known = [False] * count
         if folder is not None and first:
             try:
                 stack.enter_context(lock_output_dir(folder, configuration))
                 (folder / "parts").mkdir(exist_ok=True)
+                known = [_path(folder, i).exists() for i in range(count)]
+                for i in range(count):
+                    if known[i]:  # if it is damaged, no process begins to compute
+                        _read(_path(folder, i))
             except (InputError, OSError) as error:
                 error_here = error
-        known = [
-            error_here is None and folder is not None and _path(folder, i).exists()
-            for i in range(count)
-        ]
         if not _from_first_process(error_here is None):
             raise error_here or InputError("the first process cannot use --output_dir")
         known = _from_first_process(np.array(known))

@@ -214,10 +214,12 @@ def test_other_processes_hear_of_a_folder_that_cannot_be_used(tmp_path, monkeypa
 
 
 def test_a_damaged_part_is_named(tmp_path):
-    resumable.compute_chunks(chunk, [2], folder=tmp_path, **OPTIONS)
-    (tmp_path / "parts" / "0.parquet").write_bytes(b"not parquet")
-    with pytest.raises(InputError, match=r"0\.parquet: cannot be read .*delete it"):
-        resumable.compute_chunks(chunk, [2], folder=tmp_path, **OPTIONS)
+    resumable.compute_chunks(chunk, [2, 2], folder=tmp_path, **OPTIONS)
+    (tmp_path / "parts" / "0.parquet").unlink()
+    (tmp_path / "parts" / "1.parquet").write_bytes(b"not parquet")
+    with pytest.raises(InputError, match=r"1\.parquet: cannot be read .*delete it"):
+        resumable.compute_chunks(chunk, [2, 2], folder=tmp_path, **OPTIONS)
+    assert not (tmp_path / "parts" / "0.parquet").exists()
 
 
 def test_parts_of_another_run_are_refused_and_left_as_they_are(tmp_path):

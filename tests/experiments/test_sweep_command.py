@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import f1_score
+from scipy.special import expit
+from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
 import jaxbce
 from experiments import sweep
@@ -37,10 +38,10 @@ FLAGS = (
 )
 
 
-def plan(*, axes=AXES, programs=(SGD,), seeds=3, search=None, **training):
+def plan(*, axes=AXES, programs=(SGD,), seeds=3, search=None, table=MOONS, **training):
     options: Any = {"num_steps": 60, "batch_size": 0} | training
     return sweep.Plan(
-        table=MOONS,
+        table=table,
         search=search or Search(axes),
         programs=list(programs),
         seeds=seeds,
@@ -153,6 +154,68 @@ def test_points_are_ranked_by_the_metric_asked_for(monkeypatch, tmp_path):
     assert len(shown) >= 3
     plots.sweep(tmp_path / "f1.png", members, dict.fromkeys(names, "values"), "f1")
     assert (tmp_path / "f1.png").stat().st_size > 1000
+
+
+# --------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("loss", 1), ("f1", -1)])
+def test_the_model_is_the_best_network_of_the_best_point(members, metric, sign):
+    both = pd.concat(
+        [members.assign(hidden=hidden) for hidden in ("none", "4")], ignore_index=True
+    ).assign(validation_f1=0.5, test_f1=0.5, diverged_at=-1)
+    best = (both["hidden"] == "4") & (both["point"] == 6)
+    both.loc[best, f"validation_{metric}"] = sign * np.array([-50.0, -70.0, -60.0])
+    chosen = plan(programs=[sweep.Program((), "sgd"), SGD], metric=metric)
+    assert sweep.best_member(chosen, both) == (1, 6, 1)
+    both["diverged_at"] = np.where(both["seed"] == 1, 7, -1)
+    assert sweep.best_member(chosen, both) == (1, 6, 2)
+    both["diverged_at"] = 7
+    assert sweep.best_member(chosen, both) is None
+    assert sweep.train_best(chosen, both) is None
+
+
+def test_processes_after_the_first_help_to_train_the_model(members, monkeypatch):
+    first: Any = sweep.train_best(plan(), members)
+    choice = sweep.best_member(plan(), members)
+    monkeypatch.setattr(
+        sweep.multihost_utils, "broadcast_one_to_all", lambda _: np.array(choice)
+    )
+    other: Any = sweep.train_best(plan(), None)
+    assert choice == (0, first["point"], first["seed"])
+    jax.tree.map(np.testing.assert_array_equal, other["params"], first["params"])
+
+
+def test_a_network_that_diverges_when_it_is_trained_again_is_no_model(members):
+    wild = plan(axes=(parse_axis("learning_rate=1e30,2e30"), AXES[1]))
+    one = members[members["point"] == 0].assign(learning_rate=1e30, diverged_at=-1)
+    assert sweep.best_member(wild, one) is not None
+    assert sweep.train_best(wild, one) is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_metrics_of_the_model_are_those_of_corrected_logits(dtype):
+    first = MOONS.features["x1"].to_numpy() > 0.3
+    two = MOONS._replace(
+        y=np.stack([MOONS.y[:, 0], first], axis=1).astype(float),
+        classes=MOONS.classes | {"side": ("left", "right")},
+    )
+    weighted = plan(table=two, axes=(parse_axis("pos_weight=1,4"),), dtype=dtype)
+    scores = dict.fromkeys(sweep.SCORES, 0.5)
+    known = {"hidden": "4", "optimizer": "sgd", "seed": 2, "diverged_at": -1}
+    row = pd.DataFrame([{**known, "point": 1, "pos_weight": 4.0, **scores}])
+    model: Any = sweep.train_best(weighted, row)
+    assert (model["point"], model["seed"], model["pos_weight"]) == (1, 2, (4.0, 4.0))
+    test = weighted.splits["test"]
+    a = metrics.logits(model["params"], test.x) - np.log(4)
+    shown = [row for row in model["metrics"] if row["split"] == "test"]
+    for column, target in enumerate(two.classes):
+        y, logit, found = test.y[:, column], a[:, column], shown[column]
+        assert found["target"] == target
+        assert found["accuracy"] == accuracy_score(y, logit > 0)
+        assert np.isclose(found["roc_auc"], roc_auc_score(y, logit), rtol=1e-12)
+        loss = log_loss(y, expit(logit))
+        assert np.isclose(found["log_loss"], loss, rtol=1e-10)
 
 
 def by_member(table: Any) -> pd.DataFrame:
@@ -272,6 +335,13 @@ def test_what_does_not_fit_together_is_refused(options, message):
 # ------------------------------------------------------------------------- the command
 
 
+FILES = ("sweep.parquet", "model.joblib", "top.json")  # the same however often it runs
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """The folder of a run of the command in a process of its own, and its output."""
@@ -285,9 +355,8 @@ def test_a_process_writes_the_table_and_prints_the_best(swept, members):
     folder, out = swept
     assert "24 networks, of which" in out
     assert max(map(len, out[out.index("networks, of") :].splitlines()[:-1])) <= 100
-    assert (
-        f"In {folder}: config.json, parts, sweep.csv, sweep.parquet, sweep.png" in out
-    )
+    written = "config.json, model.joblib, parts, sweep.csv, sweep.parquet, sweep.png"
+    assert f"In {folder}: {written}" in out
     found = pd.read_parquet(folder / "sweep.parquet")
     pd.testing.assert_frame_equal(found, members, check_exact=True)
     csv = pd.read_csv(folder / "sweep.csv", dtype={"hidden": str})
@@ -306,14 +375,66 @@ def test_keys_of_results_are_snake_case(swept):
     assert odd_keys(swept[0]) == {}
 
 
+def test_the_model_of_a_sweep_scores_new_rows(swept, members):
+    folder, out = swept
+    document = json.loads((folder / "top.json").read_text())
+    model, (top, *_) = document["model"], document["top"]
+    point = members[members["point"] == top["point"]]
+    row = point.loc[point["validation_loss"].idxmin()]
+    assert model["seed"] == row["seed"]
+    assert f"the best point with seed {row['seed']}" in out
+    for name in ("learning_rate", "weight_decay", "best_step", "steps"):
+        assert model[name] == row[name]
+    for name in ("validation_loss", "test_loss", "test_accuracy"):
+        assert np.isclose(model[name], row[name], rtol=1e-4)
+    split = datasets.split(MOONS, 0)[0]["test"]
+    table = MOONS.features.iloc[split.rows]
+    labels = np.take(MOONS.classes["moon"], split.y[:, 0].astype(int))
+    table.assign(moon=labels).to_csv(folder / "new.csv", index=False)
+    flags = (f"--predict={folder / 'new.csv'}", f"--output_dir={folder}")
+    status, printed, err = run_command("train", *flags)
+    assert (status, err) == (0, "")
+    scored = pd.read_csv(folder / "new.scored.csv")
+    probability = scored["probability of moon=lower"]
+    loss = log_loss(split.y[:, 0], probability)
+    assert np.isclose(loss, model["test_loss"], rtol=1e-9)
+    assert f"{loss:.4f}" in printed
+    assert f"{loss:.4f}" in out
+    accuracy = accuracy_score(labels, scored["predicted moon"])
+    assert accuracy == model["test_accuracy"]
+    thresholded = model["decisions"][-1]  # of the test set
+    assert thresholded["f1"] == f1_score(
+        split.y[:, 0], scored["logit of moon=lower"] > model["thresholds"][0]
+    )
+
+
+def test_if_all_networks_diverge_no_model_is_saved(members, monkeypatch, tmp_path):
+    diverged = members.assign(diverged_at=7)
+    monkeypatch.setattr(sweep, "run", lambda plan, folder: {"members": diverged})
+    flags = (*FLAGS, f"--output_dir={tmp_path}")
+    status, out, err = run_command("sweep", *flags)
+    assert (status, err) == (0, "")
+    assert (
+        "\nNo model is saved, because the networks of the best point diverged." in out
+    )
+    assert json.loads((tmp_path / "top.json").read_text())["model"] is None
+    flags = ("--predict=new.csv", f"--output_dir={tmp_path}")
+    assert run_command("train", *flags) == (
+        2,
+        "",
+        f"train: --output_dir={tmp_path}: has no model of a finished run\n",
+    )
+
+
 def test_a_finished_sweep_is_written_again_from_its_parts(swept):
     folder, _ = swept
-    first = (folder / "sweep.parquet").read_bytes()
-    (folder / "sweep.parquet").unlink()
+    first = contents(folder)
+    for name in FILES:
+        (folder / name).unlink()
     status, out, err = run_command("sweep", *FLAGS, "--csv", f"--output_dir={folder}")
     assert (status, err) == (0, "")
     assert "Resuming: 24 of 24 networks are done." in out
-    assert (folder / "sweep.parquet").read_bytes() == first
+    assert contents(folder) == first
 
 
 def test_without_a_folder_the_best_are_printed(members, monkeypatch):
@@ -439,12 +560,12 @@ def wait_for(path: Path, *processes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The file of one process with four devices."""
+    """The files of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
     flags = (*PROCESSES, f"--output_dir={folder}", "--cpu_devices=4")
     out, _ = finish(start("sweep", *flags))
     assert "768 networks" in out
-    return (folder / "sweep.parquet").read_bytes()
+    return contents(folder)
 
 
 @pytest.mark.slow
@@ -457,7 +578,7 @@ def test_killed_in_the_middle_it_resumes_to_the_same_file(alone, tmp_path):
     assert not (tmp_path / "sweep.parquet").exists()
     out, _ = finish(start("sweep", *flags))
     assert "Resuming" in out
-    assert (tmp_path / "sweep.parquet").read_bytes() == alone
+    assert contents(tmp_path) == alone
 
 
 @pytest.mark.slow
@@ -475,4 +596,4 @@ def test_four_processes_of_which_one_is_killed_end_with_the_same_file(alone, tmp
         for process in processes:
             _, err = process.communicate(timeout=600)
             assert process.returncode == 0, err
-    assert (tmp_path / "sweep.parquet").read_bytes() == alone
+    assert contents(tmp_path) == alone

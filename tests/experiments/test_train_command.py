@@ -609,7 +609,7 @@ def test_a_model_of_an_earlier_version_is_refused(copied, model):
         2,
         "",
         f"train: {copied / 'model.joblib'}: is not a model of this version of "
-        "experiments.train; train again\n",
+        "these experiments; train again\n",
     )
     assert not (copied / "new.scored.csv").exists()
 
@@ -681,7 +681,7 @@ def test_what_cannot_be_done_is_refused(optimizer, options, message, tmp_path):
     [
         (("--output_dir=PATH/file",), "file: is a file, not a folder"),
         (("--data=nowhere.csv", "--target=y", "--output_dir=PATH/new"), "No such file"),
-        (("--predict=x.csv", "--output_dir=PATH"), "has no finished run to score with"),
+        (("--predict=x.csv", "--output_dir=PATH"), "has no model of a finished run"),
         (("--predict=x.csv",), "--predict needs --output_dir"),
         (("--id=x", "--output_dir=PATH/new"), "--id needs --predict"),
         (("--batch_size=-1", "--output_dir=PATH/new"), "batch_size"),
