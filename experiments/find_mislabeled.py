@@ -147,9 +147,7 @@ def run(
     training, optimizer = training.check(rows, table.name), optimizer.fill_in(rows)
 
     configuration = {
-        "data": table.name,
-        "data_digest": datasets.digest(table),
-        "classes": table.classes,
+        **datasets.describe(table),
         "rows": n,
         "flipped": int(flipped.sum()),
         "folds": folds,

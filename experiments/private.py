@@ -286,6 +286,12 @@ def scale_to_bounds(
     """
     numbers = list(table.features.select_dtypes(float))
     if isinstance(bounds, tuple):
+        dates = [c.name for c in table.schema.columns if c.kind == "date"]
+        if dates:
+            raise cli.InputError(
+                f"--bounds: expected them per column, because {dates[0]!r} is a date; "
+                f"columns are {', '.join(map(repr, numbers))}"
+            )
         bounds = dict.fromkeys(numbers, bounds)
     for known, wanted, what in (
         (numbers, bounds, "has no column of numbers"),

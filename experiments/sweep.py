@@ -45,6 +45,7 @@ from experiments.support import (
     output,
     plots,
     resumable,
+    splitting,
     sweep_axes,
 )
 from experiments.support.config import OptimizerConfig, TrainingConfig
@@ -52,6 +53,7 @@ from experiments.support.sweep_axes import Search
 from jaxbce import sweeps
 
 flags.adopt_module_key_flags(datasets)
+flags.adopt_module_key_flags(splitting)
 flags.adopt_module_key_flags(config)
 for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "seeds"):
     flags.declare_key_flag(_name)
@@ -185,9 +187,7 @@ class Plan:
             for name in dict.fromkeys(p.optimizer for p in programs)
         }
         self.configuration = {
-            "data": table.name,
-            "data_digest": datasets.digest(table),
-            "classes": table.classes,
+            **datasets.describe(table),
             **search.as_dict(),
             "points": self.num_points,
             "seeds": seeds,

@@ -20,6 +20,7 @@ that say how a text file is written. A model is a pickle: score only with models
 trust.
 """
 
+import collections
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -240,11 +241,9 @@ def _predict(file: str) -> None:
 
 
 def _describe(table: datasets.Table) -> None:
-    numbers = table.features.select_dtypes(float).shape[1]
-    categories = table.features.shape[1] - numbers
-    columns = f"{numbers} numeric columns"
-    columns += f", {categories} categorical" if categories else ""
-    print(f"{table.name}: {len(table.y)} rows, {columns}")
+    kinds = collections.Counter(column.kind for column in table.schema.columns)
+    columns = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(f"{table.name}: {len(table.y)} rows, columns: {columns}")
     print(f"label 1: {', '.join(datasets.label_1(table.classes))}")
     output.print_environment()
 

@@ -6,6 +6,7 @@ also read the values of arrays that are not traced. Each message names the argum
 what was expected and what was passed. Nothing is broadcast silently.
 """
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -367,10 +368,24 @@ def penalty_value(value: Any) -> Any:
     return value
 
 
-def function(name: str, value: Any, expected: str, *, is_static: bool = False) -> None:
+def function(
+    name: str,
+    value: Any,
+    expected: str,
+    *,
+    arguments: int | None = None,
+    is_static: bool = False,
+) -> None:
     """Checks a function; one that is a static argument of a program has a hash."""
     if not callable(value):
         raise TypeError(f"expected {name} to be {expected}, got {_type_name(value)}")
+    if arguments is not None:
+        try:
+            inspect.signature(value).bind(*range(arguments))
+        except ValueError:
+            pass  # some built-in functions have no signature
+        except TypeError as error:
+            raise TypeError(f"expected {name} to be {expected} ({error})") from None
     if is_static:
         try:
             hash(value)

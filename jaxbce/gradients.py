@@ -348,7 +348,20 @@ def grad(
     reduction: Literal["mean", "sum"] = "mean",
     block_size: int | Literal["auto"] | None = "auto",
 ) -> Params:
-    """The hand-derived gradient of `loss` alone; see `value_and_grad`."""
+    """Computes the hand-derived gradient of the loss of a batch.
+
+    The arguments and errors are those of `value_and_grad`.
+
+    Returns:
+      The gradient, a tuple of `Layer` with the shapes and dtypes of params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> grads = jaxbce.grad(params, jnp.ones((8, 2)), jnp.ones((8, 1)))
+      >>> [layer.w.shape for layer in grads]
+      [(2, 3), (3, 1)]
+    """
     return value_and_grad(
         params,
         x,

@@ -175,10 +175,49 @@ def propagate(
 
 
 def logits(params: Params, x: ArrayLike) -> jax.Array:
-    """The logits `a_L` `[N, n_L]`, in the accumulation dtype; see `forward`."""
+    """Computes the logits `a_L` of label 1.
+
+    Args:
+      params: A tuple of `Layer`, as `init` returns.
+      x: Features `[N, n_0]`, floating, N >= 1.
+
+    Returns:
+      Logits `[N, n_L]`, in the accumulation dtype (float32 for bfloat16).
+
+    Raises:
+      TypeError: As for `forward`.
+      ValueError: As for `forward`.
+
+    Example:
+      >>> import jax, jaxbce
+      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> jaxbce.logits(params, jax.numpy.ones((5, 2))).shape
+      (5, 1)
+    """
     return forward(params, x).a[-1]
 
 
 def predict_proba(params: Params, x: ArrayLike) -> jax.Array:
-    """The probabilities `ŷ = σ(a_L)` `[N, n_L]` of label 1; see `forward`."""
+    """Computes the probabilities `ŷ = σ(a_L)` of label 1.
+
+    Each output has its own; they do not add up to 1. Where ŷ may round to 0 or 1, use
+    `logits`.
+
+    Args:
+      params: A tuple of `Layer`, as `init` returns.
+      x: Features `[N, n_0]`, floating, N >= 1.
+
+    Returns:
+      Probabilities `[N, n_L]`, in the accumulation dtype (float32 for bfloat16).
+
+    Raises:
+      TypeError: As for `forward`.
+      ValueError: As for `forward`.
+
+    Example:
+      >>> import jax, jaxbce
+      >>> params = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> jaxbce.predict_proba(params, jax.numpy.zeros((1, 2))).item()
+      0.5
+    """
     return forward(params, x).h[-1]

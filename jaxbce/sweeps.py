@@ -212,7 +212,7 @@ def sweep(
         _validate.function("make_penalty", make_penalty, f"None or {expected}")
     if callback is not None:
         expected = "None or a function of the number of members done"
-        _validate.function("callback", callback, expected)
+        _validate.function("callback", callback, expected, arguments=1)
     _validate.mesh(mesh)
     _validate.matrix("x", x, "[N, n_0]")
     _validate.matrix("y", y, "[N, n_L]")
@@ -610,8 +610,8 @@ def _to_devices(mesh: jax.sharding.Mesh, spec: Any, tree: Any) -> Any:
 
 
 def _to_host(tree: Any) -> Any:
-    """Gathers sharded arrays as NumPy arrays, whole in every process."""
-    if jax.process_count() > 1:
+    """Gathers sharded arrays as NumPy arrays, whole in every process of the mesh."""
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         from jax.experimental import multihost_utils  # slow to import
 
         return multihost_utils.process_allgather(tree, tiled=True)

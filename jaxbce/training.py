@@ -177,6 +177,7 @@ def fit(
     user = UserCode(_init, _step, (optimizer, penalty, loss), batch_size, by_hand)
     programs, constants = trace(user, (), first, training)
     if isinstance(params, FitResult):
+        _check_resumed(params, validation is not None)
         state = jax.eval_shape(programs.init, constants[0], (), first)
         found = jax.eval_shape(lambda state: state, params.opt_state)
         if _form(found) != _form(state):
@@ -187,6 +188,20 @@ def fit(
         params = params._replace(train_loss=_NONE, validation_loss=_NONE)
     compiled = _traced.jitted(run, programs, options, by_hand)
     return compiled(constants, (), key, _varying(params), training, evaluated)
+
+
+def _check_resumed(run: FitResult, has_validation: bool) -> None:
+    """Checks that the best loss so far is comparable with the losses to come."""
+    evaluations, validations = (
+        t.shape[-1] for t in (run.train_loss, run.validation_loss)
+    )
+    if evaluations and bool(validations) != has_validation:
+        with_or_without = "with" if validations else "without"
+        raise ValueError(
+            f"expected to resume the run as it began, {with_or_without} validation, "
+            "because its best_loss is compared with later losses; pass its params to "
+            "begin another run"
+        )
 
 
 def _form(tree: Any) -> Any:
@@ -224,9 +239,14 @@ def check_options(
         evaluate_every = _validate.count("evaluate_every", evaluate_every)
     if patience is not None:
         patience = _validate.count("patience", patience)
+        if evaluate_every is None and patience < num_steps:
+            raise ValueError(
+                f"expected evaluate_every with patience={patience}, got None, which "
+                "evaluates only after the last step"
+            )
     if callback is not None:
         expected = "None or a function of (step, train_loss, validation_loss)"
-        _validate.function("callback", callback, expected, is_static=True)
+        _validate.function("callback", callback, expected, arguments=3, is_static=True)
     return Options(
         num_steps=num_steps,
         batch_size=batch_size,

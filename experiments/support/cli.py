@@ -165,6 +165,9 @@ def launch(
         print(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
 
+    def drop_output() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     def parse(argv: Sequence[str]) -> list[str]:
         argv = ["--help" if argument == "-h" else argument for argument in argv]
         try:
@@ -173,6 +176,9 @@ def launch(
             fail(error)
         except SystemExit:  # absl exits with 1 after --help
             sys.exit(0)
+        except BrokenPipeError:
+            drop_output()
+            sys.exit(1)
 
     def guarded(argv: Sequence[str]) -> int:
         try:
@@ -183,7 +189,7 @@ def launch(
             jax.config.update("jax_default_matmul_precision", "highest")
             return main()
         except BrokenPipeError:  # a reader such as head has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             return 1
         except (InputError, OSError) as error:
             fail(error)

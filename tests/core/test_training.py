@@ -553,6 +553,16 @@ REFUSED = {
         ValueError,
         "patience .* integer >= 1 and less than .*, got 0",
     ),
+    "never evaluated": (
+        {"patience": 2},
+        ValueError,
+        "expected evaluate_every with patience=2, got None",
+    ),
+    "callback": (
+        {"callback": lambda step: None},
+        TypeError,
+        r"callback to be .* function of \(step, train_loss, .* \(too many positional",
+    ),
     "inf": ({"min_delta": 1e39}, ValueError, "min_delta to be finite and >= 0, got"),
     "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation to be a tuple"),
     "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight of shape"),
@@ -591,6 +601,16 @@ def test_a_result_of_another_optimizer_is_refused():
         run = fit(params, x, y, optimizer=before)
         with pytest.raises(ValueError, match=r"to be the FitResult of .* opt_state"):
             fit(run, x, y, optimizer=after)
+
+
+def test_a_run_is_resumed_with_validation_only_if_it_had_validation():
+    params, x, y = arguments(dtype="float32")
+    other: Any = {"validation": (x[:9], y[:9])}
+    for before, after in (({}, other), (other, {})):
+        run = fit(params, x, y, **before)
+        with pytest.raises(ValueError, match="expected to resume the run as it began"):
+            fit(run, x, y, **after)
+    assert fit(fit(params, x, y, num_steps=0), x, y, **other).step > 0
 
 
 def test_labels_of_another_shape_are_refused():

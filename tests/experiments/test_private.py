@@ -18,6 +18,7 @@ from experiments.support import datasets, dp_accounting, metrics
 from experiments.support.cli import InputError
 from experiments.support.config import OptimizerConfig, TrainingConfig
 from experiments.support.dp_accounting import PrivacyConfig
+from experiments.support.schema import Column
 from tests.experiments.files import odd_keys
 from tests.helpers import run_command, start
 
@@ -194,6 +195,19 @@ def test_each_column_of_numbers_has_bounds_and_categories_are_one_hot():
     ):
         with pytest.raises(InputError, match=message):
             private.scale_to_bounds(table, splits, preprocessor, wrong)
+
+
+def test_one_pair_of_bounds_is_refused_for_dates():
+    schema = MOONS.schema._replace(columns=(Column("when", "date"),))
+    table = MOONS._replace(
+        features=MOONS.features.set_axis(["when year", "when days"], axis=1),
+        schema=schema,
+    )
+    splits, preprocessor = datasets.split(table, 0)
+    with pytest.raises(
+        InputError, match=r"'when' is a date; columns are 'when y"
+    ):
+        private.scale_to_bounds(table, splits, preprocessor, (0.0, 100.0))
 
 
 @pytest.mark.usefixtures("known_noise")

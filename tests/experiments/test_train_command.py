@@ -238,7 +238,7 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
         "iris.csv: 'sepal length (cm)': enough alone to tell the label 'big'; --drop "
         "leaves it out\n",
     )
-    assert "iris.csv: 150 rows, 4 numeric columns, 1 categorical" in out
+    assert "iris.csv: 150 rows, columns: 4 number, 1 category" in out
     assert "label 1: virginica=1, big=yes" in out
     assert "all 200 steps taken." in out
     for name in ("logistic regression", "MLPClassifier", "gradient boosting"):
