@@ -4,6 +4,7 @@ import jax.export
 
 from jaxbce import curvature, per_example
 from jaxbce.checking import check_gradients
+from jaxbce.ensembles import ensemble_logits, ensemble_proba
 from jaxbce.gradients import deltas, grad, loss, value_and_grad
 from jaxbce.losses import bce, bce_with_logits
 from jaxbce.network import Activations, Layer, forward, init, logits, predict_proba
@@ -41,6 +42,8 @@ __all__ = [
     "check_gradients",
     "curvature",
     "deltas",
+    "ensemble_logits",
+    "ensemble_proba",
     "fit",
     "forward",
     "grad",

@@ -243,7 +243,11 @@ class _Block:
         jaxpr = closed.jaxpr
         env = dict(zip(jaxpr.invars, operands, strict=True))
         for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
-            env[var] = self._constant(value, var.aval, _Same(value))
+            # JAX keeps the dtype that a NumPy array had under another jax_enable_x64.
+            dtype, key = jax.dtypes.canonicalize_dtype(value.dtype), _Same(value)
+            if dtype != value.dtype:
+                value = np.asarray(value, dtype)
+            env[var] = self._constant(value, var.aval.update(dtype=dtype), key)
         for eqn in jaxpr.eqns:
             # XLA compiles a known exponent to other operations, such as a root.
             operands = [

@@ -323,6 +323,18 @@ def block_size(value: Any) -> None:
         raise ValueError(message)
 
 
+def made(
+    name: str, value: Any, shape: tuple[int, ...], form: str, dtype: Any
+) -> jax.Array:
+    """Checks the array that a function of the user returns, and casts it."""
+    _array(f"the result of {name}", value, f"an array {form}", floating=False)
+    if value.shape != shape:
+        raise ValueError(
+            f"expected {name} to return an array of shape {shape}, got {value.shape}"
+        )
+    return _cast(value, dtype)
+
+
 def key(value: Any) -> None:
     """Checks that `value` is one JAX random key, typed or legacy."""
     expected = "a random key, such as jax.random.key(0)"

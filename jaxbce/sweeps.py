@@ -22,7 +22,7 @@ import optax
 from jax import P
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbce import _traced, _validate, training
+from jaxbce import _member_data, _traced, _validate, training
 from jaxbce._blocks import examples_per_block
 from jaxbce.network import Layer, Params, init
 from jaxbce.training import Dataset, datasets
@@ -103,16 +103,20 @@ def sweep(
     x: jax.Array | np.ndarray,
     y: jax.Array | np.ndarray,
     *,
-    hidden: Sequence[int],
+    hidden: Sequence[int] | None = None,
     make_optimizer: Callable[[dict[str, jax.Array]], optax.GradientTransformation],
     make_penalty: Callable[[dict[str, jax.Array]], Any] | None = None,
+    make_sample_weight: Callable[[dict[str, jax.Array]], jax.Array] | None = None,
+    make_labels: Callable[[dict[str, jax.Array], jax.Array], jax.Array] | None = None,
     hparams: Mapping[str, Any],
+    params: Params | None = None,
     num_seeds: int = 1,
     first_seed: int = 0,
     num_steps: int,
     batch_size: int | None = None,
     validation: tuple[ArrayLike, ArrayLike]
     | tuple[ArrayLike, ArrayLike, ArrayLike]
+    | Literal["held_out"]
     | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
@@ -150,28 +154,43 @@ def sweep(
       key: A JAX random key.
       x: Features `[N, n_0]`, floating, N >= 1.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
-      hidden: Widths of the hidden layers; may be empty.
+      hidden: Widths of the hidden layers; may be empty. None if params are given.
       make_optimizer: Builds any optax transformation from the hyperparameters of one
         point, a dict of traced scalars. It is traced once per function, so that values
         that it reads elsewhere, such as global variables, must not change.
       make_penalty: Builds the penalty of `fit` from them, a function of params.
+      make_sample_weight: Builds the weights of the examples for one point, `[N]`, which
+        are multiplied by `sample_weight`. Such as `lambda hp: fold != hp["fold"]` for
+        cross-validation, where `fold [N]` is the fold of each example;
+        `jnp.arange(N) != hp["left_out"]` for leave-one-out; or a draw of
+        `jax.random.poisson(jax.random.key(hp["draw"]), 1, (N,))` for the bootstrap.
+        Members share features and batches all the same. The features of all examples
+        must be finite. The training loss is that of the member's own weights.
+      make_labels: Builds the labels that a member trains on, `[N, n_L]`, from its
+        hyperparameters and the given labels.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
         result of `grid`, or random values; empty for one point. The sweep itself uses
         three names: `init_scale` multiplies the initial weights, `pos_weight` is passed
         to the loss that members train on, and `label_smoothing` ε replaces the labels
         that they train on by y (1 − ε) + ε / 2.
+      params: Parameters to start from, in place of `hidden` and drawn ones: those of
+        one network, or leaves `[points, seeds, ...]` as in a `SweepResult`, where an
+        axis may also have length 1.
       num_seeds: Number of seeds per point.
       first_seed: The first seed, so that a sweep can be split into several calls.
       num_steps: As for `fit`, like the following arguments up to `pos_weight`.
       batch_size: Number of examples per batch; None is N.
-      validation: Features `[M, n_0]`, labels `[M, n_L]` and optionally weights `[M]`.
+      validation: Features `[M, n_0]`, labels `[M, n_L]` and optionally weights `[M]`;
+        or "held_out", the examples to which `make_sample_weight` gives weight 0, other
+        ones for each point.
       evaluate_every: Number of steps between evaluations.
       patience: Number of steps without a better loss after which a member stops.
       min_delta: The least improvement that counts as better.
       sample_weight: Weights of the examples, `[N]`.
       pos_weight: Weight of the positive class in the reported losses, and in those that
         members train on unless `hparams` contains it.
-      dtype: Dtype of the parameters; None is JAX's default float dtype.
+      dtype: Dtype of the parameters; None is JAX's default float dtype, or that of
+        params.
       keep_params: Whether to return parameters. If False, the memory of the result does
         not depend on their size.
       group_size: The largest number of members that a device trains at a time; "auto"
@@ -213,15 +232,22 @@ def sweep(
     if callback is not None:
         expected = "None or a function of the number of members done"
         _validate.function("callback", callback, expected, arguments=1)
+    functions = _member_data.Functions(make_sample_weight, make_labels)
+    for name, function in functions._asdict().items():
+        if function is not None:
+            _validate.function(name, function, f"None or {expected}")
+    hold_out = _holds_out(validation, make_sample_weight)
     _validate.mesh(mesh)
     _validate.matrix("x", x, "[N, n_0]")
     _validate.matrix("y", y, "[N, n_L]")
-    dtype = _validate.float_dtype(dtype)
-    sizes = (x.shape[1], *_validate.hidden(hidden), y.shape[1])
+    sizes, dtype, starts = _networks(x, y, hidden, params, dtype)
     points, values = _points(hparams, dtype)
+    points = _member_data.check_starts(starts, points if values else None, num_seeds)
     total = points * num_seeds
-    params = _parameter_shapes(sizes, dtype)
-    data, evaluated = datasets(params, x, y, sample_weight, validation, pos_weight)
+    shapes = _parameter_shapes(sizes, dtype)
+    data, evaluated = datasets(
+        shapes, x, y, sample_weight, None if hold_out else validation, pos_weight
+    )
     options = training.check_options(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
     )
@@ -241,13 +267,19 @@ def sweep(
         _init, _step, (make_optimizer, make_penalty), options.batch_size
     )
     with jax.sharding.use_abstract_mesh(_NO_MESH):  # the members have theirs
-        programs, constants = training.trace(user, hp, params, typed)
-    _check_all_read(hp, programs)
+        programs, constants = training.trace(user, hp, shapes, typed)
+        made, made_constants = _member_data.trace(functions, hp, data.y)
+        _member_data.check(
+            made, made_constants, values, points, data, hold_out=hold_out
+        )
+    _check_all_read(hp, (*programs, *filter(None, made)))
     plan = _Plan(
         mesh=members_mesh,
         sizes=sizes,
         dtype=dtype,
         programs=programs,
+        made=made,
+        hold_out=hold_out,
         options=options,
         keep_params=keep_params,
         key_impl=key_impl,
@@ -262,10 +294,11 @@ def sweep(
     while queue:
         groups = queue[: len(devices)]
         try:
-            members = _members(groups, len(devices), values, first_seed)
+            members = _members(groups, len(devices), values, first_seed, starts)
             members = _to_devices(plan.mesh, P(_AXIS), members)
+            numbers = constants, made_constants
             with _only_mesh(plan.mesh):
-                trained = _to_host(_train(*members, shared, constants, plan=plan))
+                trained = _to_host(_train(*members, shared, numbers, plan=plan))
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
@@ -290,6 +323,8 @@ class _Plan(NamedTuple):
     sizes: tuple[int, ...]
     dtype: Any
     programs: training.Programs
+    made: _member_data.Programs
+    hold_out: bool
     options: training.Options
     keep_params: bool
     key_impl: str | None  # None for a legacy key
@@ -305,6 +340,31 @@ class _Group(NamedTuple):
 
     points: np.ndarray
     seeds: np.ndarray
+
+
+def _holds_out(validation: Any, make_sample_weight: Any) -> bool:
+    """Whether members are evaluated on the examples to which they give weight 0."""
+    if not isinstance(validation, str):
+        return False
+    if validation != "held_out":
+        raise ValueError(
+            f'expected validation to be examples or "held_out", got {validation!r}'
+        )
+    if make_sample_weight is None:
+        raise ValueError('expected make_sample_weight with validation="held_out"')
+    return True
+
+
+def _networks(
+    x: Any, y: Any, hidden: Any, params: Any, dtype: Any
+) -> tuple[tuple[int, ...], Any, Params | None]:
+    """Layer sizes, dtype, and the parameters to start from, if they are given."""
+    if (hidden is None) == (params is None):
+        raise TypeError("expected hidden or params, got both or neither")
+    if params is not None:
+        return _member_data.starts(params, dtype)
+    sizes = (x.shape[1], *_validate.hidden(hidden), y.shape[1])
+    return sizes, _validate.float_dtype(dtype), None
 
 
 def _points(hparams: Mapping[str, Any], dtype: Any) -> tuple[int, dict[str, Any]]:
@@ -426,13 +486,33 @@ def _count(groups: list[_Group]) -> int:
 
 
 def _members(
-    groups: list[_Group], devices: int, values: dict[str, np.ndarray], first_seed: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Seeds `[devices, seeds]` and values `[devices, points]`, one group per device."""
+    groups: list[_Group],
+    devices: int,
+    values: dict[str, np.ndarray],
+    first_seed: int,
+    starts: Params | None,
+) -> tuple[np.ndarray, dict[str, np.ndarray], Params | None]:
+    """The members of one group per device.
+
+    Returns:
+      Seeds `[devices, seeds]`, values `[devices, points]`, and the parameters to start
+      from, leaves `[devices, seeds, points, ...]`, in which seeds or points may be 1.
+    """
     groups = groups + groups[-1:] * (devices - len(groups))
     seeds = np.stack([first_seed + group.seeds for group in groups]).astype(np.uint32)
     points = np.stack([group.points for group in groups])
-    return seeds, {name: value[points] for name, value in values.items()}
+
+    def begin(leaf: np.ndarray) -> np.ndarray:
+        by_point, by_seed = (length > 1 for length in leaf.shape[:2])
+        chosen = [leaf[g.points] if by_point else leaf for g in groups]
+        chosen = [
+            leaf[:, g.seeds] if by_seed else leaf
+            for leaf, g in zip(chosen, groups, strict=True)
+        ]
+        return np.stack(chosen).swapaxes(1, 2)
+
+    chosen = {name: value[points] for name, value in values.items()}
+    return seeds, chosen, jax.tree.map(begin, starts)
 
 
 def _store(
@@ -450,6 +530,7 @@ def _store(
 def _train(
     seeds: jax.Array,
     values: dict[str, jax.Array],
+    starts: Params | None,
     shared: tuple[Any, ...],
     constants: tuple[Any, ...],
     *,
@@ -460,6 +541,7 @@ def _train(
     Args:
       seeds: `[devices, seeds]`.
       values: Hyperparameters `[devices, points]`.
+      starts: Parameters to start from, as `_members` returns them.
       shared: What all members share: key data, and the examples of all sets.
       constants: The constants of the programs of the plan.
       plan: The static facts.
@@ -467,43 +549,61 @@ def _train(
     Returns:
       The results, with leaves `[devices, seeds, points, ...]`.
     """
-    return _traced.jitted(_train_groups, plan)(seeds, values, shared, constants)
+    arguments = seeds, values, starts, shared, constants
+    return _traced.jitted(_train_groups, plan)(*arguments)
 
 
 def _train_groups(
-    plan: _Plan, seeds: Any, values: Any, shared: Any, constants: Any
+    plan: _Plan, seeds: Any, values: Any, starts: Any, shared: Any, constants: Any
 ) -> SweepResult:
 
     def train_group(
-        seeds: jax.Array, values: dict[str, Any], shared: Any, constants: Any
+        seeds: jax.Array,
+        values: dict[str, Any],
+        starts: Params | None,
+        shared: Any,
+        constants: Any,
     ) -> SweepResult:
-        key, *data = shared
+        key, data, evaluated = shared
         if plan.key_impl is not None:
             key = jax.random.wrap_key_data(key, impl=plan.key_impl)
 
-        def train_seed(seed: jax.Array) -> SweepResult:
+        def train_seed(seed: jax.Array, starts: Params | None) -> SweepResult:
             keys = jax.random.split(jax.random.fold_in(key, seed))
-            params = init(keys[0], plan.sizes, dtype=plan.dtype)
-            member = functools.partial(_member, plan, constants, keys[1], params, *data)
-            points = {name: value[0] for name, value in values.items()}
-            if any(len(value) > 1 for value in points.values()):
-                return jax.vmap(member)(points)
-            single = member({name: value[0] for name, value in points.items()})
-            return jax.tree.map(lambda t: t[None], single)
+            if starts is None:
+                params = init(keys[0], plan.sizes, dtype=plan.dtype)
+                starts = jax.tree.map(lambda t: t[None], params)
 
-        if seeds.shape[1] == 1:
-            trained = jax.tree.map(lambda t: t[None], train_seed(seeds[0, 0]))
-        else:
-            trained = jax.vmap(train_seed)(seeds[0])
+            def member(values: dict[str, Any], params: Params) -> SweepResult:
+                return _member(
+                    plan, constants, keys[1], params, data, evaluated, values
+                )
+
+            points = {name: value[0] for name, value in values.items()}
+            return _map(member, points, starts)
+
+        trained = _map(train_seed, seeds[0], jax.tree.map(lambda t: t[0], starts))
         return jax.tree.map(lambda t: t[None], trained)
 
     return jax.shard_map(
         train_group,
         mesh=plan.mesh,
-        in_specs=(P(_AXIS), P(_AXIS), P(), P()),
+        in_specs=(P(_AXIS), P(_AXIS), P(_AXIS), P(), P()),
         out_specs=P(_AXIS),
         check_vma=False,  # the programs were traced outside, and no device needs others
-    )(seeds, values, shared, constants)
+    )(seeds, values, starts, shared, constants)
+
+
+def _map(fun: Callable[..., Any], *args: Any) -> Any:
+    """`jax.vmap` over the first axis of all leaves; those of length 1 are shared."""
+    lengths = [leaf.shape[0] for leaf in jax.tree.leaves(args)]
+    if max(lengths, default=1) == 1:  # vmap would cost time
+        return jax.tree.map(
+            lambda t: t[None], fun(*jax.tree.map(lambda leaf: leaf[0], args))
+        )
+    axes = jax.tree.map(lambda leaf: 0 if leaf.shape[0] > 1 else None, args)
+    shared = jax.tree.map(lambda leaf: leaf if leaf.shape[0] > 1 else leaf[0], args)
+    return jax.vmap(fun, in_axes=axes)(*shared)
 
 
 def _member(
@@ -516,6 +616,10 @@ def _member(
     values: dict[str, Any],
 ) -> SweepResult:
     """Trains one member; `values` are the hyperparameters of its point, scalars."""
+    training_constants, made_constants = constants
+    data, evaluated = _member_data.examples(
+        plan.made, made_constants, values, data, evaluated, hold_out=plan.hold_out
+    )
     if "init_scale" in values:
         scale = values["init_scale"]
         params = tuple(
@@ -531,7 +635,7 @@ def _member(
         plan.programs,
         plan.options,
         True,
-        constants,
+        training_constants,
         values,
         key,
         params,
@@ -570,13 +674,13 @@ def _optimizer(make_optimizer: Any, hparams: dict[str, Any]) -> Any:
     return optimizer
 
 
-def _check_all_read(names: Iterable[str], programs: training.Programs) -> None:
+def _check_all_read(names: Iterable[str], programs: Sequence[_traced.Program]) -> None:
     """Checks that the sweep or its programs read every hyperparameter.
 
     Raises:
       ValueError: If one is not read.
     """
-    # Hyperparameters are the first arguments of both programs, sorted by their names.
+    # Hyperparameters are the first arguments of all programs, sorted by their names.
     is_used = zip(*(program.is_used for program in programs), strict=False)
     unread = [
         name
@@ -585,7 +689,7 @@ def _check_all_read(names: Iterable[str], programs: training.Programs) -> None:
     ]
     if unread:
         raise ValueError(
-            "expected all of hparams to be read by make_optimizer, make_penalty or the "
+            "expected all of hparams to be read by the functions passed or by the "
             f"sweep ({', '.join(_OWN_NAMES)}), got {', '.join(unread)}"
         )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
@@ -292,9 +293,14 @@ def _dataset(
     if s is None:
         return Dataset(x, y, None, pos_weight)
     # The label of an example of weight 0 may be NaN, too.
-    s = gradients.rescale(s)
     x, y = drop_nonfinite(s == 0, x), drop_nonfinite(s == 0, y)
-    return Dataset(x, y, s / jnp.mean(s), pos_weight)
+    return Dataset(x, y, relative_weight(s), pos_weight)
+
+
+def relative_weight(s: jax.Array) -> jax.Array:
+    """Weights divided by their mean."""
+    s = gradients.rescale(s)
+    return s / jnp.mean(s)
 
 
 class Programs(NamedTuple):

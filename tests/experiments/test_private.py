@@ -204,9 +204,7 @@ def test_one_pair_of_bounds_is_refused_for_dates():
         schema=schema,
     )
     splits, preprocessor = datasets.split(table, 0)
-    with pytest.raises(
-        InputError, match=r"'when' is a date; columns are 'when y"
-    ):
+    with pytest.raises(InputError, match=r"'when' is a date; columns are 'when y"):
         private.scale_to_bounds(table, splits, preprocessor, (0.0, 100.0))
 
 

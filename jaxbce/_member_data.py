@@ -1,0 +1,205 @@
+"""The examples of each member of a sweep: weights and labels of its own.
+
+Members with other weights or labels still share features. Weights enter the gradient at
+the error signal of the output, in which everything below is linear, so members of a
+group still share each batch and the matrix product of their first layers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxbce import _traced, _validate
+from jaxbce.network import Params
+from jaxbce.training import Dataset, relative_weight
+
+
+class Functions(NamedTuple):
+    """The functions that a sweep was passed, or None."""
+
+    make_sample_weight: Callable[..., Any] | None
+    make_labels: Callable[..., Any] | None
+
+
+class Programs(NamedTuple):
+    """The same as traced programs of `(hparams, y)`, or None."""
+
+    sample_weight: _traced.Program | None
+    labels: _traced.Program | None
+
+
+@_traced.remember
+def trace(functions: Functions, hparams: Any, y: Any) -> tuple[Programs, Any]:
+    """Traces the functions; returns programs and the numbers in each of them."""
+    traced = [
+        None
+        if function is None
+        else _traced.trace(checked, hparams, y, static=(function,))
+        for function, checked in zip(functions, (_weight, _labels), strict=True)
+    ]
+    programs = Programs(*(t and t.program for t in traced))
+    return programs, tuple(t and t.constants for t in traced)
+
+
+def _weight(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
+    s = make(dict(hparams))
+    return _validate.made("make_sample_weight", s, (y.shape[0],), "[N]", y.dtype)
+
+
+def _labels(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
+    made = make(dict(hparams), y)
+    return _validate.made("make_labels", made, y.shape, "[N, n_L]", y.dtype)
+
+
+def examples(
+    programs: Programs,
+    constants: Any,
+    hparams: dict[str, Any],
+    data: Dataset,
+    evaluated: tuple[Dataset, ...],
+    *,
+    hold_out: bool,
+) -> tuple[Dataset, tuple[Dataset, ...]]:
+    """The examples to train on and to evaluate of one member.
+
+    Args:
+      programs: The programs of `trace`.
+      constants: Their constants.
+      hparams: Hyperparameters of the member, scalars.
+      data: The examples that all members share.
+      evaluated: The training set and optionally a validation set, with given labels.
+      hold_out: Whether the validation set is the examples of weight 0.
+    """
+    if programs.sample_weight is not None:
+        s = programs.sample_weight(constants[0], hparams, data.y)
+        common = jnp.ones_like(s) if data.weight is None else data.weight
+        data = data._replace(weight=relative_weight(common * s))
+        train, *others = evaluated
+        evaluated = (train._replace(weight=data.weight), *others)
+        if hold_out:
+            weight = relative_weight(jnp.where(s == 0, common, 0))
+            evaluated = (evaluated[0], train._replace(weight=weight))
+    if programs.labels is not None:
+        data = data._replace(y=programs.labels(constants[1], hparams, data.y))
+    return data, evaluated
+
+
+def check(
+    programs: Programs,
+    constants: Any,
+    hparams: dict[str, np.ndarray],
+    points: int,
+    data: Dataset,
+    *,
+    hold_out: bool,
+) -> None:
+    """Checks the values of all weights and labels.
+
+    Args:
+      programs: The programs of `trace`.
+      constants: Their constants.
+      hparams: Hyperparameters of all points, `[points]`.
+      points: Their number.
+      data: The examples that all members share.
+      hold_out: Whether every member must have examples of weight 0.
+
+    Raises:
+      ValueError: If a point has weights or labels that cannot be used.
+    """
+    if programs == (None, None):
+        return
+    mapped = hparams, np.arange(points)
+    is_bad = _traced.jitted(_find_bad, programs, hold_out)(constants, mapped, data)
+    for message, bad in zip(_EXPECTED, is_bad, strict=True):
+        if bad.any():
+            point = {name: v[bad.argmax()].item() for name, v in hparams.items()}
+            raise ValueError(f"expected {message}, got others for {point}")
+
+
+_EXPECTED = (
+    "make_sample_weight to return finite weights >= 0, not all of them 0",
+    'make_sample_weight to return some weights of 0 for validation="held_out"',
+    "make_labels to return labels in [0, 1]",
+)
+
+
+def _find_bad(
+    programs: Programs, hold_out: bool, constants: Any, mapped: Any, data: Dataset
+) -> tuple[jax.Array, ...]:
+    """Which points break each of the rules in `_EXPECTED`, `[3][points]`."""
+
+    def point(mapped: Any) -> tuple[jax.Array, ...]:
+        hparams, _ = mapped
+        common = True if data.weight is None else data.weight > 0
+        s, y = jnp.float32(1), jnp.zeros(())
+        if programs.sample_weight is not None:
+            s = programs.sample_weight(constants[0], hparams, data.y)
+        if programs.labels is not None:
+            y = programs.labels(constants[1], hparams, data.y)
+        is_weight = jnp.all((s >= 0) & jnp.isfinite(s)) & jnp.any((s > 0) & common)
+        is_held_out = jnp.any((s == 0) & common) | (not hold_out)
+        is_label = jnp.all((y >= 0) & (y <= 1))
+        return ~is_weight, ~is_held_out, ~is_label
+
+    return lax.map(point, mapped)
+
+
+def starts(params: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Params]:
+    """Checks parameters to start from.
+
+    Args:
+      params: A tuple of `Layer`, or one whose leaves begin with axes `[points, seeds]`,
+        of which either may be 1.
+      dtype: The dtype that they must have, or None.
+
+    Returns:
+      Layer sizes, dtype, and the parameters as NumPy arrays `[points, seeds, ...]`.
+    """
+    leaves = jax.tree.leaves(params)
+    if not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
+        _validate.params(params)  # which says what was expected
+    params = jax.tree.map(np.asarray, params)
+    if max((leaf.ndim for leaf in leaves), default=0) <= 2:  # those of the weights
+        params = jax.tree.map(lambda leaf: leaf[None, None], params)
+    axes = {leaf.shape[:2] for leaf in jax.tree.leaves(params)}
+    if len(axes) > 1:
+        raise ValueError(
+            "expected all of params to begin with the same axes [points, seeds], got "
+            f"{' and '.join(map(str, sorted(axes)))}"
+        )
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params
+    )
+    found = _validate.params(one)
+    if dtype is not None and jnp.dtype(dtype) != found:
+        raise TypeError(
+            f"expected dtype to be that of params, {found}, got {jnp.dtype(dtype)}"
+        )
+    return (one[0].w.shape[0], *(layer.w.shape[1] for layer in one)), found, params
+
+
+def check_starts(params: Params | None, points: int | None, seeds: int) -> int:
+    """Checks the number of parameters to start from, and returns that of points.
+
+    Args:
+      params: As `starts` returns them, or None.
+      points: Number of points; None if there are no hyperparameters.
+      seeds: Number of seeds.
+    """
+    if params is None:
+        return points or 1
+    found = params[0].w.shape[:2]
+    points = points or found[0]
+    for name, count, expected in zip(
+        ("points", "seeds"), found, (points, seeds), strict=True
+    ):
+        if count not in (1, expected):
+            raise ValueError(
+                f"expected params of 1 or {expected} {name}, got shape "
+                f"{params[0].w.shape} of params[0].w"
+            )
+    return points

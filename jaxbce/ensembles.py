@@ -1,0 +1,128 @@
+"""Predictions of several networks, averaged."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import logsumexp
+from jax.typing import ArrayLike
+
+from jaxbce import _blocks, _validate, network
+from jaxbce._jit import jit
+from jaxbce.losses import softplus
+from jaxbce.network import Params, sigmoid
+
+_BLOCK_BYTES = 4 << 20  # of the activations of the networks that are computed together
+
+
+@jit()
+def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
+    r"""Computes the logit of the mean probability of several networks.
+
+    .. math::
+      \log \frac{\bar p}{1 - \bar p}, \qquad
+      \bar p = \frac1M \sum_m \sigma(a_L^{(m)})
+
+    It is accurate in both tails, where the mean probability rounds to 0 or 1. The
+    log-loss of the ensemble is `bce_with_logits(ensemble_logits(params, x), y)`.
+
+    Args:
+      params: Parameters of all networks: leaves with any leading axes, such as
+        `[points, seeds, ...]` in a `SweepResult`.
+      x: Features `[N, n_0]`, floating, N >= 1. Networks and examples are processed in
+        blocks, so that memory does not grow with N or M beyond the result.
+
+    Returns:
+      Logits `[N, n_L]`, in the accumulation dtype (float32 for bfloat16).
+
+    Raises:
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match.
+
+    Example:
+      >>> import jax, jaxbce
+      >>> one = jaxbce.init(jax.random.key(0), (2, 3, 1))
+      >>> two = jax.tree.map(lambda leaf: jax.numpy.stack([leaf, leaf]), one)
+      >>> x = jax.numpy.ones((5, 2))
+      >>> together = jaxbce.ensemble_logits(two, x)
+      >>> bool(jax.numpy.allclose(together, jaxbce.logits(one, x)))
+      True
+    """
+    members, one, x = _check(params, x)
+    count, n = jax.tree.leaves(members)[0].shape[0], x.shape[0]
+    rows = _blocks.examples_per_block("auto", one, n)
+    widths = sum(layer.w.shape[1] for layer in one)
+    size = max(1, _BLOCK_BYTES // (rows * widths * x.dtype.itemsize))
+    blocks = -(-count // size)
+    size = -(-count // blocks)
+
+    def of_examples(weight: jax.Array, x: jax.Array) -> tuple[tuple[()], jax.Array]:
+        del weight
+
+        def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            chosen = jnp.minimum(i * size + jnp.arange(size), count - 1)
+            is_new = chosen == i * size + jnp.arange(size)  # others are repeated
+            some = jax.tree.map(lambda leaf: leaf[chosen], members)
+            a = jax.vmap(network.logits, (0, None))(some, x)  # [size, N, n_L]
+            log_p = -softplus(jnp.stack([-a, a]))  # of labels 1 and 0
+            log_p = jnp.where(is_new[:, None, None], log_p, -jnp.inf)
+            return jnp.logaddexp(total, logsumexp(log_p, axis=1)), None
+
+        dtype = _validate.accumulation_dtype(x.dtype)
+        zero = jnp.full((2, x.shape[0], one[-1].w.shape[1]), -jnp.inf, dtype)
+        (log_1, log_0), _ = lax.scan(add, zero, jnp.arange(blocks))
+        return (), log_1 - log_0
+
+    return _blocks.sum_over_blocks(of_examples, jnp.ones(n, x.dtype), (x,), rows)[1]
+
+
+def ensemble_proba(params: Params, x: ArrayLike) -> jax.Array:
+    """Computes the mean probability of label 1 of several networks.
+
+    The arguments and errors are those of `ensemble_logits`.
+
+    Returns:
+      Probabilities `[N, n_L]`, in the accumulation dtype. They keep their digits near
+      0; near 1 use `ensemble_logits`.
+
+    Example:
+      >>> import jax, jaxbce, optax
+      >>> x = jax.random.normal(jax.random.key(0), (64, 2))
+      >>> found = jaxbce.sweep(
+      ...     jax.random.key(1), x, x[:, :1] > 0, hidden=(8,), num_seeds=5,
+      ...     num_steps=50, hparams={}, make_optimizer=lambda hp: optax.adam(1e-2))
+      >>> jaxbce.ensemble_proba(found.params, x).shape
+      (64, 1)
+    """
+    return sigmoid(ensemble_logits(params, x))
+
+
+def _check(params: Any, x: Any) -> tuple[Params, Params, jax.Array]:
+    """Parameters `[M, ...]`, the shapes of one network, and features."""
+    axes = 0
+    if type(params) is tuple and params and hasattr(params[0], "w"):
+        axes = max(0, getattr(params[0].w, "ndim", 2) - 2)
+    leading = {getattr(leaf, "shape", ())[:axes] for leaf in jax.tree.leaves(params)}
+    if len(leading) > 1:
+        raise ValueError(
+            "expected all of params to begin with the same axes, got "
+            f"{' and '.join(map(str, sorted(leading)))}"
+        )
+    one = jax.tree.map(
+        lambda leaf: (
+            jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
+            if hasattr(leaf, "dtype")
+            else leaf
+        ),
+        params,
+    )
+    _validate.params(one)
+    count = math.prod(*leading)
+    if count == 0:
+        raise ValueError("expected params of at least one network, got none")
+    members = jax.tree.map(
+        lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[axes:])), params
+    )
+    return members, one, _validate.features(x, one)
