@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from experiments.support import cli, output, schema, table_io
 from experiments.support.cli import InputError
@@ -71,21 +71,22 @@ def load(
     columns, problems = schema.infer(
         rest, fmt, categorical=selection.categorical, numeric=selection.numeric
     )
-    if selection.missing == "error":
-        problems += schema.missing_values(rest, columns, fmt)
     found = {}
+    usable = np.ones(len(raw), bool)
     for name in target:
         labels = schema.labels(data, pd.Series(raw[name]), fmt, positive)
         if isinstance(labels, Problem):
             problems.append(labels)
         else:
             found[name] = labels
+            usable &= np.isfinite(labels[0])
+    if selection.missing == "error":
+        problems += schema.missing_values(rest.loc[usable], columns, fmt)
     if problems:
         raise _refusal(data, problems, target)
 
     # Convert the rows that have labels.
     y = np.stack([y for y, _ in found.values()], axis=1)
-    usable = np.asarray(np.isfinite(y).all(axis=1))
     described = Schema(columns, fmt, selection.missing)
     features = schema.features(data, rest.loc[usable], described)
     _warn_of_rows(data, "label", rest.index[~usable])
@@ -182,10 +183,14 @@ def _auc(values: pd.Series, label: np.ndarray) -> float:
     """ROC AUC of a column, in the better order; a category counts as its mean label."""
     known = values.notna().to_numpy()
     values, label = values.loc[known], label[known]
-    if min(np.sum(label == 0), np.sum(label == 1)) < FEW:
+    ones = int(np.sum(label))
+    zeros = len(label) - ones
+    if min(zeros, ones) < FEW:
         return 0.5
     if not pd.api.types.is_float_dtype(values):
         by_category = pd.Series(label, values.index).groupby(values)
         values = pd.Series(by_category.transform("mean"))
-    auc = float(roc_auc_score(label, values))
+    # The Mann-Whitney statistic, because scikit-learn takes 5 ms per column.
+    ranks = rankdata(values)[label == 1]
+    auc = float(ranks.sum() - ones * (ones + 1) / 2) / (zeros * ones)
     return max(auc, 1 - auc)
