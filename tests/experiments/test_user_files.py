@@ -42,6 +42,8 @@ MANY = "a,label\n" + "".join(f"word{i},{i % 2}\n" for i in range(101))
 BAD_FILES = {
     "missing column": (CSV, "c", "no column 'c'; its columns are 'a', 'b', 'label'"),
     "missing columns": (CSV, "c,d", "no columns 'c', 'd'; its columns"),
+    "other case": (CSV, "LABEL", "no column 'LABEL' (did you mean 'label'?); its col"),
+    "typing error in a name": (CSV, "lable", "'lable' (did you mean 'label'?); its"),
     "infinite": (CSV.replace("4", "inf"), "label", "not a number: 'inf'  1  2  --na_"),
     "typing error": (CSV.replace("4", "?"), "label", "'b' not a number: '?' 1 2 "),
     "remedies": (
@@ -62,13 +64,24 @@ BAD_FILES = {
     ),
     "no labels": (CSV.replace(",0\n", ",\n").replace(",1\n", ",\n"), "label", "of 0"),
     "no rows": ("a,b,label\n", "label", "has no rows"),
-    "empty": ("", "label", "No columns to parse"),
+    "empty": ("", "label", "data.csv: is empty"),
+    "blank": ("\n  \n", "label", "data.csv: is empty"),
     "two columns of a name": (CSV.replace("b", " a", 1), "label", "are named 'a'"),
     "no features": ("label\n0\n1\n", "label", "has no features besides the target"),
     "more cells": (
         "\na,b,label\n9,1,0\n\n90,0,0,1\n",
         "label",
-        "row 3 has 4 cells, more than the header, which has 3; is --separator right?",
+        "line 5 has 4 cells, more than the header, which has 3: 'a,b,label'; is --sep",
+    ),
+    "title above the header": (
+        f"Sales, all\x1fyears\n\n{CSV}",
+        "label",
+        "line 3 has 3 cells, more than the header, which has 2: 'Sales, all",
+    ),
+    "open quote": (
+        CSV.replace("4", '"4'),
+        "label",
+        "a quote in line 3 is never closed",
     ),
     "one target of two": (CSV, "label,a", "labels of 3 values: 1, 3, 5; expected"),
     "percent": (CSV.replace("4", "4.5 %"), "label", "'4.5 %' 1 2 remove the signs"),
@@ -83,6 +96,22 @@ BAD_FILES = {
         "label",
         "'b' numbers with a decimal comma, such as '4,5' 1 2 --decimal=, or",
     ),
+    "thousands and a decimal comma": (
+        CSV.replace(",", ";").replace("4", "1.234,5"),
+        "label",
+        "a decimal comma, such as '1.234,5' 1 2 --decimal=, --thousands=. or",
+    ),
+    "blanks in numbers": (
+        CSV.replace("4", "1\xa0234,5").replace(",", ";").replace("4;5", "4,5"),
+        "label",
+        "such as '1\\xa0234,5' 1 2 --decimal=, --thousands=' ' or",
+    ),
+    "apostrophes": (CSV.replace("4", "1'234"), "label", '--thousands="\'" or --cate'),
+    "dates of several formats": (
+        "a,label\n2020-01-31,0\n2/1/2020,1\n",
+        "label",
+        "'a' dates in several formats, such as '2020-01-31' 2 1 --drop=a or",
+    ),
     "dates of two orders": (
         "a,label\n1/2/2020,0\n2/3/2020,1\n",
         "label",
@@ -93,6 +122,9 @@ BAD_FILES = {
         "label",
         "is not utf-8 text; give",
     ),
+    "other encoding": (CSV.encode("utf-16"), "label", "UTF-16; give --encoding=utf-16"),
+    "other encoding without a mark": (CSV.encode("utf-16-le"), "label", "or utf-16"),
+    "compressed": (gzip.compress(CSV.encode()), "label", "its name must end in .gz"),
 }
 
 
@@ -227,7 +259,7 @@ FILES = {
     "data.csv.xz": (lzma.compress(CSV.encode()), Format()),
     "2020.data.CSV.GZ": (gzip.compress(CSV.encode()), Format()),
     "late.csv": (b"\n  \n" + CSV.encode(), Format()),
-    "blank lines.csv": (CSV.replace("\n", "\n\n,,\n", 2).encode(), Format()),
+    "blank lines.csv": (CSV.replace("\n", "\n\n \n").encode(), Format()),
 }
 FILES["padded.csv"] = (b'a , b,label \n1, 2,"0 "\n3 ,4, "1"\n" 5",6,0\n', Format())
 
@@ -238,8 +270,24 @@ def test_files_of_all_kinds_are_read(tmp_path, name):
     table = load(tmp_path / name, text, fmt=fmt)
     assert table.features.to_dict("list") == {"a": [1, 3, 5], "b": [2, 4, 6]}
     assert table.y.ravel().tolist() == [0, 1, 0]
-    rows = [3, 6, 7] if name == "blank lines.csv" else [1, 2, 3]
-    assert table.features.index.tolist() == rows  # as the file counts them
+    assert table.features.index.tolist() == [1, 2, 3]
+
+
+def test_columns_without_a_name_are_named_as_pandas_names_them(tmp_path):
+    text = ",Unnamed: 0,,Unnamed: 0.1,label\n0,1,2,3,no\n1,2,3,4,yes\n"
+    table = load(tmp_path / "data.csv", text)
+    names = ["Unnamed: 0.2", "Unnamed: 0", "Unnamed: 2", "Unnamed: 0.1"]
+    assert list(table.features) == names
+    np.testing.assert_array_equal(table.features, [[0, 1, 2, 3], [1, 2, 3, 4]])
+
+
+def test_the_index_of_a_parquet_file_is_a_column_if_it_has_a_name(tmp_path):
+    path = tmp_path / "data.parquet"
+    table = pd.DataFrame({"label": [0, 1], "size": [7.0, 9]})
+    table.set_index("label").to_parquet(path)
+    assert load(path).features.to_dict("list") == {"size": [7, 9]}
+    table.set_axis([5, 3]).to_parquet(path)
+    assert load(path).features.to_dict("list") == {"size": [7, 9]}
 
 
 def test_a_file_without_a_header_numbers_its_columns(tmp_path):
@@ -263,9 +311,12 @@ def test_a_file_without_a_header_numbers_its_columns(tmp_path):
         ("data.csv.zip", b"no archive", "data.csv.zip: "),
         ("data.parquet", b"no archive", "data.parquet: "),
         ("data", CSV.encode(), "expected a file .csv"),
+        ("folder.csv", None, "folder.csv: Is a directory"),
+        ("nothing/data.parquet", None, "data.parquet: No such file or directory"),
     ],
 )
 def test_a_damaged_file_is_one_clear_error(tmp_path, name, content, message):
+    (tmp_path / "folder.csv").mkdir()
     with pytest.raises(InputError, match=message):
         load(tmp_path / name, content)
 
@@ -280,6 +331,9 @@ def test_thousands_separators_and_decimal_commas_are_read_by_flag(tmp_path):
     fmt = Format(decimal=",", thousands=".", na_values=("1.23",))
     table = load(tmp_path / "data.csv", text, fmt=fmt)
     np.testing.assert_array_equal(table.features["a"], [1234567.5, 0.5, -12, np.nan])
+    text = "a,label\n1 234.5,0\n-1\xa0234\u202f567,1\n"
+    table = load(tmp_path / "data.csv", text, fmt=Format(thousands=" "))
+    np.testing.assert_array_equal(table.features["a"], [1234.5, -1234567])
 
 
 # ---------------------------------------------------------------- what a column holds
@@ -389,6 +443,24 @@ def test_dates_become_year_month_weekday_and_days(tmp_path):
     table["iso"] = ["2020-02-29", "last year", "2021-13-01"]
     found = schema.features("new.csv", table, data.schema)
     assert found["iso year"].isna().tolist() == [False, True, True]
+
+
+def test_parts_of_a_date_do_not_replace_columns_of_their_names(tmp_path):
+    dates = pd.date_range("2020-02-29", periods=3, freq="YE").astype(str)
+    table = pd.DataFrame({"when": dates, "when year": [7, 9, 8], "label": [0, 1, 0]})
+    table["when year.1"] = table["when month"] = dates
+    expected = {
+        *("when year.2", "when month.1", "when weekday", "when days", "when year"),
+        *(f"when year.1 {p}" for p in ("year", "month", "weekday", "days")),
+        *(f"when month {p}" for p in ("year", "month", "weekday", "days")),
+    }
+    for order in (list(table), list(table)[::-1]):
+        table[order].to_csv(tmp_path / "data.csv", index=False)
+        found = load(tmp_path / "data.csv").features
+        assert set(found) == expected
+        assert found["when year"].tolist() == [7, 9, 8]
+        for name in ("when year.2", "when year.1 year", "when month year"):
+            assert found[name].tolist() == [2020, 2021, 2022]
 
 
 def test_columns_of_parquet_files_keep_their_types(tmp_path):
@@ -565,6 +637,20 @@ def test_the_prediction_of_a_row_does_not_depend_on_its_file(model):
         np.testing.assert_allclose(part.drop(columns="row"), expected, rtol=1e-6)
 
 
+def test_the_rows_scored_are_those_that_pandas_reads(model):
+    table, folder = model
+    header, first, second = table.iloc[:2].to_csv(index=False).splitlines()
+    lines = ["", header, first, "", "  ", ",,,", second, ",,,", '"",,,', "", ""]
+    (folder / "new.csv").write_text("\n".join(lines))
+    found, err = scored(folder, "new.csv")
+    assert len(found) == len(pd.read_csv(folder / "new.csv")) == 5
+    assert found["row"].tolist() == [1, 2, 3, 4, 5]
+    assert found.iloc[:, 1].round(9).nunique() == 3  # 2, 4 and 5 have no values
+    assert err == ""
+    pd.read_csv(folder / "new.csv").to_parquet(folder / "same.parquet")
+    pd.testing.assert_frame_equal(scored(folder, "same.parquet")[0], found)
+
+
 def test_a_file_is_scored_whatever_its_cells_are(model):
     table, folder = model
     rows = table.iloc[[0, 1, 1, 1, 1, 1]].astype(object).reset_index(drop=True)
@@ -708,7 +794,7 @@ def test_cells_that_cannot_be_read_are_missing_and_counted(tmp_path, capsys):
     np.testing.assert_array_equal(found["n"], [1, np.nan, np.nan])
     assert found["c"].iloc[:2].tolist() == ["z", "1"]
     assert capsys.readouterr().err.splitlines() == [
-        "new.csv: 'n' is no number in 2 rows, such as '?' in row 3; read as missing",
+        "new.csv: 'n' is no number in 2 rows, such as '?' in row 2; read as missing",
         "new.csv: 'b' is no boolean in 1 rows, such as '2' in row 1; read as missing",
         "new.csv: 'd' is no date in 1 rows, such as 'x' in row 1; read as missing",
     ]
