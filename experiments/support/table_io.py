@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from experiments.support.cli import InputError
 
@@ -18,6 +19,7 @@ TEXT = (".csv", ".tsv", ".txt")
 PARQUET = (".parquet", ".pq")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 SEPARATORS = (",", ";", "\t", "|")
+FIRST_ROWS = 20  # one of which may be the header, below a title
 NO_TEXT = {  # what files are that begin with these bytes
     b"\xff\xfe": "is UTF-16; give --encoding=utf-16",
     b"\xfe\xff": "is UTF-16; give --encoding=utf-16",
@@ -85,14 +87,12 @@ def read(path: Path, fmt: Format = PLAIN) -> pd.DataFrame:
         raise InputError(f"--encoding={fmt.encoding}: is not known") from None
     except ImportError as error:  # of zstandard
         raise InputError(f"{path}: {error}") from None
-    except MemoryError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # each kind of damaged file raises its own
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{path}: {reason or type(error).__name__}") from None
-    (name, count), *_ = Counter(table.columns).most_common(1) or [("", 0)]
-    if count > 1:
-        raise InputError(f"{path}: two columns are named {name!r}")
+        damage = f"cannot be read as {path.suffix}: {error or type(error).__name__}"
+        reason = getattr(error, "strerror", None) or damage
+        raise InputError(f"{path}: {reason}") from None
     if table.empty:
         raise InputError(f"{path}: has no rows")
     return table
@@ -122,12 +122,15 @@ def _no_text(path: Path, fmt: Format) -> str:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    path.stat()  # whose errors are clearer
-    table: Any = pd.read_parquet(path, dtype_backend="pyarrow")
+    with path.open("rb") as file:
+        arrow = pq.ParquetFile(file).read()
+    _check_names(path, arrow.column_names)
+    table: Any = arrow.to_pandas(types_mapper=pd.ArrowDtype)
     # An index with a name is a column in a text file, too.
     named = [name for name in table.index.names if name is not None]
     table = table.reset_index(named) if named else table
     table.columns = [str(name).strip() for name in table.columns]
+    _check_names(path, table.columns)
     return table.set_axis(range(1, len(table) + 1))
 
 
@@ -146,9 +149,9 @@ def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
             skipinitialspace=True,
         )
     except pd.errors.EmptyDataError:
-        raise ValueError("is empty") from None
+        raise InputError(f"{path}: is empty") from None
     except pd.errors.ParserError as error:
-        raise ValueError(_parser_error(str(error), line, fmt)) from None
+        raise InputError(f"{path}: {_parser_error(str(error), line, fmt)}") from None
     cells = cells.apply(lambda column: column.str.strip())
     if not fmt.header:
         cells.columns = [f"column_{i + 1}" for i in range(cells.shape[1])]
@@ -158,8 +161,16 @@ def _read_text(path: Path, kind: str, fmt: Format) -> pd.DataFrame:
         raise UnicodeError  # as UTF-16 that does not begin with its mark
     for i, name in enumerate(names):
         names[i] = name or unique(f"Unnamed: {i}", names)  # pandas's name for it
+    _check_names(path, names)
     cells.columns = names
     return cells.iloc[1:]
+
+
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    """Checks that columns have different names."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{path}: two columns are named {name!r}")
 
 
 def _parser_error(message: str, line: str, fmt: Format) -> str:
@@ -218,10 +229,13 @@ def need_columns(source: str, table: pd.DataFrame, names: Iterable[str]) -> None
         by_lowercase = {name.lower(): name for name in table.columns}
         close = difflib.get_close_matches(missing[0].lower(), by_lowercase, 1)
         meant = f" (did you mean {by_lowercase[close[0]]!r}?)" if close else ""
+        is_text = [not isinstance(kind, pd.ArrowDtype) for kind in table.dtypes]
+        is_header = (table.head(FIRST_ROWS).loc[:, is_text] == missing[0]).any(axis=1)
+        title = f"; is row {is_header.idxmax()} the header?" if is_header.any() else ""
         raise InputError(
             f"{source}: no column{'s' * (len(missing) > 1)} "
             f"{', '.join(map(repr, missing))}{meant}; its columns are "
-            f"{listed(table.columns, 20)}"
+            f"{listed(table.columns, 20)}{title}"
         )
 
 
