@@ -673,6 +673,23 @@ def test_the_rows_scored_are_those_that_pandas_reads(model):
     pd.testing.assert_frame_equal(scored(folder, "same.parquet")[0], found)
 
 
+def test_a_scored_file_has_the_cells_of_its_file_as_text(model):
+    table, folder = model
+    days = pa.array([-(2**30), 0], pa.date32())  # the first is none that Python has
+    lists = pa.array([[1, 2], None])
+    arrow = pa.Table.from_pandas(table.head(2)).append_column("day", days)
+    pq.write_table(arrow.append_column("list", lists), folder / "new.parquet")
+    scored(folder, "new.parquet")
+    found: Any = pd.read_csv(folder / "new.scored.csv", dtype=str, na_filter=False)
+    assert str(-(2**30)) in found["day"].iloc[0]
+    assert found["day"].iloc[1] == "1970-01-01"
+    assert found["list"].tolist() == ["[1, 2]", ""]
+    table.head(2).to_csv(folder / "same.csv", index=False)
+    same = pd.read_csv(folder / "same.csv", dtype=str, na_filter=False)
+    for name in same:
+        assert found[name].tolist() == same[name].tolist()
+
+
 def test_a_file_is_scored_whatever_its_cells_are(model):
     table, folder = model
     rows = table.iloc[[0, 1, 1, 1, 1, 1]].astype(object).reset_index(drop=True)
