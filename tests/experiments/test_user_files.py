@@ -21,9 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 import jaxbce
-from experiments.support import datasets, preprocessing, schema, table_io
+from experiments.support import (
+    datasets,
+    preprocessing,
+    schema,
+    table_io,
+    user_files,
+)
 from experiments.support.cli import InputError
 from experiments.support.datasets import Format, Selection
 from experiments.support.schema import Column, Schema
@@ -300,6 +307,15 @@ def test_the_index_of_a_parquet_file_is_a_column_if_it_has_a_name(tmp_path):
     assert load(path).features.to_dict("list") == {"size": [7, 9]}
     table.set_axis([5, 3]).to_parquet(path)
     assert load(path).features.to_dict("list") == {"size": [7, 9]}
+
+
+@pytest.mark.parametrize("names", [("a", "a"), (" a", "a")])
+def test_two_columns_of_a_parquet_file_have_different_names(tmp_path, names):
+    path = tmp_path / "data.parquet"
+    columns = [pa.array(["2020-01-31"]), pa.array([[1, 2]])]
+    pq.write_table(pa.table(columns, names), path)
+    with pytest.raises(InputError, match=r"data\.parquet: two columns are named 'a'"):
+        load(path)
 
 
 def test_a_file_without_a_header_numbers_its_columns(tmp_path):
@@ -824,6 +840,16 @@ def test_what_should_not_be_a_feature_is_warned_of(tmp_path, capsys):
             "out",
         )
     ]
+
+
+def test_the_roc_auc_of_a_column_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    label = (rng.uniform(size=50) < 0.3).astype(float)
+    values = pd.Series(rng.integers(0, 9, 50) + 2 * label)  # with ties
+    expected = roc_auc_score(label, values)
+    assert expected > 0.6
+    for sign in (1, -1):
+        np.testing.assert_allclose(user_files._auc(sign * values, label), expected)
 
 
 def test_cells_that_cannot_be_read_are_missing_and_counted(tmp_path, capsys):
