@@ -193,11 +193,11 @@ def fit(
 
 def _check_resumed(run: FitResult, has_validation: bool) -> None:
     """Checks that the best loss so far is comparable with the losses to come."""
-    evaluations, validations = (
-        t.shape[-1] for t in (run.train_loss, run.validation_loss)
-    )
-    if evaluations and bool(validations) != has_validation:
-        with_or_without = "with" if validations else "without"
+    # Of a run that a loop carries, the losses are replaced by ().
+    was_evaluated = np.shape(run.train_loss)[-1] > 0
+    had_validation = np.shape(run.validation_loss)[-1] > 0
+    if was_evaluated and had_validation != has_validation:
+        with_or_without = "with" if had_validation else "without"
         raise ValueError(
             f"expected to resume the run as it began, {with_or_without} validation, "
             "because its best_loss is compared with later losses; pass its params to "

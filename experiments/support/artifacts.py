@@ -15,6 +15,7 @@ from experiments.support import (
     datasets,
     metrics,
     output,
+    parsing,
     plots,
     preprocessing,
     schema,
@@ -263,6 +264,9 @@ def _scored(
         scores[f"predicted {name}"] = np.array(classes, dtype=object)[decided]
     kept = table if keep is None else table[keep]
     kept = kept.drop(columns=scores.columns, errors="ignore")  # of an earlier score
+    # As text, because pandas cannot write all dates that a Parquet file may have.
+    texts = {n: parsing.text(parsing.cells(pd.Series(kept[n]))) for n in kept}
+    kept = pd.DataFrame({n: text.to_pylist() for n, text in texts.items()}, table.index)
     if "row" not in kept:
         kept.insert(0, "row", table.index)
     return pd.concat([kept.reset_index(drop=True), scores], axis=1)

@@ -112,6 +112,8 @@ def numbers(cells: pa.Array, fmt: Format) -> np.ndarray:
     if is_number(cells) and not is_exact:
         return numbers(text(cells), PLAIN)  # as the same digits in a text file
     if is_text(cells):
+        if fmt.thousands == " ":  # some of which do not break lines
+            cells = pc.replace_substring_regex(cells, r"[\x{A0}\x{202F}]", " ")
         point = rf"\{fmt.decimal}"
         digits = r"\d+"
         if fmt.thousands:

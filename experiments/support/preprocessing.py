@@ -1,5 +1,7 @@
 """Preprocessing: missing values are imputed, numbers standardized, text one-hot."""
 
+from typing import Any, cast
+
 import numpy as np
 import pandas as pd
 from sklearn.compose import ColumnTransformer
@@ -33,6 +35,7 @@ def fit(name: str, features: pd.DataFrame, missing: str) -> ColumnTransformer:
     different = features.nunique().to_dict()
     share_missing = features.isna().mean()
     tolerated = MAX_WITHOUT_INDICATOR if missing == "impute" else 0
+    is_missing = (share_missing > tolerated) & (share_missing < 1)
     transformer = ColumnTransformer(
         [
             (
@@ -47,17 +50,20 @@ def fit(name: str, features: pd.DataFrame, missing: str) -> ColumnTransformer:
                 "categories",
                 make_pipeline(
                     SimpleImputer(strategy="most_frequent"),
-                    OneHotEncoder(handle_unknown="ignore", sparse_output=False),
+                    OneHotEncoder(
+                        handle_unknown="ignore",
+                        sparse_output=False,
+                        feature_name_combiner=cast(Any, _category_name),
+                    ),
                 ),
                 [c for c in features if c not in numbers and different[c] > 1],
             ),
             (
                 "missing",
                 MissingIndicator(features="all"),
-                list(features.columns[share_missing > tolerated]),
+                list(features.columns[is_missing]),
             ),
         ],
-        verbose_feature_names_out=False,
     )
     with np.errstate(all="ignore"):
         x = np.asarray(transformer.fit_transform(features))
@@ -72,6 +78,11 @@ def fit(name: str, features: pd.DataFrame, missing: str) -> ColumnTransformer:
             raise InputError(f"{name}: column {column!r} is too large to standardize")
         scaler.scale_ = np.where(is_varied, scaler.scale_, np.inf)
     return transformer
+
+
+def _category_name(column: str, category: str) -> str:
+    """A name for each column of ones and zeros: "a_b" of "c" is not "a" of "b_c"."""
+    return f"{column}={category!r}"
 
 
 def transform(

@@ -10,20 +10,21 @@ import pyarrow as pa
 
 from experiments.support import parsing
 from experiments.support.cli import InputError
-from experiments.support.table_io import PLAIN, Format, listed, warn
+from experiments.support.table_io import PLAIN, Format, listed, unique, warn
 
 MAX_CATEGORIES = 100  # per text column; with more it is free text
 EPOCH = pd.Timestamp("1970-01-01", tz="UTC")
 DATE_FORMATS = ("ISO8601", "%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
-HINTS = (  # numbers as people write them: pattern, how, remedy
-    (r"^[+-]?[\d.,]+\s*%$", "with a percent sign", "remove the signs"),
-    (
-        r"^[+-]?\s*([$€£¥]\s*[\d.,]+|[\d.,]+\s*[$€£¥])$",
-        "with a currency sign",
-        "remove the signs",
-    ),
-    (r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$", "with thousands separators", "--thousands=,"),
-    (r"^[+-]?\d+,\d+$", "with a decimal comma", "--decimal=,"),
+GROUPS = r"\d{1,3}([ \x{A0}\x{202F}]\d{3})"  # no-break spaces, too
+HINTS = (  # numbers as people write them, without a sign: pattern, how, remedy
+    (r"[\d.,]+\s*%", "a percent sign", "remove the signs"),
+    (r"[$€£¥]\s*[\d.,]+|[\d.,]+\s*[$€£¥]", "a currency sign", "remove the signs"),
+    (r"\d{1,3}(,\d{3})+(\.\d+)?", "thousands separators", "--thousands=,"),
+    (r"\d{1,3}('\d{3})+(\.\d+)?", "thousands separators", '--thousands="\'"'),
+    (rf"{GROUPS}+(\.\d+)?", "thousands separators", "--thousands=' '"),
+    (r"\d+,\d+", "a decimal comma", "--decimal=,"),
+    (r"\d{1,3}(\.\d{3})*,\d+", "a decimal comma", "--decimal=, --thousands=."),
+    (rf"{GROUPS}*,\d+", "a decimal comma", "--decimal=, --thousands=' '"),
 )
 
 
@@ -154,18 +155,22 @@ def _text(
             return Column(name, "number")
         if (np.isfinite(parsing.booleans(cells, fmt)) | missing).all():
             return Column(name, "boolean")
-    dates = [form for form in DATE_FORMATS if _are_dates(cells.filter(~missing), form)]
-    if len(dates) == 1:
-        return Column(name, "date", dates[0])
-    if dates:
-        what = f"dates of unknown order, such as {_first(cells, ~missing)}"
-        return _problem(name, what, ~missing, rows, drop, category)
+    present = cells.filter(pa.array(~missing))
+    if parsing.matches(present, parsing.LOOKS_LIKE_A_DATE).all():
+        is_read = {form: parsing.dates(present, form).notna() for form in DATE_FORMATS}
+        dates = [form for form, found in is_read.items() if found.all()]
+        if len(dates) == 1:
+            return Column(name, "date", dates[0])
+        if np.any(list(is_read.values()), axis=0).all():
+            how = "of unknown order" if dates else "in several formats"
+            what = f"dates {how}, such as {_first(cells, ~missing)}"
+            return _problem(name, what, ~missing, rows, drop, category)
 
     # What was probably meant as numbers.
     if not from_parquet:
         for pattern, how, remedy in HINTS:
-            if (parsing.matches(cells, pattern) | ~odd).all():
-                what = f"numbers {how}, such as {_first(cells, odd)}"
+            if (parsing.matches(cells, rf"^[+-]?\s*({pattern})$") | ~odd).all():
+                what = f"numbers with {how}, such as {_first(cells, odd)}"
                 return _problem(name, what, odd, rows, remedy, category)
         if mostly_numbers:
             values = list(dict.fromkeys(cells.filter(pa.array(odd)).to_pylist()))
@@ -191,12 +196,6 @@ def _first(cells: pa.Array, chosen: np.ndarray) -> str:
     return repr(cells[int(chosen.argmax())].as_py())
 
 
-def _are_dates(cells: pa.Array, form: str) -> bool:
-    if not len(cells) or not parsing.matches(cells, parsing.LOOKS_LIKE_A_DATE).all():
-        return False
-    return bool(parsing.dates(cells, form).notna().all())
-
-
 def missing_values(
     table: pd.DataFrame, columns: Iterable[Column], fmt: Format
 ) -> list[Problem]:
@@ -216,8 +215,10 @@ def missing_values(
 def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
     """Converts columns to float64 numbers, or to text if they hold categories.
 
-    A date becomes its year, month, weekday (Monday is 0) and the days since 1970.
-    Missing values are NaN. So is what cannot be converted, which is counted on stderr.
+    A date becomes its year, month, weekday (Monday is 0) and the days since 1970, in
+    columns that are named "when year" and so on, or "when year.1" where the schema has
+    a column "when year". Missing values are NaN. So is what cannot be converted, which
+    is counted on stderr.
 
     Args:
       source: Name of the table in messages.
@@ -225,6 +226,7 @@ def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
       schema: What the columns hold.
     """
     found = {}
+    names = {column.name for column in schema.columns}
     read_as_missing: dict[str, list[str]] = {}
     for column in schema.columns:
         cells = parsing.cells(pd.Series(table[column.name]))
@@ -235,8 +237,10 @@ def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
                 if text:
                     read_as_missing.setdefault(text, []).append(column.name)
         converted = {
-            name: pd.Series(values, table.index, values.dtype).mask(missing)
-            for name, values in _convert(cells, column, schema.format).items()
+            unique(f"{column.name} {part}", names) if part else column.name: (
+                pd.Series(values, table.index, values.dtype).mask(missing)
+            )
+            for part, values in _convert(cells, column, schema.format).items()
         }
         wrong = next(iter(converted.values())).isna().to_numpy() & ~missing
         if wrong.any():
@@ -248,24 +252,23 @@ def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
             )
         found |= converted
     if read_as_missing:
-        names = dict.fromkeys(n for names in read_as_missing.values() for n in names)
+        where = dict.fromkeys(n for ns in read_as_missing.values() for n in ns)
         warn(
             source,
-            f"{listed(read_as_missing)} read as missing in {listed(names)}; "
+            f"{listed(read_as_missing)} read as missing in {listed(where)}; "
             "--na_values says what is",
         )
     return pd.DataFrame(found, table.index)
 
 
 def _convert(cells: pa.Array, column: Column, fmt: Format) -> dict[str, np.ndarray]:
-    """The features that a column becomes; what cannot be converted is NaN."""
-    name = column.name
+    """The features that a column becomes, by part; what cannot be converted is NaN."""
     if column.kind == "number":
-        return {name: parsing.numbers(cells, fmt)}
+        return {"": parsing.numbers(cells, fmt)}
     if column.kind == "boolean":
-        return {name: parsing.booleans(cells, fmt)}
+        return {"": parsing.booleans(cells, fmt)}
     if column.kind == "category":
-        return {name: parsing.keys(cells, column.form, fmt)}
+        return {"": parsing.keys(cells, column.form, fmt)}
     times = parsing.dates(cells, column.form)
     parts = {
         "year": times.dt.year,
@@ -273,10 +276,7 @@ def _convert(cells: pa.Array, column: Column, fmt: Format) -> dict[str, np.ndarr
         "weekday": times.dt.day_of_week,
         "days": (times - EPOCH) / pd.Timedelta(days=1),
     }
-    return {
-        f"{name} {part}": np.asarray(values, np.float64)
-        for part, values in parts.items()
-    }
+    return {part: np.asarray(values, np.float64) for part, values in parts.items()}
 
 
 def labels(

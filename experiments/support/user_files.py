@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from experiments.support import cli, output, schema, table_io
 from experiments.support.cli import InputError
@@ -83,23 +83,23 @@ def load(
     columns, problems = schema.infer(
         rest, fmt, categorical=selection.categorical, numeric=selection.numeric
     )
-    if selection.missing == "error":
-        problems += schema.missing_values(rest, columns, fmt)
     key = _key(data, others, fmt, selection)
     if isinstance(key, Problem):
         problems.append(key)
-    found = {}
+    y = pd.DataFrame(index=raw.index)
+    classes = {}
     for name in target:
         labels = schema.labels(data, pd.Series(raw[name]), fmt, positive)
         if isinstance(labels, Problem):
             problems.append(labels)
         else:
-            found[name] = labels
+            y[name], classes[name] = labels
+    if selection.missing == "error":
+        problems += schema.missing_values(rest.loc[y.notna().all(axis=1)], columns, fmt)
     if problems:
         raise _refusal(data, problems, target)
 
     # Convert the rows that can be used.
-    y = pd.DataFrame({name: y for name, (y, _) in found.items()}, raw.index)
     rows = _complete(data, "label", y)
     if isinstance(key, pd.Series):
         rows = _complete(data, repr(key.name), key.loc[rows].to_frame())
@@ -110,12 +110,11 @@ def load(
     rows = features.index
     if not len(rows):
         raise InputError(f"{data}: has no rows left")
-    y = y.loc[rows].to_numpy()
-    for text in _suspicions(features, y, list(found), columns):
+    known = y.loc[rows].to_numpy()
+    for text in _suspicions(features, known, target, columns):
         table_io.warn(data, text)
-    classes = {name: values for name, (_, values) in found.items()}
     key = key.loc[rows] if isinstance(key, pd.Series) else None
-    return features, y, classes, described, key
+    return features, known, classes, described, key
 
 
 def load_held_out(
@@ -138,17 +137,17 @@ def load_held_out(
     names = [column.name for column in described.columns]
     table_io.need_columns(data, raw, [*classes, *names])
     problems = []
-    if described.missing == "error":
-        problems = schema.missing_values(raw, described.columns, described.format)
-    labels = {}
+    y = pd.DataFrame(index=raw.index)
     for name, values in classes.items():
         column = pd.Series(raw[name])
-        labels[name] = schema.known_labels(column, values, described.format)
+        y[name] = schema.known_labels(column, values, described.format)
         unknown = schema.unknown_labels(column, values, described.format)
         problems += [] if unknown is None else [unknown]
+    if described.missing == "error":
+        labeled = raw.loc[y.notna().all(axis=1)]
+        problems += schema.missing_values(labeled, described.columns, described.format)
     if problems:
         raise _refusal(data, problems, list(classes))
-    y = pd.DataFrame(labels, raw.index)
     rows = _complete(data, "label", y)
     if not len(rows):
         raise InputError(f"{data}: has no rows left")
@@ -197,9 +196,12 @@ def _key(
         return None
     table = table.loc[:, [name]]
     groups = [name] if selection.time is None else []
-    columns, problems = schema.infer(table, fmt, categorical=groups)
+    columns, problems = schema.infer(
+        table, fmt, categorical=groups, numeric=selection.numeric
+    )
     if problems:
-        return problems[0]
+        which = "--group" if groups else "--time"
+        return problems[0]._replace(remedy=f"another {which}")
     if not groups and columns[0].kind not in ("number", "date"):
         what = f"a {columns[0].kind}; expected numbers or dates"
         return Problem(name, what, len(table), int(table.index[0]), "another --time")
@@ -262,10 +264,14 @@ def _auc(values: pd.Series, label: np.ndarray) -> float:
     """ROC AUC of a column, in the better order; a category counts as its mean label."""
     known = values.notna().to_numpy()
     values, label = values.loc[known], label[known]
-    if min(np.sum(label == 0), np.sum(label == 1)) < FEW:
+    ones = int(np.sum(label))
+    zeros = len(label) - ones
+    if min(zeros, ones) < FEW:
         return 0.5
     if not pd.api.types.is_float_dtype(values):
         by_category = pd.Series(label, values.index).groupby(values)
         values = pd.Series(by_category.transform("mean"))
-    auc = float(roc_auc_score(label, values))
+    # The Mann-Whitney statistic, because scikit-learn takes 5 ms per column.
+    ranks = rankdata(values)[label == 1]
+    auc = float(ranks.sum() - ones * (ones + 1) / 2) / (zeros * ones)
     return max(auc, 1 - auc)

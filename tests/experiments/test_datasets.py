@@ -102,10 +102,10 @@ def test_missing_values_become_the_median_or_the_most_frequent_of_the_rows_fitte
     columns = {"size": size, "kind": kind, "full": range(6), "y": [0, 1] * 3}
     table = loaded(tmp_path, pd.DataFrame(columns))
     x, fitted = preprocessed(table, slice(0, 4))
-    names = ["size", "full", "kind_a", "kind_b"]
     assert list(fitted.get_feature_names_out()) == [
-        *names,
-        *("missingindicator_size", "missingindicator_kind"),
+        *("numbers__size", "numbers__full", "categories__kind='a'"),
+        *("categories__kind='b'", "missing__missingindicator_size"),
+        "missing__missingindicator_kind",
     ]
     np.testing.assert_allclose(x[3, 0], x[1, 0])  # the median of 1, 2 and 9
     np.testing.assert_array_equal(x[3, 2:4], [0, 1])  # b
@@ -148,6 +148,23 @@ def test_missing_values_are_all_refused_if_asked_for(tmp_path):
     ]
 
 
+def test_missing_values_of_rows_without_labels_are_not_refused(tmp_path):
+    table = pd.DataFrame({"a": [1, 2, None], "y": [0, 1, None]})
+    data = loaded(tmp_path, table, selection=Selection(missing="error"))
+    assert data.features["a"].tolist() == [1, 2]
+
+
+def test_preprocessed_columns_have_different_names_whatever_the_features_are():
+    kinds = {"a": ["b_c", "d", None], "a_b": ["c", "e", "e"]}
+    features = pd.DataFrame({"a_b_c": [1.0, 2, 3], "missingindicator_a": [4.0, 4, 5]})
+    features = features.assign(**{k: np.array(v, object) for k, v in kinds.items()})
+    fitted = preprocessing.fit("t", features, "impute")
+    x = preprocessing.transform("t", fitted, features)
+    names = fitted.get_feature_names_out()
+    assert x.shape[1] == len(set(names)) == len(names) == 7
+    assert (x != x[:1]).any(axis=0).all()
+
+
 def test_any_cell_may_be_missing_in_a_row_to_be_scored():
     table = datasets.load(dataset="breast_cancer")
     splits, preprocessor = datasets.split(table, 0)
@@ -185,9 +202,7 @@ def test_what_is_constant_in_training_has_no_influence():
     features = numbers.assign(d=np.array(["x", "x", "x", "y"], object))
     fitted = preprocessing.fit("t", features.iloc[:3], "impute")
     x = preprocessing.transform("t", fitted, features.assign(c=[np.nan, 0, 1, 2]))
-    assert list(fitted.get_feature_names_out()) == [
-        *("a", "b", "c", "missingindicator_c")
-    ]
-    np.testing.assert_array_equal(x[:, 1:3], 0)
+    assert x.shape == (4, 3)
+    np.testing.assert_array_equal(x[:, 1:], 0)
     with pytest.raises(InputError, match="t: has no column that varies"):
         preprocessing.fit("t", features[["d"]].iloc[:3], "impute")
