@@ -85,14 +85,39 @@ def ntk(
     """
     x = _validate.features(x, params)
     x2 = x if x2 is None else _validate.features(x2, params, "x2")
+    size = examples_per_block(block_size, params, x.shape[0])
+    theta = kernel(params, x, x2, None, size)
+    return theta[:, :, 0, 0] if params[-1].w.shape[1] == 1 else theta
+
+
+def kernel(
+    params: Params,
+    x: jax.Array,
+    x2: jax.Array,
+    variances: jax.Array | None,
+    block_size: int,
+) -> jax.Array:
+    """`J D Jᵀ`, `[N, M, n_L, n_L]`, the tangent kernel if D is the identity.
+
+    Args:
+      params: Parameters.
+      x: Features `[N, n_0]`.
+      x2: Features `[M, n_0]`.
+      variances: The entries of D, one for all parameters of a layer, `[K]`; the first
+        L − K layers have 0. None is the identity.
+      block_size: The largest number of examples of x per block.
+    """
     activations2, e2 = _logit_gradients(params, replicate(x2))
     outputs = params[-1].w.shape[1]
+    skipped = 0 if variances is None else len(params) - variances.shape[0]
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
         activations, e = _logit_gradients(params, x)
         total: Any = 0  # [B, n_L, M, n_L]
-        for k in range(len(params)):
+        for k in range(skipped, len(params)):
             inputs = 1 + matmul(activations.h[k], activations2.h[k].T)  # [B, M]
+            if variances is not None:
+                inputs *= variances[k - skipped]
             pairs = jnp.eye(outputs, dtype=inputs.dtype)[None, :, None, :]  # E_L = 1
             if k + 1 < len(params):
                 left, right = (t.reshape(-1, t.shape[-1]) for t in (e[k], e2[k]))
@@ -101,10 +126,29 @@ def ntk(
             total += inputs[:, None, :, None] * pairs
         return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
-    n = x.shape[0]
-    size = examples_per_block(block_size, params, n)
-    theta = sum_over_blocks(block, jnp.ones(n, x.dtype), (x,), size)[1]
-    return theta[:, :, 0, 0] if outputs == 1 else theta
+    return sum_over_blocks(block, jnp.ones(x.shape[0], x.dtype), (x,), block_size)[1]
+
+
+def jacobian(params: Params, x: jax.Array, variances: jax.Array | None) -> jax.Array:
+    """`J √D`, `[N, n_L, P]`, of the parameters of the layers that D is for.
+
+    The arguments are those of `kernel`. Of each layer come w, then b.
+    """
+    activations, e = _logit_gradients(params, x)
+    if variances is not None:
+        skipped = len(params) - variances.shape[0]
+        e = tuple(
+            e_k * jnp.sqrt(v) for e_k, v in zip(e[skipped:], variances, strict=True)
+        )
+    h = activations.h[len(params) - len(e) : -1]
+
+    def gradient(h: tuple[jax.Array, ...], e: tuple[jax.Array, ...]) -> Params:
+        one_row = jax.tree.map(lambda t: t[None], (h, e))
+        return gradients.contract(*one_row)
+
+    of_each_logit = jax.vmap(jax.vmap(gradient, (None, 0)))(h, e)
+    leaves = jax.tree.leaves(of_each_logit)  # each [N, n_L, ...]
+    return jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in leaves], axis=2)
 
 
 def _logit_gradients(
@@ -121,7 +165,7 @@ def _logit_gradients(
     return activations, back(cotangents)
 
 
-def _derivatives(
+def derivatives(
     params: Params, activations: Activations, y: jax.Array, c: jax.Array, p: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`δ_L` and `S = c ((1−y) + p y) σ(a) σ(−a)`, each `[N, n_L]`."""
@@ -231,7 +275,7 @@ def _curvature_vp(
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Params, tuple]:
         activations = forward(params, x)
-        delta, s = _derivatives(params, activations, y, c, batch.pos_weight)
+        delta, s = derivatives(params, activations, y, c, batch.pos_weight)
         drop = functools.partial(drop_nonfinite, c == 0)
         h = tuple(drop(h_k) for h_k in activations.h[:-1])
         a_dot, h_dot = _push_forward(params, h, v)
@@ -322,7 +366,7 @@ def ggn_eigenvalues(
       23(2), 2001.
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
-    num_params, num_logits = _num_params(params), batch.y.size
+    num_params, num_logits = count_params(params), batch.y.size
     most = min(num_params, num_logits)
     count = most if k is None else _validate.count("k", k)
     if count > most:
@@ -330,12 +374,10 @@ def ggn_eigenvalues(
             f"expected k to be an integer from 1 to {most}, the most eigenvalues that "
             f"can be nonzero, got {k}"
         )
-    delta, s = _derivatives(params, forward(params, batch.x), *batch[1:])
-    saturated = jnp.all((delta == 0) & (s == 0), axis=1) & (batch.c != 0)  # [N]
-    batch = batch._replace(x=jnp.where(saturated[:, None], 0, batch.x))
+    batch = drop_saturated(params, batch)
     size = examples_per_block(block_size, params, batch.x.shape[0])
     if k is None or num_logits < num_params or 5 * count >= num_params:
-        gram = _smaller_gram(params, batch, size)
+        gram = smaller_gram(params, batch, None, size)
         return jnp.flip(jnp.linalg.eigvalsh(gram)).clip(0)[:count]
     return _largest_eigenpairs(count, size, params, batch)[0].clip(0)
 
@@ -351,7 +393,7 @@ def _largest_eigenpairs(
     are dependent, as the residuals of a matrix of low rank are.
     """
     columns = jax.vmap(_flat_ggn_vp(params, batch, block_size), in_axes=1, out_axes=1)
-    size, dtype = _num_params(params), batch.c.dtype
+    size, dtype = count_params(params), batch.c.dtype
 
     def best_in_span(vectors: jax.Array) -> tuple[jax.Array, ...]:
         basis = jnp.linalg.qr(vectors)[0]
@@ -400,7 +442,8 @@ def _largest_eigenpairs_jvp(
     return (values, vectors), (values_dot, jnp.full_like(vectors, jnp.nan))
 
 
-def _num_params(params: Params) -> int:
+def count_params(params: Params) -> int:
+    """P, the number of weights and biases."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -416,22 +459,49 @@ def _flat_ggn_vp(params: Params, batch: Batch, block_size: int) -> Any:
     return product
 
 
-def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
-    """The smaller of `√S Θ √S` and the GGN, which share their nonzero eigenvalues."""
-    size, (n, outputs) = _num_params(params), batch.y.shape
-    if n * outputs < size:
-        # The rows of √S Θ √S that belong to an example of weight 0 are 0.
-        x = jnp.where((batch.c == 0)[:, None], 0, batch.x)
-        e = jnp.exp(-jnp.abs(forward(params, x).a[-1]) / 2)
-        # √σ(a)σ(−a) = e / (1 + e²) has a finite derivative, also where it underflows.
-        root = jnp.sqrt(_label_weights(*batch[1:])) * e / (1 + e**2)  # √S, [N, n_L]
-        theta, root = replicate(ntk(params, x, block_size=block_size)), replicate(root)
-        theta = theta.reshape(n, n, outputs, outputs).transpose(0, 2, 1, 3)
-        root = root.ravel()
-        theta = theta.reshape(n * outputs, n * outputs)
+def drop_saturated(params: Params, batch: Batch) -> Batch:
+    """The batch with features and weight 0 for examples whose δ_L and S are 0."""
+    delta, s = derivatives(params, forward(params, batch.x), *batch[1:])
+    saturated = jnp.all((delta == 0) & (s == 0), axis=1) & (batch.c != 0)  # [N]
+    return batch._replace(
+        x=jnp.where(saturated[:, None], 0, batch.x), c=jnp.where(saturated, 0, batch.c)
+    )
+
+
+def root_curvature(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Features with 0 for the examples of weight 0, and `√S`, `[N, n_L]`."""
+    x = jnp.where((batch.c == 0)[:, None], 0, batch.x)
+    e = jnp.exp(-jnp.abs(forward(params, x).a[-1]) / 2)
+    # √σ(a)σ(−a) = e / (1 + e²) has a finite derivative, also where it underflows.
+    return x, jnp.sqrt(_label_weights(*batch[1:])) * e / (1 + e**2)
+
+
+def smaller_gram(
+    params: Params, batch: Batch, variances: jax.Array | None, block_size: int
+) -> jax.Array:
+    """The smaller of `√S J D Jᵀ √S` and `√D Jᵀ S J √D`, with equal nonzero eigenvalues.
+
+    D is described in `kernel`. For a symbolic number of examples it is the second.
+    """
+    n, outputs = batch.y.shape
+    selected = params if variances is None else params[-variances.shape[0] :]
+    size = count_params(selected)
+    if isinstance(n, int) and n * outputs < size:
+        x, root = root_curvature(params, batch)
+        theta = replicate(kernel(params, x, x, variances, block_size))
+        theta = theta.transpose(0, 2, 1, 3).reshape(n * outputs, n * outputs)
+        root = replicate(root).ravel()
         return root[:, None] * theta * root[None, :]
-    basis = jnp.eye(size, dtype=batch.c.dtype)
-    return jax.lax.map(_flat_ggn_vp(params, batch, block_size), basis)
+
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple]:
+        _, s = derivatives(params, forward(params, x), y, c, batch.pos_weight)
+        rows = jacobian(params, x, variances).reshape(-1, outputs * size)
+        rows = drop_nonfinite(c == 0, rows).reshape(-1, size)  # [B n_L, P]
+        return matmul((s.reshape(-1, 1) * rows).T, rows), ()
+
+    if isinstance(n, int):  # the rows of a block take about the memory of the result
+        block_size = min(block_size, max(256, size // outputs))
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
 
 
 def log_evidence(

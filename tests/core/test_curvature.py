@@ -406,10 +406,8 @@ def test_a_saturated_example_that_is_right_adds_no_eigenvalue(feature, rows):
     params = (first, jaxbce.Layer(jnp.array([[1.0], [-0.5]]), jnp.zeros(1)))
     x = jnp.linspace(-0.5, 0.5, rows)[:, None]
     y = jnp.ones_like(x)
-    found, truth = (
-        curvature.log_evidence(params, x.at[0].set(each), y, 1.0)
-        for each in (feature, 200.0)
-    )
+    found = curvature.log_evidence(params, x.at[0].set(feature), y, 1.0)
+    truth = curvature.log_evidence(params, x[1:], y[1:], 1.0)
     np.testing.assert_allclose(found, truth, rtol=1e-6)
 
 
