@@ -2,7 +2,7 @@
 
 import jax.export
 
-from jaxbce import curvature, per_example
+from jaxbce import curvature, laplace, per_example
 from jaxbce.checking import check_gradients
 from jaxbce.gradients import deltas, grad, loss, value_and_grad
 from jaxbce.losses import bce, bce_with_logits
@@ -19,6 +19,8 @@ for _type in (
     Layer,
     SweepResult,
     curvature.KroneckerFactors,
+    laplace.LeaveOneOut,
+    laplace.Posterior,
     per_example.Clipped,
     per_example.NoiseScale,
     per_example.Scores,
@@ -46,6 +48,7 @@ __all__ = [
     "grad",
     "grid",
     "init",
+    "laplace",
     "logits",
     "loss",
     "per_example",

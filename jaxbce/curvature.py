@@ -38,7 +38,7 @@ from jax.typing import ArrayLike
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
-from jaxbce._layouts import drop_nonfinite, matmul, replicate
+from jaxbce._layouts import drop_nonfinite, matmul, replicate, shard
 from jaxbce.gradients import Batch, check_batch
 from jaxbce.network import Activations, Params, forward, sigmoid
 
@@ -162,7 +162,7 @@ def _logit_gradients(
     back = jax.vmap(
         lambda delta: gradients.pull_back(params, activations, delta), out_axes=1
     )
-    return activations, back(cotangents)
+    return activations, tuple(shard(e_k, like=x) for e_k in back(cotangents))
 
 
 def derivatives(
@@ -495,9 +495,10 @@ def smaller_gram(
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple]:
         _, s = derivatives(params, forward(params, x), y, c, batch.pos_weight)
-        rows = jacobian(params, x, variances).reshape(-1, outputs * size)
-        rows = drop_nonfinite(c == 0, rows).reshape(-1, size)  # [B n_L, P]
-        return matmul((s.reshape(-1, 1) * rows).T, rows), ()
+        rows = jacobian(params, x, variances).reshape(-1, size)  # [B n_L, P]
+        ignored = jnp.broadcast_to((c == 0)[:, None], s.shape).reshape(-1)
+        rows = drop_nonfinite(ignored, rows)
+        return matmul((s.reshape(-1)[:, None] * rows).T, rows), ()
 
     if isinstance(n, int):  # the rows of a block take about the memory of the result
         block_size = min(block_size, max(256, size // outputs))
@@ -560,31 +561,19 @@ def log_evidence(
       Computation 4(3), 1992. Immer et al., Scalable Marginal Likelihood Estimation for
       Model Selection in Deep Learning, 2021, arXiv:2104.04975.
     """
+    from jaxbce import laplace  # here, because laplace imports this module
+
     _validate.scalar("prior_precision", prior_precision)
-    loss = gradients.loss(
+    posterior = laplace.posterior(
         params,
         x,
         y,
+        prior_precision,
         sample_weight=sample_weight,
         pos_weight=pos_weight,
-        reduction="sum",
         block_size=block_size,
     )
-    eigenvalues = ggn_eigenvalues(
-        params,
-        x,
-        y,
-        sample_weight=sample_weight,
-        pos_weight=pos_weight,
-        reduction="sum",
-        block_size=block_size,
-    )
-    tau = jnp.asarray(prior_precision, loss.dtype)
-    squared_norm = sum(
-        jnp.sum(jnp.square(leaf.astype(tau.dtype))) for leaf in jax.tree.leaves(params)
-    )
-    log_det = jnp.sum(jnp.log1p(eigenvalues / tau))
-    return -loss - tau / 2 * squared_norm - log_det / 2
+    return laplace.log_evidence(posterior)
 
 
 class KroneckerFactors(NamedTuple):
