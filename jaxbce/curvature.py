@@ -527,10 +527,11 @@ def log_evidence(
     :math:`\tau/2\,\|\theta\|^2`, but can be computed for any params. With soft labels,
     weights or pos_weight the likelihood is a weighted one.
 
+    This is `laplace.log_evidence`, where each layer may have a precision of its own.
     The result can be differentiated with respect to the prior precision, for example to
-    choose τ by gradient ascent. The eigenvalues have absolute errors of the order of
-    machine epsilon times the largest one, and τ should be well above that: in float32,
-    above 1e-5 times the largest eigenvalue. For a smaller τ use float64.
+    choose τ by gradient ascent. The matrix has errors of the order of machine epsilon
+    times its largest eigenvalue, and τ should be well above that: in float32, above
+    1e-5 times the largest eigenvalue. For a smaller τ use float64.
 
     Args:
       params: A tuple of `Layer`.

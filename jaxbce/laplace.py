@@ -253,22 +253,29 @@ def _v(posterior: Posterior, training: _Training, x: jax.Array) -> jax.Array:
     return v.reshape(size, *shape)
 
 
-def _covariance(posterior: Posterior, training: _Training, x: jax.Array) -> jax.Array:
-    """`J_x H⁻¹ J_xᵀ` of each example, `[M, n_L, n_L]`."""
+def _covariance(posterior: Posterior, x: jax.Array, v: jax.Array) -> jax.Array:
+    """`J_x H⁻¹ J_xᵀ` of each example, `[B, n_L, n_L]`, given V_x."""
+    explained = jnp.einsum("dbo,dbp->bop", v, v)
+    if not _is_of_examples(posterior):
+        return explained
     variances = 1 / posterior.prior_precision
 
     def prior(x: jax.Array) -> jax.Array:
         one = x[None]
         return curvature.kernel(posterior.params, one, one, variances, 1)[0, 0]
 
+    covariance = jax.vmap(prior)(x) - explained
+    is_variance = jnp.eye(covariance.shape[1], dtype=bool)[None]
+    return jnp.where(is_variance, covariance.clip(0), covariance)
+
+
+def _covariance_in_blocks(
+    posterior: Posterior, training: _Training, x: jax.Array
+) -> jax.Array:
+    """`J_x H⁻¹ J_xᵀ` of each example, `[M, n_L, n_L]`."""
+
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
-        v = _v(posterior, training, x)
-        explained = jnp.einsum("dbo,dbp->bop", v, v)
-        if not _is_of_examples(posterior):
-            return (), explained
-        covariance = jax.vmap(prior)(x) - explained
-        is_variance = jnp.eye(covariance.shape[1], dtype=bool)[None]
-        return (), jnp.where(is_variance, covariance.clip(0), covariance)
+        return (), _covariance(posterior, x, _v(posterior, training, x))
 
     weight = jnp.ones(x.shape[0], posterior.factor.dtype)
     size = _examples_per_block(posterior, x.shape[0])
@@ -292,8 +299,8 @@ def logit_covariance(posterior: Posterior, x: ArrayLike) -> jax.Array:
       x: Features `[M, n_0]`, floating, M >= 1; cast to the parameters' dtype.
 
     Returns:
-      `[M, n_L, n_L]`, in the accumulation dtype. Variances are >= 0. Features that are
-      not finite give values that are not finite.
+      `[M, n_L, n_L]`, in the accumulation dtype. Variances are >= 0. Features whose
+      squares are not finite give values that are not finite.
 
     Raises:
       TypeError: If an argument has an unsupported type or dtype.
@@ -315,7 +322,7 @@ def logit_covariance(posterior: Posterior, x: ArrayLike) -> jax.Array:
     """
     _check(posterior)
     x = replicate(_validate.features(x, posterior.params))
-    return _covariance(posterior, _training(posterior), x)
+    return _covariance_in_blocks(posterior, _training(posterior), x)
 
 
 @jit()
@@ -497,7 +504,6 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
     _check(posterior)
     training = _training(posterior)
     root, delta = training.root, training.delta
-    covariance = _covariance(posterior, training, training.x)  # Σ, [N, n_L, n_L]
     # With R = √S and C = I − R Σ R:  Σ (I − S Σ)⁻¹ = Σ + (R Σ)ᵀ C⁻¹ R Σ
     if _is_of_examples(posterior):  # from B⁻¹ = I − R J H⁻¹ Jᵀ R, without cancellation
         size = posterior.factor.shape[0]
@@ -505,17 +511,18 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
         inverse = solve_triangular(posterior.factor, inverse, lower=True)
         inverse = inverse.reshape(size, *root.shape)  # L⁻¹, [D, N, n_L]
         v = _v(posterior, training, training.x)
+        covariance = _covariance(posterior, training.x, v)  # Σ, [N, n_L, n_L]
         scaled = jnp.einsum("dno,dnp->nop", inverse, v)  # R Σ
         remainder = jnp.einsum("dno,dnp->nop", inverse, inverse)  # C
     else:
+        covariance = _covariance_in_blocks(posterior, training, training.x)
         scaled = root[:, :, None] * covariance
         identity = jnp.eye(root.shape[1], dtype=root.dtype)
         remainder = identity[None] - scaled * root[:, None, :]
-    solved = jnp.linalg.solve(
-        remainder, jnp.einsum("nop,np->no", scaled, delta)[..., None]
-    )
+    right = jnp.einsum("nop,np->no", scaled, delta)
+    solved = jnp.linalg.solve(remainder, right[:, :, None])[:, :, 0]
     step = jnp.einsum("nop,np->no", covariance, delta)
-    step += jnp.einsum("nop,no->np", scaled, solved[..., 0])
+    step += jnp.einsum("nop,no->np", scaled, solved)
     logits = training.logits + step
     labels = gradients.label_weights(replicate(posterior.y), posterior.pos_weight)
     return LeaveOneOut(

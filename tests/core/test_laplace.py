@@ -241,6 +241,23 @@ def test_scalar_and_equal_precisions_give_the_evidence_of_curvature(rows):
         np.testing.assert_array_equal(mine, truth)
 
 
+@ROWS
+def test_all_results_have_derivatives_in_the_precisions_and_params(rows):
+    def results(params, taus):
+        found = everything(params, x, y, taus, x2, y2, one)
+        return [found[name] for name in ("covariance", "influence", "leave_one_out")]
+
+    with jax.enable_x64(True):
+        params, x, y, taus, x2, y2, one = small_case(rows)
+        at = params, taus
+        step = jax.tree.map(lambda t: 1e-6 * jnp.cos(t), at)
+        mine = jax.jit(functools.partial(jax.jvp, results))(at, step)[1]
+        above = results(*jax.tree.map(jnp.add, at, step))
+        below = results(*jax.tree.map(jnp.subtract, at, step))
+        truth = jax.tree.map(lambda a, b: (a - b) / 2, above, below)
+    assert relative_error(mine, truth) <= 1e-6
+
+
 def test_the_last_layer_is_a_network_of_its_inputs():
     with jax.enable_x64(True):
         params, x, y, taus, *others = small_case(40)
