@@ -38,9 +38,9 @@ from jax.typing import ArrayLike
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
-from jaxbce._layouts import drop_nonfinite, matmul, replicate, shard
+from jaxbce._layouts import ROWS, drop_nonfinite, matmul, replicate, shard
 from jaxbce.gradients import Batch, check_batch
-from jaxbce.network import Activations, Params, forward, sigmoid
+from jaxbce.network import Activations, Params, forward, propagate, sigmoid
 
 
 @jit(static_argnames=("block_size",))
@@ -107,12 +107,14 @@ def kernel(
         L − K layers have 0. None is the identity.
       block_size: The largest number of examples of x per block.
     """
-    activations2, e2 = _logit_gradients(params, replicate(x2))
+    activations2 = forward(params, replicate(x2))
+    e2 = _logit_gradients(params, activations2)
     outputs = params[-1].w.shape[1]
     skipped = 0 if variances is None else len(params) - variances.shape[0]
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
-        activations, e = _logit_gradients(params, x)
+        activations = forward(params, x)
+        e = _logit_gradients(params, activations)
         total: Any = 0  # [B, n_L, M, n_L]
         for k in range(skipped, len(params)):
             inputs = 1 + matmul(activations.h[k], activations2.h[k].T)  # [B, M]
@@ -129,12 +131,14 @@ def kernel(
     return sum_over_blocks(block, jnp.ones(x.shape[0], x.dtype), (x,), block_size)[1]
 
 
-def jacobian(params: Params, x: jax.Array, variances: jax.Array | None) -> jax.Array:
-    """`J √D`, `[N, n_L, P]`, of the parameters of the layers that D is for.
+def jacobian(
+    params: Params, activations: Activations, variances: jax.Array | None
+) -> jax.Array:
+    """`J √D`, `[N, n_L, P]`, with D as in `kernel` and the P parameters of its layers.
 
-    The arguments are those of `kernel`. Of each layer come w, then b.
+    The parameters are in the order of `ravel_pytree`.
     """
-    activations, e = _logit_gradients(params, x)
+    e = _logit_gradients(params, activations)
     if variances is not None:
         skipped = len(params) - variances.shape[0]
         e = tuple(
@@ -151,18 +155,15 @@ def jacobian(params: Params, x: jax.Array, variances: jax.Array | None) -> jax.A
     return jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in leaves], axis=2)
 
 
-def _logit_gradients(
-    params: Params, x: jax.Array
-) -> tuple[Activations, tuple[jax.Array, ...]]:
-    """The activations, and `E_k = ∂a_L/∂a_k`, each `[N, n_L, n_k]`."""
-    activations = forward(params, x)
+def _logit_gradients(params: Params, activations: Activations) -> tuple[jax.Array, ...]:
+    """`E_k = ∂a_L/∂a_k`, each `[N, n_L, n_k]`."""
     a = activations.a[-1]
     ones = jnp.eye(a.shape[1], dtype=a.dtype)[:, None, :]  # [n_L, 1, n_L]
     cotangents = jnp.broadcast_to(ones, (a.shape[1], *a.shape))
     back = jax.vmap(
         lambda delta: gradients.pull_back(params, activations, delta), out_axes=1
     )
-    return activations, tuple(shard(e_k, like=x) for e_k in back(cotangents))
+    return tuple(shard(e_k, like=a) for e_k in back(cotangents))
 
 
 def derivatives(
@@ -494,10 +495,9 @@ def smaller_gram(
         return root[:, None] * theta * root[None, :]
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple]:
-        _, s = derivatives(params, forward(params, x), y, c, batch.pos_weight)
-        rows = jacobian(params, x, variances).reshape(-1, size)  # [B n_L, P]
-        ignored = jnp.broadcast_to((c == 0)[:, None], s.shape).reshape(-1)
-        rows = drop_nonfinite(ignored, rows)
+        activations = propagate(params, x, ROWS, c == 0)
+        _, s = derivatives(params, activations, y, c, batch.pos_weight)
+        rows = jacobian(params, activations, variances).reshape(-1, size)
         return matmul((s.reshape(-1)[:, None] * rows).T, rows), ()
 
     if isinstance(n, int):  # the rows of a block take about the memory of the result
@@ -634,7 +634,8 @@ def kfac_factors(
     dtype = _validate.accumulation_dtype(x.dtype)
 
     def block(c: jax.Array, x: jax.Array) -> tuple[Any, tuple]:
-        activations, e = _logit_gradients(params, x)
+        activations = forward(params, x)
+        e = _logit_gradients(params, activations)
         a = activations.a[-1]
         s = c[:, None] * sigmoid(a) * sigmoid(-a)  # [N, n_L]
         factors = []

@@ -246,8 +246,9 @@ def _v(posterior: Posterior, training: _Training, x: jax.Array) -> jax.Array:
         k = training.root[:, None, :, None] * k  # [N, B, n_L, n_L]
         right = k.transpose(0, 2, 1, 3)  # [N, n_L, B, n_L]
     else:
-        jacobian = curvature.jacobian(posterior.params, x, variances)  # [B, n_L, P]
-        right = jacobian.transpose(2, 0, 1)
+        activations = forward(posterior.params, x)
+        jacobian = curvature.jacobian(posterior.params, activations, variances)
+        right = jacobian.transpose(2, 0, 1)  # [P, B, n_L]
     size, shape = posterior.factor.shape[0], right.shape[-2:]
     v = solve_triangular(posterior.factor, right.reshape(size, -1), lower=True)
     return v.reshape(size, *shape)

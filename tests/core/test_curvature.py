@@ -411,6 +411,20 @@ def test_a_saturated_example_that_is_right_adds_no_eigenvalue(feature, rows):
     np.testing.assert_allclose(found, truth, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [3, 40], ids=["few rows", "many rows"])
+def test_eigenvalues_have_a_gradient_where_an_example_is_saturated(rows):
+    params = (jaxbce.Layer(jnp.ones((4, 1)), jnp.zeros(1)),)
+    x = jnp.linspace(0.0, 0.5, 4 * rows).reshape(rows, 4)
+    y = jnp.ones((rows, 1))
+
+    def largest(params, x, y):
+        return curvature.ggn_eigenvalues(params, x, y, reduction="sum")[0]
+
+    found = jax.grad(largest)(params, x.at[0].set(jnp.inf), y)
+    truth = jax.grad(largest)(params, x[1:], y[1:])
+    assert relative_error(found, truth) <= 1e-5
+
+
 @pytest.mark.parametrize("product", [curvature.hvp, curvature.ggn_vp])
 def test_products_have_a_derivative_where_a_weight_is_0(product):
     params, x, y = problem((4, 3, 1)).arguments(np.float32)
