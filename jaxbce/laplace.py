@@ -29,9 +29,10 @@ leading axis of params, `jax.vmap(posterior, (0, None, None, None))` returns sta
 posteriors, to which `jax.vmap` applies the other functions.
 
 The prior precision should be well above machine epsilon times the largest eigenvalue λ
-of the Gauss-Newton matrix: in float32, above 1e-5 λ. For a smaller τ use float64. There
-rounding can make B indefinite, and then its diagonal is raised by as little as needed.
-The variances `K − VᵀV` have absolute errors of machine epsilon times the prior's.
+of the Gauss-Newton matrix: in float32, above 1e-5 λ. For a smaller τ use float64. Where
+rounding makes B indefinite, its diagonal is raised by as little as needed, so results
+stay finite. The absolute errors of the variances `K − VᵀV` are of the order of machine
+epsilon times K.
 """
 
 from typing import Literal, NamedTuple
@@ -265,9 +266,13 @@ def _covariance(posterior: Posterior, x: jax.Array, v: jax.Array) -> jax.Array:
         one = x[None]
         return curvature.kernel(posterior.params, one, one, variances, 1)[0, 0]
 
-    covariance = jax.vmap(prior)(x) - explained
-    is_variance = jnp.eye(covariance.shape[1], dtype=bool)[None]
-    return jnp.where(is_variance, covariance.clip(0), covariance)
+    return _clip_diagonal(jax.vmap(prior)(x) - explained, 0)
+
+
+def _clip_diagonal(t: jax.Array, least: float) -> jax.Array:
+    """Matrices `[B, n_L, n_L]` with entries >= least on the diagonal."""
+    is_diagonal = jnp.eye(t.shape[1], dtype=bool)[None]
+    return jnp.where(is_diagonal, t.clip(least), t)
 
 
 def _covariance_in_blocks(
@@ -478,7 +483,8 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
     logits. A single example falls back to the prior around params. Since τ > 0, no
     leverage is 1 in exact arithmetic. For P <= N n_L, :math:`1 - S_i \Sigma_i` loses
     its digits where it comes near machine epsilon, as for an example that alone
-    determines a direction if τ is tiny: for these use float64.
+    determines a direction if τ is tiny. It is kept above machine epsilon for one
+    output. For such examples use float64.
 
     Args:
       posterior: A `Posterior`.
@@ -520,6 +526,7 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
         scaled = root[:, :, None] * covariance
         identity = jnp.eye(root.shape[1], dtype=root.dtype)
         remainder = identity[None] - scaled * root[:, None, :]
+        remainder = _clip_diagonal(remainder, float(jnp.finfo(root.dtype).eps))
     right = jnp.einsum("nop,np->no", scaled, delta)
     solved = jnp.linalg.solve(remainder, right[:, :, None])[:, :, 0]
     step = jnp.einsum("nop,np->no", covariance, delta)

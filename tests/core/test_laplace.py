@@ -427,6 +427,20 @@ def test_variances_are_not_negative_where_they_are_a_small_difference():
     assert np.min(np.asarray(variances)) == 0  # of the prior's 1e6 and more
 
 
+def test_logits_without_a_decisive_example_move_the_right_way():
+    """Each of two examples alone determines a direction, and has leverage 1."""
+    x, y = jnp.array([[1.0], [-0.3]]), jnp.array([[1.0], [0.0]])
+
+    def logits(tau):
+        result = laplace.posterior(linear("float32"), x, y, tau)
+        return laplace.leave_one_out(result).logits
+
+    found = np.asarray(jax.vmap(logits)(jnp.geomspace(1e-30, 1e-6, 100)))[:, :, 0]
+    assert np.isfinite(found).all()
+    assert np.max(found[:, 0]) < -1e4
+    assert np.min(found[:, 1]) > 1e4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @ROWS
 def test_low_precision_agrees_with_float64(rows, dtype):
