@@ -170,8 +170,8 @@ def _posterior(
 def _cholesky_plus_identity(gram: jax.Array) -> jax.Array:
     """The Cholesky factor of `I + gram`, finite for any finite gram.
 
-    Where rounding has made it indefinite, the least power of two times machine epsilon
-    that mends this is added to the diagonal, relative to its mean.
+    Where rounding has made the matrix indefinite, its diagonal is raised: by machine
+    epsilon times its mean, doubled until the factorization succeeds.
     """
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     b = identity + gram
@@ -295,7 +295,7 @@ def logit_covariance(posterior: Posterior, x: ArrayLike) -> jax.Array:
     .. math::
       \mathrm{Cov}(a_i) = J_i H^{-1} J_i^\top
 
-    It is that of the network linearized at params. Its square roots of the diagonal are
+    It is that of the network linearized at params. The square roots of its diagonal are
     standard deviations of the logits: how unsure the network is of an example, given
     the training data. Covariances between different examples are not returned. Examples
     are processed in blocks, so temporary memory is constant in M.
@@ -433,7 +433,7 @@ def influence(posterior: Posterior, x2: ArrayLike, y2: ArrayLike) -> jax.Array:
         p = posterior.pos_weight
         delta, _ = curvature.derivatives(params, forward(params, x), y, ones, p)
         x = jnp.where(jnp.all(delta == 0, axis=1)[:, None], 0, x)
-        products = projected(ones, x, delta)[1] @ train.T  # [B, N]
+        products = projected(ones, x, delta)[1] @ of_training.T  # [B, N]
         if not _is_of_examples(posterior):
             return (), products
         variances = 1 / posterior.prior_precision
@@ -443,7 +443,7 @@ def influence(posterior: Posterior, x2: ArrayLike, y2: ArrayLike) -> jax.Array:
     n = training.x.shape[0]
     size = _examples_per_block(posterior, n)
     examples = (training.x, training.delta)
-    train = sum_over_blocks(projected, jnp.ones(n, dtype), examples, size)[1]  # [N, D]
+    _, of_training = sum_over_blocks(projected, jnp.ones(n, dtype), examples, size)
     size = _examples_per_block(posterior, shape[0])
     examples = (replicate(x2), replicate(y2))
     return sum_over_blocks(block, jnp.ones(shape[0], dtype), examples, size)[1].T
