@@ -2,7 +2,7 @@
 
 import jax.export
 
-from jaxbce import curvature, per_example
+from jaxbce import curvature, laplace, per_example
 from jaxbce.checking import check_gradients
 from jaxbce.ensembles import ensemble_logits, ensemble_proba
 from jaxbce.gradients import deltas, grad, loss, value_and_grad
@@ -20,6 +20,8 @@ for _type in (
     Layer,
     SweepResult,
     curvature.KroneckerFactors,
+    laplace.LeaveOneOut,
+    laplace.Posterior,
     per_example.Clipped,
     per_example.NoiseScale,
     per_example.Scores,
@@ -49,6 +51,7 @@ __all__ = [
     "grad",
     "grid",
     "init",
+    "laplace",
     "logits",
     "loss",
     "per_example",

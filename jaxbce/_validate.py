@@ -300,6 +300,24 @@ def scalar(name: str, value: Any, *, allow_zero: bool = False) -> None:
     bounds(name, value, expected, least, np.inf)
 
 
+def prior_precision(value: Any, layers: int, dtype: Any) -> jax.Array:
+    """Checks precisions > 0, a scalar or one per layer; returns them as `[layers]`."""
+    name = "prior_precision"
+    is_sequence = isinstance(value, (tuple, list))
+    if is_sequence or getattr(value, "ndim", 0) > 0:
+        shape = (len(value),) if is_sequence else value.shape
+        if shape != (layers,):
+            raise ValueError(
+                f"expected {name} to be a number > 0, or one per layer of shape "
+                f"({layers},), got an array of shape {shape}"
+            )
+        for k, each in enumerate(value):
+            scalar(f"{name}[{k}]", each)
+        return jnp.stack([jnp.asarray(each, dtype) for each in value])
+    scalar(name, value)
+    return jnp.broadcast_to(jnp.asarray(value, dtype), (layers,))
+
+
 def reduction(value: Any) -> None:
     """Checks the name of a reduction."""
     if not isinstance(value, str) or value not in ("mean", "sum"):

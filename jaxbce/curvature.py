@@ -38,9 +38,9 @@ from jax.typing import ArrayLike
 from jaxbce import _validate, gradients
 from jaxbce._blocks import examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
-from jaxbce._layouts import drop_nonfinite, matmul, replicate
+from jaxbce._layouts import ROWS, drop_nonfinite, matmul, replicate, shard
 from jaxbce.gradients import Batch, check_batch
-from jaxbce.network import Activations, Params, forward, sigmoid
+from jaxbce.network import Activations, Params, forward, propagate, sigmoid
 
 
 @jit(static_argnames=("block_size",))
@@ -85,14 +85,41 @@ def ntk(
     """
     x = _validate.features(x, params)
     x2 = x if x2 is None else _validate.features(x2, params, "x2")
-    activations2, e2 = _logit_gradients(params, replicate(x2))
+    size = examples_per_block(block_size, params, x.shape[0])
+    theta = kernel(params, x, x2, None, size)
+    return theta[:, :, 0, 0] if params[-1].w.shape[1] == 1 else theta
+
+
+def kernel(
+    params: Params,
+    x: jax.Array,
+    x2: jax.Array,
+    variances: jax.Array | None,
+    block_size: int,
+) -> jax.Array:
+    """`J D Jᵀ`, `[N, M, n_L, n_L]`, the tangent kernel if D is the identity.
+
+    Args:
+      params: Parameters.
+      x: Features `[N, n_0]`.
+      x2: Features `[M, n_0]`.
+      variances: The entries of D, one for all parameters of a layer, `[K]`; the first
+        L − K layers have 0. None is the identity.
+      block_size: The largest number of examples of x per block.
+    """
+    activations2 = forward(params, replicate(x2))
+    e2 = _logit_gradients(params, activations2)
     outputs = params[-1].w.shape[1]
+    skipped = 0 if variances is None else len(params) - variances.shape[0]
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
-        activations, e = _logit_gradients(params, x)
+        activations = forward(params, x)
+        e = _logit_gradients(params, activations)
         total: Any = 0  # [B, n_L, M, n_L]
-        for k in range(len(params)):
+        for k in range(skipped, len(params)):
             inputs = 1 + matmul(activations.h[k], activations2.h[k].T)  # [B, M]
+            if variances is not None:
+                inputs *= variances[k - skipped]
             pairs = jnp.eye(outputs, dtype=inputs.dtype)[None, :, None, :]  # E_L = 1
             if k + 1 < len(params):
                 left, right = (t.reshape(-1, t.shape[-1]) for t in (e[k], e2[k]))
@@ -101,27 +128,45 @@ def ntk(
             total += inputs[:, None, :, None] * pairs
         return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
-    n = x.shape[0]
-    size = examples_per_block(block_size, params, n)
-    theta = sum_over_blocks(block, jnp.ones(n, x.dtype), (x,), size)[1]
-    return theta[:, :, 0, 0] if outputs == 1 else theta
+    return sum_over_blocks(block, jnp.ones(x.shape[0], x.dtype), (x,), block_size)[1]
 
 
-def _logit_gradients(
-    params: Params, x: jax.Array
-) -> tuple[Activations, tuple[jax.Array, ...]]:
-    """The activations, and `E_k = ∂a_L/∂a_k`, each `[N, n_L, n_k]`."""
-    activations = forward(params, x)
+def jacobian(
+    params: Params, activations: Activations, variances: jax.Array | None
+) -> jax.Array:
+    """`J √D`, `[N, n_L, P]`, with D as in `kernel` and the P parameters of its layers.
+
+    The parameters are in the order of `ravel_pytree`.
+    """
+    e = _logit_gradients(params, activations)
+    if variances is not None:
+        skipped = len(params) - variances.shape[0]
+        e = tuple(
+            e_k * jnp.sqrt(v) for e_k, v in zip(e[skipped:], variances, strict=True)
+        )
+    h = activations.h[len(params) - len(e) : -1]
+
+    def gradient(h: tuple[jax.Array, ...], e: tuple[jax.Array, ...]) -> Params:
+        one_row = jax.tree.map(lambda t: t[None], (h, e))
+        return gradients.contract(*one_row)
+
+    of_each_logit = jax.vmap(jax.vmap(gradient, (None, 0)))(h, e)
+    leaves = jax.tree.leaves(of_each_logit)  # each [N, n_L, ...]
+    return jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in leaves], axis=2)
+
+
+def _logit_gradients(params: Params, activations: Activations) -> tuple[jax.Array, ...]:
+    """`E_k = ∂a_L/∂a_k`, each `[N, n_L, n_k]`."""
     a = activations.a[-1]
     ones = jnp.eye(a.shape[1], dtype=a.dtype)[:, None, :]  # [n_L, 1, n_L]
     cotangents = jnp.broadcast_to(ones, (a.shape[1], *a.shape))
     back = jax.vmap(
         lambda delta: gradients.pull_back(params, activations, delta), out_axes=1
     )
-    return activations, back(cotangents)
+    return tuple(shard(e_k, like=a) for e_k in back(cotangents))
 
 
-def _derivatives(
+def derivatives(
     params: Params, activations: Activations, y: jax.Array, c: jax.Array, p: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`δ_L` and `S = c ((1−y) + p y) σ(a) σ(−a)`, each `[N, n_L]`."""
@@ -231,7 +276,7 @@ def _curvature_vp(
 
     def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Params, tuple]:
         activations = forward(params, x)
-        delta, s = _derivatives(params, activations, y, c, batch.pos_weight)
+        delta, s = derivatives(params, activations, y, c, batch.pos_weight)
         drop = functools.partial(drop_nonfinite, c == 0)
         h = tuple(drop(h_k) for h_k in activations.h[:-1])
         a_dot, h_dot = _push_forward(params, h, v)
@@ -322,7 +367,7 @@ def ggn_eigenvalues(
       23(2), 2001.
     """
     batch = check_batch(params, x, y, sample_weight, pos_weight, reduction)
-    num_params, num_logits = _num_params(params), batch.y.size
+    num_params, num_logits = count_params(params), batch.y.size
     most = min(num_params, num_logits)
     count = most if k is None else _validate.count("k", k)
     if count > most:
@@ -330,12 +375,10 @@ def ggn_eigenvalues(
             f"expected k to be an integer from 1 to {most}, the most eigenvalues that "
             f"can be nonzero, got {k}"
         )
-    delta, s = _derivatives(params, forward(params, batch.x), *batch[1:])
-    saturated = jnp.all((delta == 0) & (s == 0), axis=1) & (batch.c != 0)  # [N]
-    batch = batch._replace(x=jnp.where(saturated[:, None], 0, batch.x))
+    batch = drop_saturated(params, batch)
     size = examples_per_block(block_size, params, batch.x.shape[0])
     if k is None or num_logits < num_params or 5 * count >= num_params:
-        gram = _smaller_gram(params, batch, size)
+        gram = smaller_gram(params, batch, None, size)
         return jnp.flip(jnp.linalg.eigvalsh(gram)).clip(0)[:count]
     return _largest_eigenpairs(count, size, params, batch)[0].clip(0)
 
@@ -351,7 +394,7 @@ def _largest_eigenpairs(
     are dependent, as the residuals of a matrix of low rank are.
     """
     columns = jax.vmap(_flat_ggn_vp(params, batch, block_size), in_axes=1, out_axes=1)
-    size, dtype = _num_params(params), batch.c.dtype
+    size, dtype = count_params(params), batch.c.dtype
 
     def best_in_span(vectors: jax.Array) -> tuple[jax.Array, ...]:
         basis = jnp.linalg.qr(vectors)[0]
@@ -400,7 +443,8 @@ def _largest_eigenpairs_jvp(
     return (values, vectors), (values_dot, jnp.full_like(vectors, jnp.nan))
 
 
-def _num_params(params: Params) -> int:
+def count_params(params: Params) -> int:
+    """P, the number of weights and biases."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -416,22 +460,49 @@ def _flat_ggn_vp(params: Params, batch: Batch, block_size: int) -> Any:
     return product
 
 
-def _smaller_gram(params: Params, batch: Batch, block_size: int) -> jax.Array:
-    """The smaller of `√S Θ √S` and the GGN, which share their nonzero eigenvalues."""
-    size, (n, outputs) = _num_params(params), batch.y.shape
-    if n * outputs < size:
-        # The rows of √S Θ √S that belong to an example of weight 0 are 0.
-        x = jnp.where((batch.c == 0)[:, None], 0, batch.x)
-        e = jnp.exp(-jnp.abs(forward(params, x).a[-1]) / 2)
-        # √σ(a)σ(−a) = e / (1 + e²) has a finite derivative, also where it underflows.
-        root = jnp.sqrt(_label_weights(*batch[1:])) * e / (1 + e**2)  # √S, [N, n_L]
-        theta, root = replicate(ntk(params, x, block_size=block_size)), replicate(root)
-        theta = theta.reshape(n, n, outputs, outputs).transpose(0, 2, 1, 3)
-        root = root.ravel()
-        theta = theta.reshape(n * outputs, n * outputs)
+def drop_saturated(params: Params, batch: Batch) -> Batch:
+    """The batch with features and weight 0 for examples whose δ_L and S are 0."""
+    delta, s = derivatives(params, forward(params, batch.x), *batch[1:])
+    saturated = jnp.all((delta == 0) & (s == 0), axis=1) & (batch.c != 0)  # [N]
+    return batch._replace(
+        x=jnp.where(saturated[:, None], 0, batch.x), c=jnp.where(saturated, 0, batch.c)
+    )
+
+
+def root_curvature(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Features with 0 for the examples of weight 0, and `√S`, `[N, n_L]`."""
+    x = jnp.where((batch.c == 0)[:, None], 0, batch.x)
+    e = jnp.exp(-jnp.abs(forward(params, x).a[-1]) / 2)
+    # √σ(a)σ(−a) = e / (1 + e²) has a finite derivative, also where it underflows.
+    return x, jnp.sqrt(_label_weights(*batch[1:])) * e / (1 + e**2)
+
+
+def smaller_gram(
+    params: Params, batch: Batch, variances: jax.Array | None, block_size: int
+) -> jax.Array:
+    """The smaller of `√S J D Jᵀ √S` and `√D Jᵀ S J √D`, with equal nonzero eigenvalues.
+
+    D is described in `kernel`. For a symbolic number of examples it is the second.
+    """
+    n, outputs = batch.y.shape
+    selected = params if variances is None else params[-variances.shape[0] :]
+    size = count_params(selected)
+    if isinstance(n, int) and n * outputs < size:
+        x, root = root_curvature(params, batch)
+        theta = replicate(kernel(params, x, x, variances, block_size))
+        theta = theta.transpose(0, 2, 1, 3).reshape(n * outputs, n * outputs)
+        root = replicate(root).ravel()
         return root[:, None] * theta * root[None, :]
-    basis = jnp.eye(size, dtype=batch.c.dtype)
-    return jax.lax.map(_flat_ggn_vp(params, batch, block_size), basis)
+
+    def block(c: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple]:
+        activations = propagate(params, x, ROWS, c == 0)
+        _, s = derivatives(params, activations, y, c, batch.pos_weight)
+        rows = jacobian(params, activations, variances).reshape(-1, size)
+        return matmul((s.reshape(-1)[:, None] * rows).T, rows), ()
+
+    if isinstance(n, int):  # the rows of a block take about the memory of the result
+        block_size = min(block_size, max(256, size // outputs))
+    return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
 
 
 def log_evidence(
@@ -456,10 +527,11 @@ def log_evidence(
     :math:`\tau/2\,\|\theta\|^2`, but can be computed for any params. With soft labels,
     weights or pos_weight the likelihood is a weighted one.
 
+    This is `laplace.log_evidence`, where each layer may have a precision of its own.
     The result can be differentiated with respect to the prior precision, for example to
-    choose τ by gradient ascent. The eigenvalues have absolute errors of the order of
-    machine epsilon times the largest one, and τ should be well above that: in float32,
-    above 1e-5 times the largest eigenvalue. For a smaller τ use float64.
+    choose τ by gradient ascent. The matrix has errors of the order of machine epsilon
+    times its largest eigenvalue, and τ should be well above that: in float32, above
+    1e-5 times the largest eigenvalue. For a smaller τ use float64.
 
     Args:
       params: A tuple of `Layer`.
@@ -490,31 +562,19 @@ def log_evidence(
       Computation 4(3), 1992. Immer et al., Scalable Marginal Likelihood Estimation for
       Model Selection in Deep Learning, 2021, arXiv:2104.04975.
     """
+    from jaxbce import laplace  # here, because laplace imports this module
+
     _validate.scalar("prior_precision", prior_precision)
-    loss = gradients.loss(
+    posterior = laplace.posterior(
         params,
         x,
         y,
+        prior_precision,
         sample_weight=sample_weight,
         pos_weight=pos_weight,
-        reduction="sum",
         block_size=block_size,
     )
-    eigenvalues = ggn_eigenvalues(
-        params,
-        x,
-        y,
-        sample_weight=sample_weight,
-        pos_weight=pos_weight,
-        reduction="sum",
-        block_size=block_size,
-    )
-    tau = jnp.asarray(prior_precision, loss.dtype)
-    squared_norm = sum(
-        jnp.sum(jnp.square(leaf.astype(tau.dtype))) for leaf in jax.tree.leaves(params)
-    )
-    log_det = jnp.sum(jnp.log1p(eigenvalues / tau))
-    return -loss - tau / 2 * squared_norm - log_det / 2
+    return laplace.log_evidence(posterior)
 
 
 class KroneckerFactors(NamedTuple):
@@ -574,7 +634,8 @@ def kfac_factors(
     dtype = _validate.accumulation_dtype(x.dtype)
 
     def block(c: jax.Array, x: jax.Array) -> tuple[Any, tuple]:
-        activations, e = _logit_gradients(params, x)
+        activations = forward(params, x)
+        e = _logit_gradients(params, activations)
         a = activations.a[-1]
         s = c[:, None] * sigmoid(a) * sigmoid(-a)  # [N, n_L]
         factors = []

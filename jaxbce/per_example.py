@@ -207,10 +207,10 @@ def inner_products(
       (\delta_{k,i} \cdot \delta_{k,j})
 
     To first order, a gradient step with learning rate η on example i changes the loss
-    of example j by −η times this. TracIn is the sum over checkpoints, weighted by their
-    learning rates. For checkpoints stacked along a leading axis it is
-    `jnp.tensordot(rates, jax.vmap(inner_products, (0, None, None, None, None))(stacked,
-    x, y, x2, y2), 1)`.
+    of example j by −η times this. The literature calls it Grad-Dot. TracIn is the sum
+    over checkpoints, weighted by their learning rates. For checkpoints stacked along a
+    leading axis it is `jnp.tensordot(rates, jax.vmap(inner_products, (0, None, None,
+    None, None))(stacked, x, y, x2, y2), 1)`.
 
     Args:
       params: A tuple of `Layer`.

@@ -13,7 +13,7 @@ import pytest
 from jax import P
 
 import jaxbce
-from jaxbce import _layouts, curvature, gradients, per_example
+from jaxbce import _layouts, curvature, gradients, laplace, per_example
 from tests.helpers import member, problem, relative_error
 
 
@@ -57,6 +57,7 @@ def traced_per_example_work_and_curvature(dtype):
             curvature.ggn_eigenvalues(params, x, y, k=3),
             curvature.log_evidence(params, x, y, 1.0),
             curvature.kfac_factors(params, x),
+            laplace_quantities(params, x, y),
         )
 
     return jax.jit(everything).trace(*problem((5, 4, 2)).arguments(dtype))
@@ -138,7 +139,20 @@ def test_nothing_relies_on_rank_promotion():
         assert checked.passed
 
 
-QUANTITIES = {  # every public function of per_example and curvature
+def laplace_quantities(params, x, y):
+    """All of `laplace`; 14 examples have more logits than there are parameters."""
+    posterior = laplace.posterior(params, x, y, (0.5, 2.0))
+    last = laplace.posterior(params, x, y, 1.0, layers="last", sample_weight=y[:, 0])
+    return (
+        laplace.logit_covariance(posterior, x),
+        laplace.predict_proba(last, x),
+        laplace.influence(posterior, x, y),
+        laplace.leave_one_out(posterior),
+        laplace.log_evidence(last),
+    )
+
+
+QUANTITIES = {  # every public function of per_example, curvature and laplace
     "grads": per_example.grads,
     "norms": per_example.norms,
     "inner_products": lambda params, x, y: per_example.inner_products(
@@ -153,11 +167,12 @@ QUANTITIES = {  # every public function of per_example and curvature
     "hvp": lambda params, x, y: curvature.hvp(params, x, y, params),
     "ggn_vp": lambda params, x, y: curvature.ggn_vp(params, x, y, params),
     "kfac_factors": lambda params, x, y: curvature.kfac_factors(params, x),
+    "laplace": laplace_quantities,
+    "log_evidence": lambda params, x, y: curvature.log_evidence(params, x, y, 1.0),
     "ggn_eigenvalues": curvature.ggn_eigenvalues,
     "largest eigenvalues": lambda params, x, y: curvature.ggn_eigenvalues(
         params, x, y, k=2
     ),
-    "log_evidence": lambda params, x, y: curvature.log_evidence(params, x, y, 1.0),
 }
 EVERY_QUANTITY = pytest.mark.parametrize("name", QUANTITIES)
 
@@ -235,7 +250,8 @@ def on_one_device(name, rows):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
 @pytest.mark.parametrize(
-    ("name", "rows"), [*((name, 28) for name in ON_A_MESH), ("ggn_eigenvalues", 8)]
+    ("name", "rows"),
+    [*((name, 28) for name in ON_A_MESH), ("ggn_eigenvalues", 8), ("laplace", 8)],
 )
 def test_examples_on_a_mesh_give_what_one_device_gives(name, rows, axis_type):
     axis_types = (jax.sharding.AxisType[axis_type],) * 2
@@ -344,7 +360,7 @@ def weighted_fit(params, x, y):
 
 
 EXPORTED = (
-    {name: QUANTITIES[name] for name in list(QUANTITIES)[:-3]}
+    {name: QUANTITIES[name] for name in list(QUANTITIES)[:-2]}
     | {
         "forward": lambda params, x, y: jaxbce.forward(params, x),
         "logits": lambda params, x, y: jaxbce.logits(params, x),
@@ -424,7 +440,9 @@ def test_there_is_one_backward_pass(name, monkeypatch):
     assert changes(name, monkeypatch, "pull_back", altered)
 
 
-@pytest.mark.parametrize("name", [*SUMS, "ggn_eigenvalues", "largest eigenvalues"])
+@pytest.mark.parametrize(
+    "name", [*SUMS, "laplace", "ggn_eigenvalues", "largest eigenvalues"]
+)
 def test_there_is_one_contraction(name, monkeypatch):
     honest = gradients.contract
 

@@ -33,6 +33,7 @@ from typing import assert_type
 
 from jaxbce.checking import Report
 from jaxbce.curvature import KroneckerFactors
+from jaxbce.laplace import LeaveOneOut, Posterior
 from jaxbce.network import Params
 from jaxbce.per_example import Clipped
 
@@ -51,6 +52,10 @@ assert_type(clipped, Clipped)
 assert_type(clipped.grads, Params)
 assert_type(jaxbce.curvature.hvp(params, x, y, params), Params)
 assert_type(jaxbce.curvature.kfac_factors(params, x), tuple[KroneckerFactors, ...])
+posterior = jaxbce.laplace.posterior(params, x, y, (1.0, device_x), layers="last")
+assert_type(posterior, Posterior)
+assert_type(jaxbce.laplace.influence(posterior, x, y), jax.Array)
+assert_type(jaxbce.laplace.leave_one_out(posterior), LeaveOneOut)
 run = jaxbce.fit(key, params, x, y, optimizer=optimizer, num_steps=3)
 run = jaxbce.fit(
     key,
