@@ -62,7 +62,9 @@ def save(
     importances = metrics.permutation_importances(
         preprocessor,
         lambda x: _logits(model, x),
-        table.features.iloc[splits["test"].rows],
+        preprocessing.drop_too_large(
+            preprocessor, table.features.iloc[splits["test"].rows]
+        ),
         splits["test"].y,
         result["configuration"]["seed"],
     )
@@ -184,7 +186,8 @@ def _draw_boundary(
 ) -> None:
     """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
-    numbers = table.features.select_dtypes(float).dropna()
+    kept = preprocessing.drop_too_large(model["preprocessor"], table.features)
+    numbers = kept.select_dtypes(float).dropna()
     is_plane = numbers.shape[1] == len(names) == splits["train"].x.shape[1] == 2
     if not is_plane or table.y.shape[1] != 1:
         return
@@ -196,7 +199,7 @@ def _draw_boundary(
     plots.boundary(
         folder / "boundary.png",
         numbers.to_numpy(),
-        table.y[table.features.notna().all(axis=1), 0],
+        table.y[kept.notna().all(axis=1), 0],
         names,
         probability,
     )

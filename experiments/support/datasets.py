@@ -191,7 +191,9 @@ def from_flags(seed: int) -> Table:
 
 def _stripped(value: Any) -> Any:
     """The value of a flag; names of columns have no surrounding blanks."""
-    return [name.strip() for name in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [name.strip() for name in value]
+    return value and value.strip()
 
 
 def format_from_flags(default: Format = PLAIN) -> Format:
@@ -264,10 +266,12 @@ def load(
     group, time = (key, None) if selection.time is None else (None, key)
     table = Table(data, x, labels, classes, described, group, time)
     for name, path in held_out.items():
-        features, y = user_files.load_held_out(path, table.classes, table.schema)
+        features, y = user_files.load_held_out(path, table.classes, table.schema, group)
         both = pd.concat([table.features, features])
-        if both.duplicated()[len(table.y) :].all():
-            warn(path, "all rows are also among the other rows")
+        repeated = both.duplicated()
+        in_both = float(repeated[len(table.y) :].mean())
+        if in_both > max(0.1, 2 * float(repeated[: len(table.y)].mean())):
+            warn(path, f"{in_both:.0%} of its rows are also among the other rows")
         rows = len(table.y) + np.arange(len(y))
         table = table._replace(
             features=both,
@@ -348,7 +352,8 @@ def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]
       InputError: If a label is too rare to occur in every split.
     """
     count = len(table.y) - sum(len(part.rows) for part in table.held_out.values())
-    _check_labels(table.name, table.y[:count], table.classes)
+    if len(table.held_out) < 2:
+        _check_labels(table.name, table.y[:count], table.classes)
     chosen_rows = splitting.divide(
         table.name,
         table.y[:count],

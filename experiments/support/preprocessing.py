@@ -92,21 +92,28 @@ def transform(
 
     Numbers that are too large to standardize are imputed, and counted on stderr.
     """
+    kept = drop_too_large(transformer, features)
+    if kept is not features:
+        lost = kept.isna() & features.notna()
+        for column in kept.columns[lost.any()]:
+            count = int(lost[column].sum())
+            warn(name, f"{column!r} is too large in {count} rows; read as missing")
+    return np.asarray(transformer.transform(kept), np.float64)
+
+
+def drop_too_large(
+    transformer: ColumnTransformer, features: pd.DataFrame
+) -> pd.DataFrame:
+    """The features without the numbers that are too large to standardize."""
     _, (scaler, *_), numbers = transformer.transformers_[0]
+    if not numbers:
+        return features
     with np.errstate(all="ignore"):
-        if numbers:
-            standardized = scaler.transform(features[numbers])
-            too_large = np.abs(standardized) >= MAX_STANDARDIZED
-            for column in np.flatnonzero(too_large.any(axis=0)):
-                warn(
-                    name,
-                    f"{numbers[column]!r} is too large in "
-                    f"{too_large[:, column].sum()} rows; read as missing",
-                )
-            if too_large.any():
-                kept = features[numbers].mask(too_large)
-                features = features.assign(**kept)
-        return np.asarray(transformer.transform(features), np.float64)
+        standardized = scaler.transform(features[numbers])
+    too_large = np.abs(standardized) >= MAX_STANDARDIZED
+    if not too_large.any():
+        return features
+    return features.assign(**features[numbers].mask(too_large))
 
 
 def categories(transformer: ColumnTransformer) -> dict[str, np.ndarray]:

@@ -330,7 +330,9 @@ def known_labels(
     column: pd.Series, classes: tuple[Hashable, Hashable], fmt: Format
 ) -> np.ndarray:
     """Labels `[N]`, float64; NaN where a cell is neither of the two `classes`."""
-    form = {bool: "boolean", str: "text"}.get(type(classes[0]), "number")
+    form = "text" if isinstance(classes[0], str) else "number"
+    if set(classes) == {0, 1}:  # also if they are False and True
+        form = "boolean"
     keys = parsing.keys(parsing.cells(column), form, fmt)
     names = parsing.keys(pa.array(list(map(str, classes))), form, PLAIN)
     return np.select([keys == name for name in names], [0.0, 1.0], np.nan)

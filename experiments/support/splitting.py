@@ -1,5 +1,6 @@
 """Which rows are for training, validation and test."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -30,8 +31,6 @@ TIME = flags.DEFINE_string(
     "Column of --data with numbers or dates: the latest rows are for the test, those "
     "before them for validation. It is no feature unless --columns names it.",
 )
-HELD_OUT = ("test", "validation")  # in the order in which they are split off
-TRAIN_PARTS = 3  # rows to train on, of 5 parts; the other splits are one each
 MIN_ROWS_PER_LABEL = 5  # so that each split has one
 
 
@@ -108,7 +107,15 @@ def _by_group(
             "needed"
         )
     folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
-    return next(folds.split(stratum, stratum, group))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of labels that are rare
+            found = list(folds.split(stratum, stratum, group))
+    except ValueError:
+        raise InputError(
+            f"--group={group.name}: {name} has too few rows of a label for a split"
+        ) from None
+    part = len(group) / parts  # the first fold has the group that varies most
+    return min(found, key=lambda fold: abs(len(fold[1]) - part))
 
 
 def _by_time(time: pd.Series, parts: int, name: str) -> tuple[np.ndarray, np.ndarray]:

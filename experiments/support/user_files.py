@@ -118,7 +118,10 @@ def load(
 
 
 def load_held_out(
-    data: str, classes: dict[str, tuple[Any, Any]], described: Schema
+    data: str,
+    classes: dict[str, tuple[Any, Any]],
+    described: Schema,
+    group: pd.Series | None = None,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Reads more rows, as those of the file to train on are read.
 
@@ -126,6 +129,8 @@ def load_held_out(
       data: Path of the file.
       classes: By target, the values of labels 0 and 1.
       described: What the columns hold.
+      group: The groups of the file to train on, if there are groups. Those that are
+        also in this file are reported.
 
     Returns:
       Features and labels `[N, n_L]` of the rows that have labels.
@@ -151,6 +156,12 @@ def load_held_out(
     rows = _complete(data, "label", y)
     if not len(rows):
         raise InputError(f"{data}: has no rows left")
+    if group is not None and group.name in raw:
+        name = str(group.name)
+        found = _key(data, raw.loc[rows], described.format, Selection(group=name))
+        if isinstance(found, pd.Series) and (shared := {*group} & {*found.dropna()}):
+            text = f"{len(shared)} values of {name!r} are also in the file to train on"
+            table_io.warn(data, text)
     return schema.features(data, raw.loc[rows], described), y.loc[rows].to_numpy()
 
 

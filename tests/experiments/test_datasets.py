@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.support import datasets, preprocessing
+from experiments.support import datasets, metrics, preprocessing
 from experiments.support.cli import InputError
 from experiments.support.datasets import Selection
 
@@ -206,3 +206,24 @@ def test_what_is_constant_in_training_has_no_influence():
     np.testing.assert_array_equal(x[:, 1:], 0)
     with pytest.raises(InputError, match="t: has no column that varies"):
         preprocessing.fit("t", features[["d"]].iloc[:3], "impute")
+
+
+def test_a_number_too_large_is_missing_for_metrics_and_importances(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(40, 2)), columns=["a", "b"])
+    table["y"] = [0, 1] * 20
+    data = loaded(tmp_path, table)
+    fitted = preprocessing.fit("", data.features, "impute")
+    large = data.features.assign(
+        a=data.features["a"].where(data.features.index != 3, 1e30)
+    )
+    x = preprocessing.transform("new.csv", fitted, large)
+    assert "new.csv: 'a' is too large in 1 rows; read as missing" in (
+        capsys.readouterr().err
+    )
+    kept = preprocessing.drop_too_large(fitted, large)
+    np.testing.assert_array_equal(fitted.transform(kept), x)
+    importances = metrics.permutation_importances(
+        fitted, lambda x: x[:, :1], kept, data.y, seed=0
+    )
+    assert np.abs(importances["importance"].to_numpy()).max() < 10

@@ -142,6 +142,18 @@ def test_a_file_of_its_own_is_read_as_the_file_to_train_on(load, capsys):
     assert "test.csv: 'kind' is '02' in 20 rows, not seen in training" in error
 
 
+@pytest.mark.parametrize(
+    "labels", [[False, True], ["false", "TRUE"], [0, 1], ["0", 1.0]]
+)
+def test_labels_0_and_1_are_false_and_true_in_another_file(load, labels):
+    """In both directions."""
+    ours = ROWS.assign(y=np.where(ROWS.y == "yes", 1, 0))
+    theirs = ROWS.assign(y=[labels[i] for i in ours.y])
+    for rows, other in ((ours, theirs), (theirs, ours)):
+        splits, _ = datasets.split(load(rows, {"test": other}), 0)
+        np.testing.assert_array_equal(splits["test"].y[:, 0], ours.y)
+
+
 def test_missing_values_and_labels_of_a_file_of_its_own(load, capsys):
     other = ROWS[:50].astype({"y": object})
     other.loc[3, "y"] = None
@@ -162,11 +174,33 @@ def test_missing_values_and_labels_of_a_file_of_its_own(load, capsys):
         load(files={"test": other})
 
 
-def test_a_test_file_whose_rows_are_all_trained_on_is_reported(load, capsys):
+def test_rows_and_groups_that_are_also_trained_on_are_reported(load, capsys):
     load(files={"test": ROWS[:100]})
-    assert "test.csv: all rows are also among the other rows" in capsys.readouterr().err
+    message = "test.csv: 100% of its rows are also among the other rows"
+    assert message in capsys.readouterr().err
     load(ROWS[:100], files={"test": ROWS[99:]})
-    assert "also among" not in capsys.readouterr().err
+    columns = ["kind"]  # in which rows repeat each other
+    load(ROWS[:100], files={"test": ROWS[100:]}, columns=columns)
+    assert "also" not in capsys.readouterr().err
+    load(ROWS[:100], files={"test": ROWS[100:]}, group="patient")
+    shared = len({*ROWS.patient[:100]} & {*ROWS.patient[100:]})
+    message = f"test.csv: {shared} values of 'patient' are also in the file to train on"
+    assert message in capsys.readouterr().err
+
+
+def test_a_large_group_is_trained_on(load):
+    rows = ROWS.assign(patient=np.where(np.arange(N) < 120, 1, ROWS.patient))
+    for seed in range(3):
+        splits, _ = datasets.split(load(rows, group="patient"), seed)
+        sizes = [len(splits[name].rows) for name in ("train", "validation", "test")]
+        assert sizes[0] >= 120
+        assert min(sizes) > 15
+
+
+def test_two_files_leave_all_rows_of_a_rare_label_to_train_on(load):
+    rare = ROWS.assign(y=np.where(np.arange(N) < 3, "yes", "no"))
+    splits, _ = datasets.split(load(rare, {"validation": ROWS, "test": ROWS}), 0)
+    assert splits["train"].y.sum() == 3
 
 
 def few(**columns):
@@ -189,6 +223,16 @@ def few(**columns):
             few(t=np.arange(N) % 4),
             {"time": "t"},
             "--time=t: .*data.csv has 4 times; at least 5 are needed",
+        ),
+        (
+            few(y=np.where(np.arange(N) < 5, "yes", "no"), g=np.arange(N) < 196),
+            {"group": "g"},
+            "--group=g: .*data.csv has 2 groups",
+        ),
+        (
+            few(g=np.where(np.arange(N) < 195, 0, np.arange(N))),
+            {"group": "g"},
+            "--group=g: .*too few rows of a label|in all .* rows",
         ),
         (
             few(y=ROWS.y.where(np.arange(N) < 150, "yes"), t=np.arange(N)),
