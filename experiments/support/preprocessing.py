@@ -94,9 +94,8 @@ def transform(
     """
     kept = drop_too_large(transformer, features)
     if kept is not features:
-        lost = kept.isna() & features.notna()
-        for column in kept.columns[lost.any()]:
-            count = int(lost[column].sum())
+        lost = (kept.isna() & features.notna()).to_numpy().sum(axis=0)
+        for column, count in zip(kept.columns[lost > 0], lost[lost > 0], strict=True):
             warn(name, f"{column!r} is too large in {count} rows; read as missing")
     return np.asarray(transformer.transform(kept), np.float64)
 
