@@ -47,12 +47,14 @@ def trace(functions: Functions, hparams: Any, y: Any) -> tuple[Programs, Any]:
 
 def _weight(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
     s = make(dict(hparams))
-    return _validate.made("make_sample_weight", s, (y.shape[0],), "[N]", y.dtype)
+    return _validate.returned_array(
+        "make_sample_weight", s, (y.shape[0],), "[N]", y.dtype
+    )
 
 
 def _labels(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
     made = make(dict(hparams), y)
-    return _validate.made("make_labels", made, y.shape, "[N, n_L]", y.dtype)
+    return _validate.returned_array("make_labels", made, y.shape, "[N, n_L]", y.dtype)
 
 
 def examples(
@@ -88,6 +90,13 @@ def examples(
     return data, evaluated
 
 
+_EXPECTED = (  # of each point, in the order of the results of `_find_bad`
+    "make_sample_weight to return finite weights >= 0, not all of them 0",
+    'make_sample_weight to return some weights of 0 for validation="held_out"',
+    "make_labels to return labels in [0, 1]",
+)
+
+
 def check(
     programs: Programs,
     constants: Any,
@@ -112,19 +121,12 @@ def check(
     """
     if programs == (None, None):
         return
-    mapped = hparams, np.arange(points)
+    mapped = hparams, np.arange(points)  # so that the map has a length without any
     is_bad = _traced.jitted(_find_bad, programs, hold_out)(constants, mapped, data)
     for message, bad in zip(_EXPECTED, is_bad, strict=True):
         if bad.any():
             point = {name: v[bad.argmax()].item() for name, v in hparams.items()}
-            raise ValueError(f"expected {message}, got others for {point}")
-
-
-_EXPECTED = (
-    "make_sample_weight to return finite weights >= 0, not all of them 0",
-    'make_sample_weight to return some weights of 0 for validation="held_out"',
-    "make_labels to return labels in [0, 1]",
-)
+            raise ValueError(f"expected {message}, but it does not for hparams {point}")
 
 
 def _find_bad(
@@ -148,7 +150,9 @@ def _find_bad(
     return lax.map(point, mapped)
 
 
-def starts(params: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Params]:
+def check_initial_params(
+    params: Any, dtype: Any
+) -> tuple[tuple[int, ...], Any, Params]:
     """Checks parameters to start from.
 
     Args:
@@ -168,8 +172,8 @@ def starts(params: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Params]:
     axes = {leaf.shape[:2] for leaf in jax.tree.leaves(params)}
     if len(axes) > 1:
         raise ValueError(
-            "expected all of params to begin with the same axes [points, seeds], got "
-            f"{' and '.join(map(str, sorted(axes)))}"
+            "expected all leaves of params to have the same leading axes [points, "
+            f"seeds], got {' and '.join(map(str, sorted(axes)))}"
         )
     one = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params
@@ -182,11 +186,11 @@ def starts(params: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Params]:
     return (one[0].w.shape[0], *(layer.w.shape[1] for layer in one)), found, params
 
 
-def check_starts(params: Params | None, points: int | None, seeds: int) -> int:
-    """Checks the number of parameters to start from, and returns that of points.
+def resolve_num_points(params: Params | None, points: int | None, seeds: int) -> int:
+    """The number of points, checked against the parameters to start from.
 
     Args:
-      params: As `starts` returns them, or None.
+      params: As `check_initial_params` returns them, or None.
       points: Number of points; None if there are no hyperparameters.
       seeds: Number of seeds.
     """

@@ -341,7 +341,7 @@ def block_size(value: Any) -> None:
         raise ValueError(message)
 
 
-def made(
+def returned_array(
     name: str, value: Any, shape: tuple[int, ...], form: str, dtype: Any
 ) -> jax.Array:
     """Checks the array that a function of the user returns, and casts it."""

@@ -29,7 +29,7 @@ def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
     log-loss of the ensemble is `bce_with_logits(ensemble_logits(params, x), y)`.
 
     Args:
-      params: Parameters of all networks: leaves with any leading axes, such as
+      params: Parameters of M networks: leaves with any leading axes, such as
         `[points, seeds, ...]` in a `SweepResult`.
       x: Features `[N, n_0]`, floating, N >= 1. Networks and examples are processed in
         blocks, so that memory does not grow with N or M beyond the result.
@@ -81,11 +81,17 @@ def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
 def ensemble_proba(params: Params, x: ArrayLike) -> jax.Array:
     """Computes the mean probability of label 1 of several networks.
 
-    The arguments and errors are those of `ensemble_logits`.
+    Args:
+      params: Parameters of M networks: leaves with any leading axes.
+      x: Features `[N, n_0]`, floating, N >= 1.
 
     Returns:
-      Probabilities `[N, n_L]`, in the accumulation dtype. They keep their digits near
-      0; near 1 use `ensemble_logits`.
+      Probabilities `[N, n_L]`, in the accumulation dtype (float32 for bfloat16). They
+      are accurate near 0; near 1 use `ensemble_logits`.
+
+    Raises:
+      TypeError: If an argument has an unsupported type or dtype.
+      ValueError: If shapes do not match.
 
     Example:
       >>> import jax, jaxbce, optax
@@ -107,7 +113,7 @@ def _check(params: Any, x: Any) -> tuple[Params, Params, jax.Array]:
     leading = {getattr(leaf, "shape", ())[:axes] for leaf in jax.tree.leaves(params)}
     if len(leading) > 1:
         raise ValueError(
-            "expected all of params to begin with the same axes, got "
+            "expected all leaves of params to have the same leading axes, got "
             f"{' and '.join(map(str, sorted(leading)))}"
         )
     one = jax.tree.map(

@@ -96,10 +96,10 @@ def posterior(
     network that was trained on the mean loss with weight decay λ has τ = N λ.
 
     The cost is that of the kernel or the Jacobian of all examples, and of the Cholesky
-    factorization of a matrix of the smaller of N n_L and the number of parameters P.
-    Examples of weight 0, or whose δ_L and S are 0 (saturated and right), contribute
-    exactly nothing, whatever their features. Other features that are not finite make
-    the result not finite.
+    factorization of a matrix of size min(N n_L, P), for P parameters.
+    Examples of weight 0, or whose δ_L and S are 0 (saturated and correctly classified),
+    contribute exactly 0, whatever their features. Other features that are not finite
+    make the result not finite.
 
     Args:
       params: A tuple of `Layer`.
@@ -296,9 +296,9 @@ def logit_covariance(posterior: Posterior, x: ArrayLike) -> jax.Array:
       \mathrm{Cov}(a_i) = J_i H^{-1} J_i^\top
 
     It is that of the network linearized at params. The square roots of its diagonal are
-    standard deviations of the logits: how unsure the network is of an example, given
-    the training data. Covariances between different examples are not returned. Examples
-    are processed in blocks, so temporary memory is constant in M.
+    standard deviations of the logits: how uncertain the network is about an example,
+    given the training data. Covariances between different examples are not returned.
+    Examples are processed in blocks, so temporary memory is constant in M.
 
     Args:
       posterior: A `Posterior`.
@@ -340,7 +340,7 @@ def predict_proba(posterior: Posterior, x: ArrayLike) -> jax.Array:
 
     with the variance v of each logit. An uncertain logit moves its probability towards
     one half and never across it, so accuracy is that of the network. The log-loss often
-    is not better: averaged over all layers it is often worse than that of the network
+    is not better: with layers="all" it is often worse than that of the network
     itself, and averaged over the last layer about equal. Use it to find where the
     network is unsure, not to improve the log-loss.
 
@@ -392,7 +392,7 @@ def influence(posterior: Posterior, x2: ArrayLike, y2: ArrayLike) -> jax.Array:
     weight. The gradient of i includes both.
 
     Entries are exactly 0 for a training example of weight 0, and for examples whose
-    δ_L is 0 (saturated and right).
+    δ_L is 0 (saturated and correctly classified).
 
     Args:
       posterior: A `Posterior`.
@@ -479,12 +479,12 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
     minimize the objective with it, in the network linearized at params. For one output
     it is :math:`a_i + \Sigma_i s_i \delta_i / (1 - S_i \Sigma_i)`.
 
-    Examples of weight 0, and those whose δ_L is 0 (saturated and right), keep their
-    logits. A single example falls back to the prior around params. Since τ > 0, no
-    leverage is 1 in exact arithmetic. For P <= N n_L, :math:`1 - S_i \Sigma_i` loses
-    its digits where it comes near machine epsilon, as for an example that alone
-    determines a direction if τ is tiny. It is kept above machine epsilon for one
-    output. For such examples use float64.
+    Examples of weight 0, and those whose δ_L is 0 (saturated and correctly
+    classified), keep their logits. If N = 1, the posterior without the example is the
+    prior around params. Since τ > 0, no leverage is 1 in exact arithmetic. For P <= N
+    n_L, :math:`1 - S_i \Sigma_i` loses its digits where it comes near machine epsilon,
+    as for an example that alone determines a direction if τ is tiny. It is kept above
+    machine epsilon for one output. For such examples use float64.
 
     Args:
       posterior: A `Posterior`.

@@ -145,10 +145,11 @@ def sweep(
     argument `pos_weight`, even if hyperparameters change the loss that members train
     on.
 
-    The program is compiled once per shape of a group and operations of the optimizer
-    and penalty, as for `fit`. The shape depends on the number of members only if they
-    do not fill a group. On CPU each JAX device uses one core. To use n cores, call
-    `jax.config.update("jax_num_cpu_devices", n)` before any other use of JAX.
+    The program is compiled once per shape of a group and per distinct computation of
+    the optimizer and penalty, as for `fit`. The shape depends on the number of members
+    only if they do not fill a group. On CPU each JAX device uses one core. To use n
+    cores, call `jax.config.update("jax_num_cpu_devices", n)` before any other use of
+    JAX.
 
     Args:
       key: A JAX random key.
@@ -160,12 +161,12 @@ def sweep(
         that it reads elsewhere, such as global variables, must not change.
       make_penalty: Builds the penalty of `fit` from them, a function of params.
       make_sample_weight: Builds the weights of the examples for one point, `[N]`, which
-        are multiplied by `sample_weight`. Such as `lambda hp: fold != hp["fold"]` for
-        cross-validation, where `fold [N]` is the fold of each example;
+        are multiplied by `sample_weight`. For example, `lambda hp: fold != hp["fold"]`
+        for cross-validation, where `fold [N]` is the fold of each example;
         `jnp.arange(N) != hp["left_out"]` for leave-one-out; or a draw of
         `jax.random.poisson(jax.random.key(hp["draw"]), 1, (N,))` for the bootstrap.
-        Members share features and batches all the same. The features of all examples
-        must be finite. The training loss is that of the member's own weights.
+        Members still share features and batches. The features of all examples must be
+        finite. The training loss has the member's own weights.
       make_labels: Builds the labels that a member trains on, `[N, n_L]`, from its
         hyperparameters and the given labels.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
@@ -173,16 +174,17 @@ def sweep(
         three names: `init_scale` multiplies the initial weights, `pos_weight` is passed
         to the loss that members train on, and `label_smoothing` ε replaces the labels
         that they train on by y (1 − ε) + ε / 2.
-      params: Parameters to start from, in place of `hidden` and drawn ones: those of
+      params: Parameters to start from, instead of `hidden` and random ones: those of
         one network, or leaves `[points, seeds, ...]` as in a `SweepResult`, where an
         axis may also have length 1.
       num_seeds: Number of seeds per point.
       first_seed: The first seed, so that a sweep can be split into several calls.
-      num_steps: As for `fit`, like the following arguments up to `pos_weight`.
+      num_steps: Number of steps. This and the next arguments up to `pos_weight` are as
+        in `fit`.
       batch_size: Number of examples per batch; None is N.
       validation: Features `[M, n_0]`, labels `[M, n_L]` and optionally weights `[M]`;
-        or "held_out", the examples to which `make_sample_weight` gives weight 0, other
-        ones for each point.
+        or "held_out", the examples to which `make_sample_weight` gives weight 0, which
+        differ between points.
       evaluate_every: Number of steps between evaluations.
       patience: Number of steps without a better loss after which a member stops.
       min_delta: The least improvement that counts as better.
@@ -222,6 +224,7 @@ def sweep(
       >>> result.train_loss.shape, (result.diverged_at >= 0).all(axis=1).tolist()
       ((3, 3, 1), [False, False, True])
     """
+    # Check the arguments.
     _validate.key(key)
     num_seeds = _validate.count("num_seeds", num_seeds)
     first_seed = _validate.count("first_seed", first_seed, least=0)
@@ -229,20 +232,25 @@ def sweep(
     _validate.function("make_optimizer", make_optimizer, expected)
     if make_penalty is not None:
         _validate.function("make_penalty", make_penalty, f"None or {expected}")
+    if make_sample_weight is not None:
+        _validate.function(
+            "make_sample_weight", make_sample_weight, f"None or {expected}"
+        )
+    if make_labels is not None:
+        expected = "None or a function of hyperparameters and labels"
+        _validate.function("make_labels", make_labels, expected, arguments=2)
     if callback is not None:
         expected = "None or a function of the number of members done"
         _validate.function("callback", callback, expected, arguments=1)
-    functions = _member_data.Functions(make_sample_weight, make_labels)
-    for name, function in functions._asdict().items():
-        if function is not None:
-            _validate.function(name, function, f"None or {expected}")
     hold_out = _holds_out(validation, make_sample_weight)
     _validate.mesh(mesh)
     _validate.matrix("x", x, "[N, n_0]")
     _validate.matrix("y", y, "[N, n_L]")
     sizes, dtype, starts = _networks(x, y, hidden, params, dtype)
     points, values = _points(hparams, dtype)
-    points = _member_data.check_starts(starts, points if values else None, num_seeds)
+    points = _member_data.resolve_num_points(
+        starts, points if values else None, num_seeds
+    )
     total = points * num_seeds
     shapes = _parameter_shapes(sizes, dtype)
     data, evaluated = datasets(
@@ -251,6 +259,8 @@ def sweep(
     options = training.check_options(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
     )
+
+    # Place what all members share on the devices.
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
@@ -259,31 +269,37 @@ def sweep(
     key_data = jax.random.key_data(key) if is_typed else key
     key_impl = str(jax.random.key_impl(key)) if is_typed else None
     shared = _to_devices(members_mesh, P(), (key_data, data, evaluated))
+
+    # Trace the user's functions.
     hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
-    typed = shared[1]
+    spec = shared[1]
     if "pos_weight" in hp:
-        typed = typed._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
+        spec = spec._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
     user = training.UserCode(
         _init, _step, (make_optimizer, make_penalty), options.batch_size
     )
     with jax.sharding.use_abstract_mesh(_NO_MESH):  # the members have theirs
-        programs, constants = training.trace(user, hp, shapes, typed)
-        made, made_constants = _member_data.trace(functions, hp, data.y)
-        _member_data.check(
-            made, made_constants, values, points, data, hold_out=hold_out
+        programs, constants = training.trace(user, hp, shapes, spec)
+        data_programs, data_constants = _member_data.trace(
+            _member_data.Functions(make_sample_weight, make_labels), hp, data.y
         )
-    _check_all_read(hp, (*programs, *filter(None, made)))
+        _member_data.check(
+            data_programs, data_constants, values, points, data, hold_out=hold_out
+        )
+    _check_all_read(hp, (*programs, *filter(None, data_programs)))
     plan = _Plan(
         mesh=members_mesh,
         sizes=sizes,
         dtype=dtype,
         programs=programs,
-        made=made,
+        data_programs=data_programs,
         hold_out=hold_out,
         options=options,
         keep_params=keep_params,
         key_impl=key_impl,
     )
+
+    # Train one group per device at a time.
     if group_size == "auto":
         group_size = max_members_per_device(
             sizes, dtype, x.shape[0], batch_size, devices
@@ -296,7 +312,7 @@ def sweep(
         try:
             members = _members(groups, len(devices), values, first_seed, starts)
             members = _to_devices(plan.mesh, P(_AXIS), members)
-            numbers = constants, made_constants
+            numbers = constants, data_constants
             with _only_mesh(plan.mesh):
                 trained = _to_host(_train(*members, shared, numbers, plan=plan))
         except jax.errors.JaxRuntimeError as error:
@@ -323,7 +339,7 @@ class _Plan(NamedTuple):
     sizes: tuple[int, ...]
     dtype: Any
     programs: training.Programs
-    made: _member_data.Programs
+    data_programs: _member_data.Programs
     hold_out: bool
     options: training.Options
     keep_params: bool
@@ -360,9 +376,10 @@ def _networks(
 ) -> tuple[tuple[int, ...], Any, Params | None]:
     """Layer sizes, dtype, and the parameters to start from, if they are given."""
     if (hidden is None) == (params is None):
-        raise TypeError("expected hidden or params, got both or neither")
+        got = "neither" if hidden is None else "both"
+        raise TypeError(f"expected exactly one of hidden and params, got {got}")
     if params is not None:
-        return _member_data.starts(params, dtype)
+        return _member_data.check_initial_params(params, dtype)
     sizes = (x.shape[1], *_validate.hidden(hidden), y.shape[1])
     return sizes, _validate.float_dtype(dtype), None
 
@@ -616,9 +633,14 @@ def _member(
     values: dict[str, Any],
 ) -> SweepResult:
     """Trains one member; `values` are the hyperparameters of its point, scalars."""
-    training_constants, made_constants = constants
+    training_constants, data_constants = constants
     data, evaluated = _member_data.examples(
-        plan.made, made_constants, values, data, evaluated, hold_out=plan.hold_out
+        plan.data_programs,
+        data_constants,
+        values,
+        data,
+        evaluated,
+        hold_out=plan.hold_out,
     )
     if "init_scale" in values:
         scale = values["init_scale"]

@@ -62,7 +62,7 @@ def save(
     importances = metrics.permutation_importances(
         preprocessor,
         lambda x: _logits(model, x),
-        preprocessing.drop_too_large(
+        preprocessing.mask_too_large(
             preprocessor, table.features.iloc[splits["test"].rows]
         ),
         splits["test"].y,
@@ -186,7 +186,7 @@ def _draw_boundary(
 ) -> None:
     """Draws the probability over the plane of two features, for one target only."""
     names = list(table.features.columns)
-    kept = preprocessing.drop_too_large(model["preprocessor"], table.features)
+    kept = preprocessing.mask_too_large(model["preprocessor"], table.features)
     numbers = kept.select_dtypes(float).dropna()
     is_plane = numbers.shape[1] == len(names) == splits["train"].x.shape[1] == 2
     if not is_plane or table.y.shape[1] != 1:

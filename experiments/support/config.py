@@ -269,8 +269,8 @@ class TrainingConfig:
         num_steps = self.num_steps or (self.epochs or DEFAULT_EPOCHS) * epoch
         if num_steps >= 2**31:
             raise InputError(
-                f"--epochs={self.epochs}: expected fewer than 2^31 steps, got "
-                f"{num_steps}"
+                f"expected fewer than 2^31 steps, got {num_steps}; lower --epochs or "
+                "raise --batch_size"
             )
         every = self.evaluate_every or max(epoch, -(-num_steps // 100))
         return dataclasses.replace(

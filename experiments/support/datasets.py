@@ -40,7 +40,8 @@ TARGET = flags.DEFINE_list(
 POSITIVE = flags.DEFINE_string(
     "positive",
     None,
-    "The value of every --target that is label 1. If not set, the larger one.",
+    "The value that is label 1, for every --target. Default: the larger one, or the "
+    "last one in alphabetical order.",
 )
 COLUMNS = flags.DEFINE_list(
     "columns", None, "Columns of --data to use as features. If not set, all."
@@ -54,7 +55,7 @@ CATEGORICAL = flags.DEFINE_list(
 NUMERIC = flags.DEFINE_list(
     "numeric",
     [],
-    "Columns of --data that hold numbers; what is no number is a missing value.",
+    "Columns of --data that hold numbers; cells that are not numbers count as missing.",
 )
 MISSING = flags.DEFINE_enum(
     "missing",
@@ -62,14 +63,18 @@ MISSING = flags.DEFINE_enum(
     ["impute", "indicator", "drop", "error"],
     "What to do about missing values. impute: replace them by the training rows' "
     "median or most frequent category, and where more than 1% are missing, add a "
-    "column that says where; indicator: always add it; drop: leave out rows with "
-    "missing values; error: refuse the file. New rows are always imputed.",
+    "missing-value indicator; indicator: always add it; drop: leave out rows with "
+    "missing values, of --data only; error: refuse the file. Rows that --predict "
+    "scores "
+    "are always imputed.",
 )
 NA_VALUES = flags.DEFINE_list(
     "na_values",
     None,
-    "Cells that mean a missing value, besides blank ones. If not set, pandas's list, "
-    "such as NA, None and null; '' for blank ones alone.",
+    "Cells to treat as missing, besides blank ones. Default: pandas's list, such as "
+    "NA, "
+    "None and null. For categories and labels, this replaces the list ('' for blank "
+    "cells only); elsewhere it adds to it.",
 )
 SEPARATOR = flags.DEFINE_string(
     "separator",
@@ -212,7 +217,7 @@ def format_from_flags(default: Format = PLAIN) -> Format:
             f"--separator={separator}: expected one character, or '\\s+' for any blanks"
         )
     if fmt.thousands == fmt.decimal:
-        raise InputError(f"--thousands={fmt.thousands}: is the decimal point, too")
+        raise InputError(f"--thousands and --decimal are both {fmt.decimal!r}")
     return fmt._replace(separator=separator)
 
 
@@ -258,7 +263,7 @@ def load(
     for name in ("group", "time"):
         if getattr(selection, name) is not None and len(held_out) == 2:
             raise InputError(
-                f"--{name}: --validation and --test leave nothing to split"
+                f"--{name} has no effect if --validation and --test are both given"
             )
     x, labels, classes, described, key = user_files.load(
         data, target, positive, fmt, selection
@@ -271,7 +276,7 @@ def load(
         repeated = both.duplicated()
         in_both = float(repeated[len(table.y) :].mean())
         if in_both > max(0.1, 2 * float(repeated[: len(table.y)].mean())):
-            warn(path, f"{in_both:.0%} of its rows are also among the other rows")
+            warn(path, f"{in_both:.0%} of its rows also occur in the other files")
         rows = len(table.y) + np.arange(len(y))
         table = table._replace(
             features=both,

@@ -68,14 +68,18 @@ def fit(name: str, features: pd.DataFrame, missing: str) -> ColumnTransformer:
     with np.errstate(all="ignore"):
         x = np.asarray(transformer.fit_transform(features))
     if not (x != x[:1]).any():
-        raise InputError(f"{name}: has no column that varies")
+        raise InputError(f"{name}: all features are constant in the training rows")
     if numbers:
         _, (scaler, _), _ = transformer.transformers_[0]
         is_varied = np.array([different[c] > 1 for c in numbers])
         too_large = is_varied & ~np.isfinite(scaler.var_)
         if too_large.any():
             column = numbers[int(np.argmax(too_large))]
-            raise InputError(f"{name}: column {column!r} is too large to standardize")
+            raise InputError(
+                f"{name}: column {column!r} has values too large to standardize; "
+                f"rescale "
+                "it, or leave it out with --drop"
+            )
         scaler.scale_ = np.where(is_varied, scaler.scale_, np.inf)
     return transformer
 
@@ -92,18 +96,18 @@ def transform(
 
     Numbers that are too large to standardize are imputed, and counted on stderr.
     """
-    kept = drop_too_large(transformer, features)
+    kept = mask_too_large(transformer, features)
     if kept is not features:
         lost = (kept.isna() & features.notna()).to_numpy().sum(axis=0)
         for column, count in zip(kept.columns[lost > 0], lost[lost > 0], strict=True):
-            warn(name, f"{column!r} is too large in {count} rows; read as missing")
+            warn(name, f"{column!r} is too large in {count} rows; treated as missing")
     return np.asarray(transformer.transform(kept), np.float64)
 
 
-def drop_too_large(
+def mask_too_large(
     transformer: ColumnTransformer, features: pd.DataFrame
 ) -> pd.DataFrame:
-    """The features without the numbers that are too large to standardize."""
+    """The features, with NaN for numbers that are too large to standardize."""
     _, (scaler, *_), numbers = transformer.transformers_[0]
     if not numbers:
         return features

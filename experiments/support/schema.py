@@ -131,7 +131,7 @@ def _typed(name: str, cells: pa.Array, rows: pd.Index) -> Column | Problem | Non
         return _problem(name, what, np.ones(len(cells), bool), rows, "--drop=NAME")
     infinite = np.isnan(parsing.numbers(cells, PLAIN)) & ~parsing.missing(cells, ())
     if infinite.any():
-        remedies = ("--numeric=NAME (read as missing)", "--drop=NAME")
+        remedies = ("--numeric=NAME (treated as missing)", "--drop=NAME")
         return _problem(name, "infinite", infinite, rows, *remedies)
     return Column(name, "number")
 
@@ -162,9 +162,10 @@ def _text(
         if len(dates) == 1:
             return Column(name, "date", dates[0])
         if np.any(list(is_read.values()), axis=0).all():
-            how = "of unknown order" if dates else "in several formats"
+            how = "whose day and month are ambiguous" if dates else "in several formats"
             what = f"dates {how}, such as {_first(cells, ~missing)}"
-            return _problem(name, what, ~missing, rows, drop, category)
+            remedies = ("writing YYYY-MM-DD", drop, category)
+            return _problem(name, what, ~missing, rows, *remedies)
 
     # What was probably meant as numbers.
     if not from_parquet:
@@ -246,17 +247,18 @@ def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
         if wrong.any():
             warn(
                 source,
-                f"{column.name!r} is no {column.kind} in {wrong.sum()} rows, such as "
+                f"{column.name!r} is not a {column.kind} in {wrong.sum()} rows, such "
+                f"as "
                 f"{_first(parsing.text(cells), wrong)} in row "
-                f"{table.index[wrong.argmax()]}; read as missing",
+                f"{table.index[wrong.argmax()]}; treated as missing",
             )
         found |= converted
     if read_as_missing:
         where = dict.fromkeys(n for ns in read_as_missing.values() for n in ns)
         warn(
             source,
-            f"{listed(read_as_missing)} read as missing in {listed(where)}; "
-            "--na_values says what is",
+            f"{listed(read_as_missing)} treated as missing in {listed(where)}; "
+            "--na_values changes this",
         )
     return pd.DataFrame(found, table.index)
 

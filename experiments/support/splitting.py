@@ -14,22 +14,28 @@ from experiments.support.cli import InputError
 VALIDATION = flags.DEFINE_string(
     "validation",
     None,
-    "A file with the rows for validation, like --data. If not set, a part of --data.",
+    "File with the validation set, in the format of --data. If not set, it is split "
+    "off "
+    "--data.",
 )
 TEST = flags.DEFINE_string(
-    "test", None, "A file with the rows for the test, like --data. If not set, a part."
+    "test",
+    None,
+    "File with the test set, in the format of --data. If not set, it is split off "
+    "--data.",
 )
 GROUP = flags.DEFINE_string(
     "group",
     None,
-    "Column of --data whose equal values belong together, such as a patient: all rows "
-    "of one value are in the same split. It is no feature unless --columns names it.",
+    "Column of --data that identifies groups, such as patients; all rows of a group go "
+    "into the same split. It is not used as a feature unless --columns names it.",
 )
 TIME = flags.DEFINE_string(
     "time",
     None,
-    "Column of --data with numbers or dates: the latest rows are for the test, those "
-    "before them for validation. It is no feature unless --columns names it.",
+    "Column of --data with numbers or dates; the latest rows are for testing, those "
+    "before them for validation. It is not used as a feature unless --columns names "
+    "it.",
 )
 MIN_ROWS_PER_LABEL = 5  # so that each split has one
 

@@ -76,15 +76,15 @@ def read(path: Path, fmt: Format = PLAIN) -> pd.DataFrame:
     kind = _without_compression(path).suffix.lower()
     if kind not in TEXT + PARQUET:
         raise InputError(
-            f"{path}: expected a file {', '.join(TEXT)} (or one of these with "
-            f"{', '.join(COMPRESSED)}), .parquet or .pq"
+            f"{path}: expected a file {', '.join(TEXT)}, which may be compressed "
+            f"({', '.join(COMPRESSED)}), .parquet or .pq"
         )
     try:
         table = _read_parquet(path) if kind in PARQUET else _read_text(path, kind, fmt)
     except UnicodeError:
         raise InputError(f"{path}: {_no_text(path, fmt)}") from None
     except LookupError:
-        raise InputError(f"--encoding={fmt.encoding}: is not known") from None
+        raise InputError(f"--encoding={fmt.encoding}: unknown encoding") from None
     except ImportError as error:  # of zstandard
         raise InputError(f"{path}: {error}") from None
     except (InputError, MemoryError):

@@ -109,7 +109,7 @@ def load(
         features = features.loc[_complete(data, "complete features", features)]
     rows = features.index
     if not len(rows):
-        raise InputError(f"{data}: has no rows left")
+        raise InputError(f"{data}: no rows are left without those left out")
     known = y.loc[rows].to_numpy()
     for text in _suspicions(features, known, target, columns):
         table_io.warn(data, text)
@@ -155,7 +155,7 @@ def load_held_out(
         raise _refusal(data, problems, list(classes))
     rows = _complete(data, "label", y)
     if not len(rows):
-        raise InputError(f"{data}: has no rows left")
+        raise InputError(f"{data}: no row has a label of every target")
     if group is not None and group.name in raw:
         name = str(group.name)
         found = _key(data, raw.loc[rows], described.format, Selection(group=name))
@@ -179,7 +179,9 @@ def _select(data: str, table: pd.DataFrame, selection: Selection) -> pd.DataFram
         left_out |= {selection.group, selection.time}
     table = table.loc[:, [name for name in chosen if name not in left_out]]
     if table.shape[1] == 0:
-        raise InputError(f"{data}: has no features besides the target")
+        raise InputError(
+            f"{data}: no features are left; see --columns, --drop, --group and --time"
+        )
     return table
 
 
@@ -250,15 +252,16 @@ def _suspicions(
         if kind == "number" and different == len(values):
             in_sequence = values.min() + len(values) - 1 == values.max()
             if (values % 1 == 0).all() and (in_sequence or ID.fullmatch(name)):
-                reason = f"all different, like an index or an id; {remedy}"
+                reason = f"all values are different, as in an index or id; {remedy}"
                 found.setdefault(reason, []).append(name)
         if kind == "category" and different > len(values) / 2:
-            reason = f"a category for nearly every row; {remedy}"
+            reason = f"a different category in nearly every row; {remedy}"
             found.setdefault(reason, []).append(name)
             continue
         for target, label in zip(targets, y.T, strict=True):
             if _gives_away(pd.Series(features[name]), label):
-                reason = f"enough alone to tell the label {target!r}; {remedy}"
+                reason = f"alone almost enough to predict {target!r}"
+                reason += f", which may be leakage; {remedy}"
                 found.setdefault(reason, []).append(name)
     for reason, names in found.items():
         yield f"{table_io.listed(names)}: {reason}"

@@ -284,7 +284,7 @@ REFUSED: Any = {
     "negative": (
         {"make_sample_weight": lambda hp: 1 - 20 * hp["learning_rate"] * FOLD},
         ValueError,
-        r"finite weights >= 0, .* got others for \{'learning_rate': 0.1",
+        r"finite weights >= 0, .* but it does not for hparams \{'learning_rate': 0.1",
     ),
     "all 0": (
         {"make_sample_weight": lambda hp: jnp.zeros(N)},
@@ -312,8 +312,12 @@ REFUSED: Any = {
         ValueError,
         "to be read by the functions .* got draw",
     ),
-    "both": ({"params": SHAPES}, TypeError, "hidden or params, got both"),
-    "neither": ({"hidden": None}, TypeError, "hidden or params, got both or neither"),
+    "both": (
+        {"params": SHAPES},
+        TypeError,
+        "one of hidden and params, got both",
+    ),
+    "neither": ({"hidden": None}, TypeError, "hidden and params, got neither"),
     "dtype": (
         {"hidden": None, "params": SHAPES, "dtype": "bfloat16"},
         TypeError,
@@ -332,7 +336,7 @@ REFUSED: Any = {
     "one axis": (
         {"hidden": None, "params": jax.tree.map(lambda t: t[0], STACKED)},
         ValueError,
-        "to begin with the same axes",
+        "to have the same leading axes",
     ),
     "a list": ({"hidden": None, "params": [1.0]}, TypeError, "a tuple of Layer"),
     "features": (

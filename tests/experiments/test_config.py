@@ -155,7 +155,7 @@ def test_a_batch_size_that_nobody_asked_for_is_at_most_all_examples():
         ({"pos_weight": float("nan")}, "--pos_weight=nan: expected a finite number"),
         (
             {"epochs": 2**29},
-            r"--epochs=536870912: expected fewer than 2\^31 steps, got 2147483648",
+            r"expected fewer than 2\^31 steps, got 2147483648",
         ),
     ],
 )

@@ -187,13 +187,13 @@ def test_a_value_far_beyond_the_training_rows_is_read_as_missing(capsys):
     np.testing.assert_array_equal(x[0], x[1])
     assert x[2, 0] != x[0, 0]
     assert capsys.readouterr().err == (
-        "new.csv: 'x1' is too large in 1 rows; read as missing\n"
+        "new.csv: 'x1' is too large in 1 rows; treated as missing\n"
     )
 
 
 def test_numbers_that_cannot_be_standardized_are_refused(tmp_path):
     table = pd.DataFrame({"a": [1.7e308, -1.7e308], "y": [0, 1]})
-    with pytest.raises(InputError, match="'a' is too large to standardize"):
+    with pytest.raises(InputError, match="'a' has values too large to standardize"):
         datasets.preprocess_all(loaded(tmp_path, table))
 
 
@@ -204,7 +204,7 @@ def test_what_is_constant_in_training_has_no_influence():
     x = preprocessing.transform("t", fitted, features.assign(c=[np.nan, 0, 1, 2]))
     assert x.shape == (4, 3)
     np.testing.assert_array_equal(x[:, 1:], 0)
-    with pytest.raises(InputError, match="t: has no column that varies"):
+    with pytest.raises(InputError, match="t: all features are constant"):
         preprocessing.fit("t", features[["d"]].iloc[:3], "impute")
 
 
@@ -218,10 +218,10 @@ def test_a_number_too_large_is_missing_for_metrics_and_importances(tmp_path, cap
         a=data.features["a"].where(data.features.index != 3, 1e30)
     )
     x = preprocessing.transform("new.csv", fitted, large)
-    assert "new.csv: 'a' is too large in 1 rows; read as missing" in (
+    assert "new.csv: 'a' is too large in 1 rows; treated as missing" in (
         capsys.readouterr().err
     )
-    kept = preprocessing.drop_too_large(fitted, large)
+    kept = preprocessing.mask_too_large(fitted, large)
     np.testing.assert_array_equal(fitted.transform(kept), x)
     importances = metrics.permutation_importances(
         fitted, lambda x: x[:, :1], kept, data.y, seed=0

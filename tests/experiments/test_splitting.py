@@ -176,7 +176,7 @@ def test_missing_values_and_labels_of_a_file_of_its_own(load, capsys):
 
 def test_rows_and_groups_that_are_also_trained_on_are_reported(load, capsys):
     load(files={"test": ROWS[:100]})
-    message = "test.csv: 100% of its rows are also among the other rows"
+    message = "test.csv: 100% of its rows also occur in the other files"
     assert message in capsys.readouterr().err
     load(ROWS[:100], files={"test": ROWS[99:]})
     columns = ["kind"]  # in which rows repeat each other
@@ -247,7 +247,7 @@ def test_a_split_that_cannot_be_made_is_refused(load, rows, selection, message):
 
 
 def test_files_that_leave_nothing_to_split_refuse_a_group(load):
-    with pytest.raises(InputError, match="--group: --validation and --test leave"):
+    with pytest.raises(InputError, match="--group has no effect if --validation"):
         load(files={"validation": ROWS, "test": ROWS}, group="patient")
 
 

@@ -235,8 +235,9 @@ def test_it_prints_and_saves_results_that_say_what_made_them(trained):
     folder, (status, out, err) = trained
     assert (status, err) == (
         0,
-        "iris.csv: 'sepal length (cm)': enough alone to tell the label 'big'; --drop "
-        "leaves it out\n",
+        "iris.csv: 'sepal length (cm)': alone almost enough to predict 'big', which "
+        "may "
+        "be leakage; --drop leaves it out\n",
     )
     assert "iris.csv: 150 rows, columns: 4 number, 1 category" in out
     assert "label 1: virginica=1, big=yes" in out

@@ -81,7 +81,7 @@ BAD_FILES = {
     "empty": ("", "label", "data.csv: is empty"),
     "blank": ("\n  \n", "label", "data.csv: is empty"),
     "two columns of a name": (CSV.replace("b", " a", 1), "label", "are named 'a'"),
-    "no features": ("label\n0\n1\n", "label", "has no features besides the target"),
+    "no features": ("label\n0\n1\n", "label", "no features are left"),
     "more cells": (
         "\na,b,label\n9,1,0\n\n90,0,0,1\n",
         "label",
@@ -129,12 +129,12 @@ BAD_FILES = {
     "dates of several formats": (
         "a,label\n2020-01-31,0\n2/1/2020,1\n",
         "label",
-        "'a' dates in several formats, such as '2020-01-31' 2 1 --drop=a or",
+        "'a' dates in several formats, such as '2020-01-31' 2 1 writing YYYY-MM-DD or",
     ),
     "dates of two orders": (
         "a,label\n1/2/2020,0\n2/3/2020,1\n",
         "label",
-        "'a' dates of unknown order, such as '1/2/2020' 2 1",
+        "'a' dates whose day and month are ambiguous, such as '1/2/2020' 2 1",
     ),
     "encoding": (
         "a,label\né,0\n".encode("latin-1"),
@@ -188,7 +188,7 @@ def test_all_problems_of_a_file_are_one_table(tmp_path):
         ({"columns": ["x"]}, "no column 'x'"),
         ({"categorical": ["x"], "numeric": ["z"]}, "no columns 'x', 'z'"),
         ({"categorical": ["a"], "numeric": ["a"]}, "--categorical and --numeric both"),
-        ({"columns": ["a"], "drop": ["a"]}, "has no features besides the target"),
+        ({"columns": ["a"], "drop": ["a"]}, "no features are left"),
     ],
     ids=str,
 )
@@ -220,7 +220,8 @@ def test_the_command_prints_the_table_and_no_traceback(tmp_path):
     assert err.startswith(f"train: {tmp_path / 'data.csv'}: cannot use these columns")
     assert err.count("\n") == 5
     assert run_command("train", *flags, "--drop=a ").err == (
-        f"train: {tmp_path / 'data.csv'}: has no features besides the target\n"
+        f"train: {tmp_path / 'data.csv'}: no features are left; see --columns, --drop, "
+        "--group and --time\n"
     )
 
 
@@ -247,7 +248,7 @@ def test_commands_read_files_as_their_flags_say(tmp_path, command):
         (("--data=x.csv", "--separator=ab"), "--separator=ab: expected one character"),
         (
             ("--data=x.csv", "--decimal=,", "--thousands=,"),
-            "--thousands=,: is the decimal point, too",
+            "--thousands and --decimal are both ','",
         ),
     ],
 )
@@ -350,7 +351,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, name, content, message):
 
 
 def test_an_encoding_that_is_not_known_is_refused(tmp_path):
-    with pytest.raises(InputError, match="--encoding=utf-7000: is not known"):
+    with pytest.raises(InputError, match="--encoding=utf-7000: unknown encoding"):
         load(tmp_path / "data.csv", CSV, fmt=Format(encoding="utf-7000"))
 
 
@@ -445,7 +446,8 @@ def test_na_values_are_what_the_user_says(tmp_path, capsys):
         where = "'size'" if na_values == () else "'alley', 'size'"
         expected = "'NA'" if not na_values else "'none', 'NA', '-9'"
         assert (
-            f"d.csv: {expected} read as missing in {where}; --na_values says what is\n"
+            f"d.csv: {expected} treated as missing in {where}; --na_values changes "
+            f"this\n"
         ) in capsys.readouterr().err
 
 
@@ -721,11 +723,13 @@ def test_a_file_is_scored_whatever_its_cells_are(model):
     assert err.splitlines() == [
         f"new.csv: {line}"
         for line in (
-            "'size' is no number in 1 rows, such as 'large' in row 3; read as missing",
-            "'when' is no date in 1 rows, such as '?' in row 5; read as missing",
-            "'flag' is no boolean in 1 rows, such as '?' in row 5; read as missing",
+            "'size' is not a number in 1 rows, such as 'large' in row 3; treated as "
+            "missing",
+            "'when' is not a date in 1 rows, such as '?' in row 5; treated as missing",
+            "'flag' is not a boolean in 1 rows, such as '?' in row 5; treated as "
+            "missing",
             "'code' is '1' in 1 rows, not seen in training",
-            "'size' is too large in 1 rows; read as missing",
+            "'size' is too large in 1 rows; treated as missing",
         )
     ]
 
@@ -832,12 +836,12 @@ def test_what_should_not_be_a_feature_is_warned_of(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"data.csv: {line}"
         for line in (
-            "'Unnamed: 0', 'customer_id': all different, like an index or an id; "
-            "--drop leaves it out",
-            "'name': a category for nearly every row; --drop leaves it out",
+            "'Unnamed: 0', 'customer_id': all values are different, as in an index or "
+            "id; --drop leaves it out",
+            "'name': a different category in nearly every row; --drop leaves it out",
             "'same': constant, so ignored",
-            "'leak', 'word': enough alone to tell the label 'label'; --drop leaves it "
-            "out",
+            "'leak', 'word': alone almost enough to predict 'label', which may be "
+            "leakage; --drop leaves it out",
         )
     ]
 
@@ -859,9 +863,12 @@ def test_cells_that_cannot_be_read_are_missing_and_counted(tmp_path, capsys):
     np.testing.assert_array_equal(found["n"], [1, np.nan, np.nan])
     assert found["c"].iloc[:2].tolist() == ["z", "1"]
     assert capsys.readouterr().err.splitlines() == [
-        "new.csv: 'n' is no number in 2 rows, such as '?' in row 2; read as missing",
-        "new.csv: 'b' is no boolean in 1 rows, such as '2' in row 1; read as missing",
-        "new.csv: 'd' is no date in 1 rows, such as 'x' in row 1; read as missing",
+        "new.csv: 'n' is not a number in 2 rows, such as '?' in row 2; treated as "
+        "missing",
+        "new.csv: 'b' is not a boolean in 1 rows, such as '2' in row 1; treated as "
+        "missing",
+        "new.csv: 'd' is not a date in 1 rows, such as 'x' in row 1; treated as "
+        "missing",
     ]
 
 
