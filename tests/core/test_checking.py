@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxbce
+from jaxbce import _mistakes
 from jaxbce.network import Layer
 from tests.helpers import LAYOUTS, problem
 
@@ -308,3 +311,132 @@ def test_rejects(change, error, match):
     call = {**dict(zip(("params", "x", "y"), SQUARE.arguments("float32"), strict=True))}
     with pytest.raises(error, match=match):
         jaxbce.check_gradients(jaxbce.value_and_grad, **{**call, **change})
+
+
+# The steps of a backward pass in NumPy, which `planted` replaces by wrong ones. A step
+# sees all that the pass has computed up to there.
+STEPS = {
+    "output": lambda n: n.c * ((1 - n.y) * n.y_hat - n.p * n.y * (1 - n.y_hat)),
+    "next_w": lambda n: n.w[n.k + 1],
+    "back": lambda n: n.up * (n.a[n.k] > 0),
+    "w": lambda n: n.h[n.k].T @ n.delta,
+    "b": lambda n: n.delta.sum(0),
+}
+
+
+def planted(k=None, **wrong):
+    """`value_and_grad` in NumPy alone, with wrong steps in layer k or in all layers."""
+
+    def fun(
+        params, x, y, *, sample_weight=None, pos_weight=1.0, reduction="mean", **_
+    ):
+        params, x, y = jax.tree.map(np.asarray, (params, x, y))
+        s = np.ones((len(x), 1)) if sample_weight is None else sample_weight[:, None]
+        n = SimpleNamespace(x=x, y=y, s=np.asarray(s), p=np.asarray(pos_weight))
+        n.c = n.s / n.s.sum() if reduction == "mean" else n.s
+        n.w, n.a, n.h, n.grads = [w for w, _ in params], [], [x], []
+        for w, b in params:
+            n.a.append(n.h[-1] @ w + b)
+            n.h.append(np.maximum(n.a[-1], 0))
+        n.y_hat = 1 / (1 + np.exp(-n.a[-1]))
+        ell = n.p * y * np.logaddexp(0, -n.a[-1]) + (1 - y) * np.logaddexp(0, n.a[-1])
+        for n.k in reversed(range(len(params))):
+            steps = STEPS if k not in (None, n.k) else STEPS | wrong
+            if not n.grads:
+                n.delta = steps["output"](n)
+            else:
+                n.up = n.delta @ steps["next_w"](n).T
+                n.delta = steps["back"](n)
+            n.grads.insert(0, (steps["w"](n), steps["b"](n)))
+        return np.sum(n.c * ell), n.grads
+
+    return fun
+
+
+def times(factor):
+    """δ at the output, times a factor."""
+    return {"output": lambda n: STEPS["output"](n) * factor(n)}
+
+
+def without(i, rescaled=False):
+    def factor(n):
+        kept = np.ones_like(n.s)
+        kept[i] = 0
+        return kept / (n.c * kept).sum() if rescaled else kept
+
+    return times(factor)
+
+
+def slope(a):
+    return 1 / (1 + np.exp(-a)) / (1 + np.exp(a))
+
+
+def error(n, y=None, p=None):
+    y, p = n.y if y is None else y, n.p if p is None else p
+    return (1 - y) * n.y_hat - p * y * (1 - n.y_hat)
+
+
+# Each row of the tables of `jaxbce._mistakes`, written a second time. Those of "back"
+# and of a leaf are planted in layer 1.
+PLANTED = {
+    "with the opposite sign": times(lambda n: -1),
+    "left at zero": times(lambda n: 0),
+    "summed over the examples, not averaged": times(lambda n: n.s / n.c),
+    "divided by N twice": times(lambda n: 1 / len(n.x)),
+    "averaged over the outputs, not summed": times(lambda n: 1 / n.y.shape[1]),
+    "without the first example": without(0),
+    "without the last example": without(-1),
+    "averaged over all examples but the first": without(0, rescaled=True),
+    "averaged over all examples but the last": without(-1, rescaled=True),
+    "with ŷ in place of ŷ − y": {"output": lambda n: n.c * n.y_hat},
+    "with 1 − y in place of y": {"output": lambda n: n.c * error(n, y=1 - n.y)},
+    "with pos_weight ignored": {"output": lambda n: n.c * error(n, p=1)},
+    "with pos_weight for both labels": {
+        "output": lambda n: n.c * n.p * (n.y_hat - n.y)
+    },
+    "with sample_weight ignored": {"output": lambda n: error(n) / len(n.x)},
+    "divided by N, not by the sum of sample_weight": {
+        "output": lambda n: n.s / len(n.x) * error(n)
+    },
+    "times σ′(a) once more, as for squared errors": times(lambda n: slope(n.a[-1])),
+    "times 2σ′(a) once more, as for squared errors": times(
+        lambda n: 2 * n.y_hat * (1 - n.y_hat)
+    ),
+    "with ∂BCE/∂ŷ in place of ŷ − y": times(lambda n: 1 / slope(n.a[-1])),
+    "with a relu mask at the output": times(lambda n: n.a[-1] > 0),
+    "without the relu mask": {"back": lambda n: n.up},
+    "with [a ≥ 0] in place of [a > 0]": {"back": lambda n: n.up * (n.a[n.k] >= 0)},
+    "with [a < 0] in place of [a > 0]": {"back": lambda n: n.up * (n.a[n.k] < 0)},
+    "with relu(a) in place of [a > 0]": {"back": lambda n: n.up * n.h[n.k + 1]},
+    "with σ′(a) in place of [a > 0]": {"back": lambda n: n.up * slope(n.a[n.k])},
+    "with [δ > 0] in place of [a > 0]": {"back": lambda n: np.maximum(n.up, 0)},
+    "with [x > 0] in place of [a > 0]": {"back": lambda n: n.up * (n.x > 0)},
+    "with the relu mask of [0]": {"back": lambda n: n.up * (n.a[0] > 0)},
+    "with w not transposed": {"next_w": lambda n: n.w[n.k + 1].T},
+    "with the weights [0].w": {"next_w": lambda n: n.w[0]},
+    "with weights already updated, at a learning rate of 0.3": {
+        "next_w": lambda n: n.w[n.k + 1] - 0.3 * n.grads[0][0]
+    },
+    "with a in place of h": {"w": lambda n: n.a[n.k - 1].T @ n.delta},
+    "with the input of [0]": {"w": lambda n: n.h[0].T @ n.delta},
+    "transposed": {"w": lambda n: n.delta.T @ n.h[n.k]},
+    "plus 0.02 w, as for weight decay": {
+        "w": lambda n: n.h[n.k].T @ n.delta + 0.02 * n.w[n.k]
+    },
+    "summed over the units, not the examples": {"b": lambda n: n.delta.sum(1)},
+    "summed over the units and the examples": {
+        "b": lambda n: np.full(n.delta.shape[1], n.delta.sum())
+    },
+}
+EQUAL_WIDTHS = problem((4, 4, 4, 4, 2), rows=9)
+ALL_WEIGHTS = {
+    "sample_weight": np.linspace(0.5, 2, 9),
+    "pos_weight": np.array([2.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("text", PLANTED)
+def test_a_planted_mistake_is_named(text):
+    steps = PLANTED[text]
+    report = check(planted(1, **steps), EQUAL_WIDTHS, **ALL_WEIGHTS)
+    print(report.mistakes)
