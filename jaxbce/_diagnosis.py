@@ -187,9 +187,10 @@ def _one_mistake(right: _Guess, *inherited: _Guess) -> Iterator[Iterable[_Guess]
 
 def _two_mistakes(right: _Guess, others: list[_Guess]) -> Iterator[Iterable[_Guess]]:
     """A mistake in δ that explains the other leaf and one in this leaf, or two in δ."""
-    for other in others:
-        if other.in_delta and not other.in_value:
-            yield other._replace(leaf=right.leaf).with_value_mistakes()
+    shared = [other._replace(leaf=right.leaf) for other in others if not other.in_value]
+    yield shared
+    for guess in shared:
+        yield guess.with_value_mistakes()
     if right.steps[0].next_delta is None:
         for guess in right.with_delta_mistakes():
             yield guess.with_factors()

@@ -68,7 +68,7 @@ class Step(NamedTuple):
         s = np.ones_like(c) if sample_weight is None else sample_weight[:, None]
         is_mean = reduction == "mean"
         k = len(params) - 1
-        return cls(grads, params, a, h[:-1], y, pos_weight, s, c, is_mean, k)
+        return cls(grads, params, a, (x, *h[1:-1]), y, pos_weight, s, c, is_mean, k)
 
     def delta(self) -> Any:
         """δ of layer k, by the right step."""

@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import jax
@@ -197,6 +198,7 @@ def test_a_correct_gradient_passes_at_20_seeds(fun):
         with np.errstate(all="raise"):
             report = check(fun, p, seed=seed)
         assert report.passed, str(report)
+        assert report.mistakes == {}
         assert "gradient: passed" in str(report)
 
 
@@ -325,16 +327,15 @@ STEPS = {
 
 
 def planted(k=None, **wrong):
-    """`value_and_grad` in NumPy alone, with wrong steps in layer k or in all layers."""
+    """`value_and_grad` in NumPy alone, with wrong steps in layer k or in every one."""
 
-    def fun(
-        params, x, y, *, sample_weight=None, pos_weight=1.0, reduction="mean", **_
-    ):
+    def fun(params, x, y, *, sample_weight=None, pos_weight=1.0, reduction="mean"):
         params, x, y = jax.tree.map(np.asarray, (params, x, y))
         s = np.ones((len(x), 1)) if sample_weight is None else sample_weight[:, None]
         n = SimpleNamespace(x=x, y=y, s=np.asarray(s), p=np.asarray(pos_weight))
         n.c = n.s / n.s.sum() if reduction == "mean" else n.s
-        n.w, n.a, n.h, n.grads = [w for w, _ in params], [], [x], []
+        n.w, n.biases = zip(*params, strict=True)
+        n.a, n.h, n.grads = [], [x], []
         for w, b in params:
             n.a.append(n.h[-1] @ w + b)
             n.h.append(np.maximum(n.a[-1], 0))
@@ -423,20 +424,212 @@ PLANTED = {
     "plus 0.02 w, as for weight decay": {
         "w": lambda n: n.h[n.k].T @ n.delta + 0.02 * n.w[n.k]
     },
+    "plus -0.02 b, as for weight decay": {
+        "b": lambda n: n.delta.sum(0) - 0.02 * n.biases[n.k]
+    },
     "summed over the units, not the examples": {"b": lambda n: n.delta.sum(1)},
     "summed over the units and the examples": {
         "b": lambda n: np.full(n.delta.shape[1], n.delta.sum())
     },
 }
 EQUAL_WIDTHS = problem((4, 4, 4, 4, 2), rows=9)
-ALL_WEIGHTS = {
-    "sample_weight": np.linspace(0.5, 2, 9),
-    "pos_weight": np.array([2.5, 0.5]),
+WEIGHTS = {
+    "sample_weight": np.linspace(0.5, 2, 9, dtype="f"),
+    "pos_weight": np.array([2.5, 0.5], "f"),
 }
 
 
+def looks_like(text, *leaves):
+    return dict.fromkeys(leaves, f"looks like the gradient {text}")
+
+
+def leaves_below(k):
+    """The leaves of layers below k, in the order of the backward pass."""
+    return [f"[{j}].{leaf}" for j in reversed(range(k)) for leaf in "wb"]
+
+
+def follow_from(k):
+    return dict.fromkeys(leaves_below(k), f"follows from the mistake in [{k}]")
+
+
 @pytest.mark.parametrize("text", PLANTED)
-def test_a_planted_mistake_is_named(text):
-    steps = PLANTED[text]
-    report = check(planted(1, **steps), EQUAL_WIDTHS, **ALL_WEIGHTS)
-    print(report.mistakes)
+def test_a_planted_mistake_is_named_and_the_layers_below_follow(text):
+    wrong = PLANTED[text]
+    if "output" in wrong:
+        expected = looks_like(text, "[3].w", "[3].b") | follow_from(3)
+    elif "next_w" in wrong or "back" in wrong:
+        expected = looks_like(text, "[1].w", "[1].b") | follow_from(1)
+    else:
+        expected = looks_like(text, *(f"[1].{leaf}" for leaf in wrong))
+    if "≥" in text:  # seen where the layer's input is 0, and the error stops there
+        expected = looks_like(text, "[1].b")
+    fun = planted(3 if "output" in wrong else 1, **wrong)
+    report = check(fun, EQUAL_WIDTHS, **WEIGHTS)
+    assert report.mistakes == expected
+    lines = str(report).splitlines()
+    assert {f"{leaf} {mistake}" for leaf, mistake in expected.items()} <= {*lines}
+
+
+def test_every_mistake_of_the_tables_is_planted():
+    tables = "FACTORS", "OUTPUT", "BACK", "WEIGHTS", "BIASES"
+    texts = {text for name in tables for text in getattr(_mistakes, name)}
+    texts.remove("averaged over the examples, not summed")  # in the next test
+    planted_texts = {re.sub(r"-?0\.\d+|(?<=\[)0(?=\])", "#", text) for text in PLANTED}
+    assert planted_texts == {re.sub(r"\{.*?\}", "#", text) for text in texts}
+
+
+def test_an_average_in_place_of_a_sum_is_named():
+    average = times(lambda n: 1 / len(n.x))
+    report = check(planted(**average), EQUAL_WIDTHS, reduction="sum")
+    text = "averaged over the examples, not summed"
+    assert report.mistakes == looks_like(text, "[3].w", "[3].b") | follow_from(3)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("sizes", [(4, 5, 3, 1), (4, 4, 4, 4, 2)], ids=str)
+def test_a_mistake_made_in_every_layer_is_named_in_each(sizes, dtype):
+    fun = planted(**PLANTED["without the relu mask"])
+    report = check(fun, problem(sizes, rows=9), dtype=dtype)
+    top, *others = reversed(range(len(sizes) - 2))
+    text = "without the relu mask"
+    expected = looks_like(text, f"[{top}].w", f"[{top}].b")
+    for k in others:
+        leaves = f"[{k}].w", f"[{k}].b"
+        expected |= looks_like(f"{text}, after the mistake in [{k + 1}]", *leaves)
+    assert report.mistakes == expected
+
+
+def test_two_mistakes_in_one_layer_are_both_named():
+    both = times(lambda n: slope(n.a[-1]) * n.s / n.c)
+    text = (
+        "times σ′(a) once more, as for squared errors and "
+        "summed over the examples, not averaged"
+    )
+    report = check(planted(**both), EQUAL_WIDTHS)
+    assert report.mistakes == looks_like(text, "[3].w", "[3].b") | follow_from(3)
+    wrong = PLANTED["without the relu mask"] | PLANTED["with the input of [0]"]
+    report = check(planted(1, **wrong), EQUAL_WIDTHS)
+    assert report.mistakes == (
+        looks_like("without the relu mask and with the input of [0]", "[1].w")
+        | looks_like("without the relu mask", "[1].b")
+        | follow_from(1)
+    )
+
+
+def test_mistakes_that_coincide_are_not_told_apart():
+    ones = EQUAL_WIDTHS._replace(y=np.ones((9, 2)))
+    report = check(planted(**PLANTED["with 1 − y in place of y"]), ones)
+    assert report.mistakes["[3].w"] == (
+        "looks like the gradient with ŷ in place of ŷ − y or with 1 − y in place of y"
+    )
+
+
+def test_a_leaf_is_not_named_after_a_mistake_that_is_as_close_to_the_right_one():
+    ones = EQUAL_WIDTHS._replace(y=np.ones((9, 2)))
+    p = {"pos_weight": np.float32(1 / 1.001), "tolerance": 1e-3}
+    named = check(planted(**times(lambda n: 1.0011)), ones, **p)
+    assert named.mistakes["[3].b"] == "looks like the gradient with pos_weight ignored"
+    assert not check(planted(**times(lambda n: 1.0015)), ones, **p).passed
+    assert not check(planted(**times(lambda n: 1.0015)), ones, **p).mistakes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a leaf scaled by 1.001",
+        "one entry off",
+        "one entry exchanged",
+        "soft labels rounded",
+        "two leaves exchanged",
+        "a NaN",
+        "a missing layer",
+        "a wrong shape",
+        "a wrong value",
+    ],
+)
+def test_what_is_no_known_mistake_is_not_named(name):
+    report = check(MUTANTS[name])
+    assert not report.passed
+    assert report.mistakes == {}
+
+
+def assignment(*, relu_backward, bias):
+    """The exercise of many courses: L layers in NumPy, with examples as columns."""
+
+    def sigmoid_backward(da, z):
+        s = 1 / (1 + np.exp(-z))
+        return da * s * (1 - s)
+
+    def linear_activation_forward(a_prev, w, b, activation):
+        z = np.dot(w, a_prev) + b
+        a = 1 / (1 + np.exp(-z)) if activation == "sigmoid" else np.maximum(0, z)
+        return a, (a_prev, w, z)
+
+    def linear_activation_backward(da, cache, activation):
+        a_prev, w, z = cache
+        dz = (sigmoid_backward if activation == "sigmoid" else relu_backward)(da, z)
+        m = a_prev.shape[1]
+        return np.dot(w.T, dz), np.dot(dz, a_prev.T) / m, bias(dz, m)
+
+    def compute_cost(al, y):
+        return -np.mean(np.sum(y * np.log(al) + (1 - y) * np.log(1 - al), axis=0))
+
+    def model(params, x, y):
+        a, y = np.asarray(x).T, np.asarray(y).T
+        kinds = ["relu"] * (len(params) - 1) + ["sigmoid"]
+        caches, grads = [], []
+        for (w, b), kind in zip(params, kinds, strict=True):
+            w, b = np.asarray(w).T, np.asarray(b)[:, np.newaxis]
+            a, cache = linear_activation_forward(a, w, b, kind)
+            caches.append(cache)
+        da = -(y / a) + (1 - y) / (1 - a)
+        for cache, kind in zip(caches[::-1], kinds[::-1], strict=True):
+            da, dw, db = linear_activation_backward(da, cache, kind)
+            grads.insert(0, (dw.T, np.ravel(db)))
+        return compute_cost(a, y), grads
+
+    return model
+
+
+def test_two_mistakes_in_an_assignment_are_both_named():
+    p = problem((4, 5, 3, 1), rows=9)
+    right = {
+        "relu_backward": lambda da, z: np.where(z > 0, da, 0),
+        "bias": lambda dz, m: np.sum(dz, axis=1, keepdims=True) / m,
+    }
+    with np.errstate(all="ignore"):  # 1 − ŷ is 0 in the tail
+        report = check(assignment(**right), p)
+        assert report.passed
+        assert report.mistakes == {}
+        wrong = {
+            "relu_backward": lambda da, z: da,
+            "bias": lambda dz, m: np.sum(dz, axis=1, keepdims=True),
+        }
+        report = check(assignment(**wrong), p)
+    mask, bias = "without the relu mask", "summed over the examples, not averaged"
+    assert report.mistakes == (
+        looks_like(bias, "[2].b")
+        | looks_like(mask, "[1].w")
+        | looks_like(f"{mask} and {bias}", "[1].b")
+        | looks_like(f"{mask}, after the mistake in [1]", "[0].w")
+        | looks_like(f"{mask} and {bias}, after the mistake in [1]", "[0].b")
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda value, grads: grads, r"\(Layer, Layer, Layer\)"),
+        (lambda value, grads: grads[:2], r"\(Layer, Layer\)"),
+        (lambda value, grads: list(grads), "list"),
+        (lambda value, grads: (None, grads), r"\(NoneType, tuple\)"),
+        (lambda value, grads: (np.ones(9), grads), r"a value of shape \(9,\)"),
+        (lambda value, grads: (value + 1j, grads), "a value of .* complex128"),
+    ],
+)
+def test_a_function_that_returns_something_else_is_a_type_error(result, got):
+    def fun(*args):
+        return result(*by_hand(*args))
+
+    with pytest.raises(TypeError, match=rf"\(value, grads\) with a real .* got {got}"):
+        check(fun)
