@@ -235,10 +235,10 @@ def check_gradients(
             arguments = jax.tree.map(lambda t: jnp.asarray(t, dtype), position[1:])
             value, grads = _split(fun(*arguments, **options))
             leaves = [np.asarray(g) for g in jax.tree.leaves(grads)]
-            if not leaves or any(map(np.iscomplexobj, leaves)):
+            if not leaves or not all(map(_is_real, leaves)):
                 raise TypeError(
                     "expected fun to return a real array for each leaf of params, got "
-                    "grads that are empty or complex"
+                    "grads that are empty or complex, or no numbers"
                 )
             return value, [_double(g) for g in leaves]
 
@@ -272,13 +272,18 @@ def _split(result: Any) -> tuple[float, Any]:
         numbers = (int, float, np.generic, np.ndarray, jax.Array)
         if len(result) == 2 and isinstance(result[0], numbers):
             value, grads = result
-            if np.size(value) == 1 and not np.iscomplexobj(value):
+            if np.size(value) == 1 and _is_real(np.asarray(value)):
                 return _double(value).item(), grads
             got = f"a value of shape {np.shape(value)} and dtype {value.dtype}"
     raise TypeError(
         "expected fun to return (value, grads) with a real number as value, as "
         f"jaxbce.value_and_grad does, got {got}"
     )
+
+
+def _is_real(t: np.ndarray) -> bool:
+    kinds = jnp.floating, jnp.integer, jnp.bool
+    return any(jnp.issubdtype(t.dtype, kind) for kind in kinds)
 
 
 def _options(
