@@ -97,11 +97,11 @@ class Step(NamedTuple):
         """σ′(a)."""
         return np.asarray(sigmoid(self.a[self.k]) * sigmoid(-self.a[self.k]))
 
-    def without(self, example: int, *, rescaled: bool = False) -> Any:
-        """Factors that drop an example; `rescaled` for a mean over the others."""
-        kept = np.ones_like(self.s)
+    def without(self, example: int, *, mean: bool = False) -> Any:
+        """Factors that drop an example from the sum, or from it and then average."""
+        kept = np.ones_like(self.c)
         kept[example] = 0
-        return kept * (np.sum(self.s) / np.sum(kept * self.s) if rescaled else 1)
+        return kept / np.sum(kept * self.c) if mean else kept
 
 
 _output = jax.jit(output_delta)
@@ -131,8 +131,8 @@ FACTORS: Table = {
     "averaged over the outputs, not summed": lambda s: 1 / s.y.shape[1],
     "without the first example": lambda s: s.without(0),
     "without the last example": lambda s: s.without(-1),
-    "averaged over all examples but the first": lambda s: s.without(0, rescaled=True),
-    "averaged over all examples but the last": lambda s: s.without(-1, rescaled=True),
+    "averaged over all examples but the first": lambda s: s.without(0, mean=True),
+    "averaged over all examples but the last": lambda s: s.without(-1, mean=True),
 }
 # δ at the output.
 OUTPUT: Table = {

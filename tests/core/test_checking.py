@@ -478,10 +478,15 @@ def test_every_mistake_of_the_tables_is_planted():
     assert planted_texts == {re.sub(r"\{.*?\}", "#", text) for text in texts}
 
 
-def test_an_average_in_place_of_a_sum_is_named():
-    average = times(lambda n: 1 / len(n.x))
-    report = check(planted(**average), EQUAL_WIDTHS, reduction="sum")
-    text = "averaged over the examples, not summed"
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("averaged over the examples, not summed", times(lambda n: 1 / len(n.x))),
+        ("averaged over all examples but the last", without(-1, rescaled=True)),
+    ],
+)
+def test_an_average_in_place_of_a_sum_is_named(text, wrong):
+    report = check(planted(**wrong), EQUAL_WIDTHS, reduction="sum")
     assert report.mistakes == looks_like(text, "[3].w", "[3].b") | follow_from(3)
 
 
