@@ -165,11 +165,15 @@ def name_mistakes(
             if not found[leaf]:
                 right = bases[0]._replace(leaf=leaf)
                 found[leaf] = find(right, _two_mistakes(right, found[other]))
-            if found[leaf]:
-                descriptions[f"[{k}].{leaf}"] = _describe(found[leaf])
+        bases = [bases[0]]
+        for leaf, guesses in found.items():
+            compatible = _compatible(guesses, found, is_equal)
+            if guesses:
+                descriptions[f"[{k}].{leaf}"] = _describe(compatible or guesses)
+            if len(bases) == 1:
+                bases += [g for g in compatible if g.in_delta or g.above is not None]
         if k:
-            wrong_deltas = _wrong_deltas(found, is_equal)
-            bases = [guess.below() for guess in (bases[0], *wrong_deltas)]
+            bases = [guess.below() for guess in bases]
     return descriptions
 
 
@@ -196,22 +200,28 @@ def _two_mistakes(right: _Guess, others: list[_Guess]) -> Iterator[Iterable[_Gue
             yield guess.with_factors()
 
 
-def _wrong_deltas(
-    found: dict[str, list[_Guess]], is_equal: Callable[[_Guess], bool]
+def _compatible(
+    guesses: list[_Guess],
+    found: dict[str, list[_Guess]],
+    is_equal: Callable[[_Guess], bool],
 ) -> list[_Guess]:
-    """The guesses with another δ than the right one, if it fits both leaves."""
-    result: dict[Any, _Guess] = {}
-    for guess in itertools.chain(*found.values()):
-        right_leaves = (
-            guess._replace(leaf=leaf, value=None) for leaf in {"w", "b"} - found.keys()
+    """The guesses for a leaf whose δ fits the other leaf of the layer as well.
+
+    Args:
+      guesses: The guesses for the leaf.
+      found: The guesses for each leaf that is wrong.
+      is_equal: Whether a guess equals its leaf.
+    """
+    right_leaves = {"w", "b"} - found.keys()
+    explained = [others for others in found.values() if others]
+    return [
+        guess
+        for guess in guesses
+        if all(any(map(guess.has_delta_of, others)) for others in explained)
+        and all(
+            is_equal(guess._replace(leaf=leaf, value=None)) for leaf in right_leaves
         )
-        if (
-            (guess.in_delta or guess.above is not None)
-            and all(any(map(guess.has_delta_of, gs)) for gs in found.values() if gs)
-            and all(map(is_equal, right_leaves))
-        ):
-            result.setdefault((guess.in_delta, guess.above), guess)
-    return list(result.values())
+    ]
 
 
 def _finite_norm(grads: Any) -> float:

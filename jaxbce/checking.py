@@ -374,11 +374,12 @@ def _compare(
             continue
         scale = max(np.linalg.norm(truth), least_share * whole_norm)
         reason = _diagnose(g, truth, float(tolerance * scale))
-        v = rng.normal(size=g.shape)
-        v *= np.copysign(1 / np.linalg.norm(v), np.sum(v * g))
-        v += g / (np.linalg.norm(g) or 1)
-        v /= np.linalg.norm(v)
-        derivative = np.sum(g * v)
+        with np.errstate(invalid="ignore"):  # where g is infinite
+            v = rng.normal(size=g.shape)
+            v *= np.copysign(1 / np.linalg.norm(v), np.sum(v * g))
+            v += g / (np.linalg.norm(g) or 1)
+            v /= np.linalg.norm(v)
+            derivative = np.sum(g * v)
         complex_step, quotient = _directional_derivatives(position, i, v, options)
         roundoff = 16 * np.finfo(float).eps * abs(true_value) / _DIFFERENCE_STEP
         for reference, difference, allowed in (

@@ -521,6 +521,43 @@ def test_two_mistakes_in_one_layer_are_both_named():
     )
 
 
+def test_guesses_that_only_one_leaf_of_a_layer_allows_are_dropped():
+    # In bfloat16 the mask of [2] would explain [1].w as well, but not [1].b.
+    report = check(MUTANTS["no mask"], dtype="bfloat16")
+    assert report.mistakes == (
+        looks_like("without the relu mask", "[1].w", "[1].b")
+        | looks_like(
+            "without the relu mask, after the mistake in [1]", "[0].w", "[0].b"
+        )
+    )
+
+
+def test_a_wrong_error_signal_in_one_leaf_alone_is_named():
+    report = check(planted(1, w=lambda n: n.h[n.k].T @ n.up), EQUAL_WIDTHS)
+    assert report.mistakes == looks_like("without the relu mask", "[1].w")
+
+
+def test_mistakes_in_leaves_alone_are_named_in_every_layer():
+    wrong = {"w": lambda n: -n.h[n.k].T @ n.delta, "b": lambda n: n.delta.mean(0)}
+    report = check(planted(**wrong), EQUAL_WIDTHS)
+    leaves = leaves_below(4)
+    assert report.mistakes == (
+        looks_like("with the opposite sign", *leaves[::2])
+        | looks_like("divided by N twice", *leaves[1::2])
+    )
+
+
+def test_a_leaf_that_is_not_finite_does_not_hide_mistakes_or_make_them_up():
+    def infinite(grads, *_):
+        first, second, third = grads
+        first = first._replace(w=first.w.at[0, 0].set(jnp.inf))
+        second = second._replace(b=1.001 * second.b)
+        return first, second, third._replace(b=-third.b)
+
+    report = check(changed(infinite))
+    assert report.mistakes == looks_like("with the opposite sign", "[2].b")
+
+
 def test_mistakes_that_coincide_are_not_told_apart():
     ones = EQUAL_WIDTHS._replace(y=np.ones((9, 2)))
     report = check(planted(**PLANTED["with 1 − y in place of y"]), ones)
