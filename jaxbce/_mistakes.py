@@ -4,7 +4,7 @@ The derivation in `gradients.py` has three steps: δ at the output, δ of a laye
 that of the next layer, and the contraction of activations and error signals. Each table
 below holds mistakes in one step, which are that step with something else put in:
 another mask, other weights, other labels. A leaf looks like a mistake if it equals what
-the mistake gives at every position.
+the mistake gives at every position where `check_gradients` compares gradients.
 
 Layers are numbered from 0, as in the names of the leaves: layer k has the input `h[k]`,
 the pre-activations `a[k]`, and their error signal δ.
@@ -80,7 +80,10 @@ class Step(NamedTuple):
         return np.asarray(_output(s.a[-1], s.c * s.p * s.y, s.c * (1 - s.y)))
 
     def back(self, on: Any = None, w: Any = None) -> Any:
-        """δ of layer k, with the mask on > 0 or other weights; NaN if unfit."""
+        """δ of layer k, with the mask on > 0 or other weights.
+
+        It is NaN, which equals nothing, if they do not have the right shape.
+        """
         a, own = self.a[self.k], self.params[self.k + 1].w
         on, w = a if on is None else np.asarray(on, float), own if w is None else w
         if w.shape != own.shape or on.shape[1:] not in ((), (1,), a.shape[1:]):
@@ -88,7 +91,7 @@ class Step(NamedTuple):
         return np.asarray(_back(w, np.broadcast_to(on, a.shape), self.next_delta))
 
     def contract(self, delta: Any, h: Any = None) -> Layer:
-        """The gradient of layer k, with another input; NaN if it does not fit."""
+        """The gradient of layer k, with another input; NaN if the shape is wrong."""
         own = self.h[self.k]
         h = own if h is None else h if h.shape == own.shape else np.nan * own
         return jax.tree.map(np.asarray, _contract(h, delta))
@@ -96,6 +99,11 @@ class Step(NamedTuple):
     def slope(self) -> Any:
         """σ′(a)."""
         return np.asarray(sigmoid(self.a[self.k]) * sigmoid(-self.a[self.k]))
+
+    def updated(self, learning_rate: float) -> Any:
+        """The weights of layer k + 1 after a step of gradient descent."""
+        w, grad = self.params[self.k + 1].w, self.grads[self.k + 1].w
+        return w - learning_rate * (grad if grad.shape == w.shape else np.nan)
 
     def without(self, example: int, *, mean: bool = False) -> Any:
         """Factors that drop an example from the sum, or from it and then average."""
@@ -169,8 +177,8 @@ BACK: Table = {
     "with the relu mask of [{j}]": lambda s, j: s.back(on=s.a[j]),
     "with w not transposed": lambda s: s.back(w=s.params[s.k + 1].w.T),
     "with the weights [{j}].w": lambda s, j: s.back(w=s.params[j].w),
-    "with weights already updated, at a learning rate of {t:.4g}": lambda s, t: s.back(
-        w=s.params[s.k + 1].w - t * s.grads[s.k + 1].w
+    "with weights already updated, at a learning rate of {t:.4g}": (
+        lambda s, t: s.back(w=s.updated(t))
     ),
 }
 # One leaf, from δ.

@@ -537,6 +537,20 @@ def test_a_wrong_error_signal_in_one_leaf_alone_is_named():
     assert report.mistakes == looks_like("without the relu mask", "[1].w")
 
 
+def test_a_leaf_of_another_shape_does_not_hide_mistakes_below():
+    def transposed_above(grads, *_):
+        return (grads[0], Layer(grads[1].w.T, grads[1].b), *grads[2:])
+
+    fun = changed(transposed_above, mask=lambda a: a == a)
+    report = check(fun, problem((4, 5, 3, 1), rows=9))
+    text = "without the relu mask"
+    assert report.mistakes == (
+        looks_like(f"{text} and transposed", "[1].w")
+        | looks_like(text, "[1].b")
+        | looks_like(f"{text}, after the mistake in [1]", "[0].w", "[0].b")
+    )
+
+
 def test_mistakes_in_leaves_alone_are_named_in_every_layer():
     wrong = {"w": lambda n: -n.h[n.k].T @ n.delta, "b": lambda n: n.delta.mean(0)}
     report = check(planted(**wrong), EQUAL_WIDTHS)
