@@ -57,7 +57,6 @@ _BLOCK_SIZE = flags.DEFINE_integer(
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print the derivation for one tiny network, and nothing else."
 )
-
 _CHECK = flags.DEFINE_string(
     "check",
     None,
@@ -220,11 +219,11 @@ def main() -> int:
     hidden = config.hidden_sizes()
     fun = None if _CHECK.value is None else user_function.load(_CHECK.value)
     name, x, y = _load()
+    folder = cli.output_dir() if fun is None else None
     sizes = "→".join(map(str, (x.shape[1], *hidden, y.shape[1])))
     print(f"{name}: {len(x)} examples, network {sizes}")
     if fun is not None:
         return _check(fun, x, y, hidden)
-    folder = cli.output_dir()
     settings: dict[str, Any] = {
         "hidden": hidden,
         "dtype": cli.DTYPE.value or DEFAULTS["dtype"],

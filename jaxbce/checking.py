@@ -173,7 +173,8 @@ def check_gradients(
 
     A wrong leaf is also compared with what about forty common mistakes give, such as a
     missing relu mask. If it equals one of them at all these parameters, the report
-    names the mistake. What follows from a mistake in a layer above is not blamed twice.
+    names the mistake, also in its field `mistakes`. Where a leaf is wrong only because
+    of a mistake in a layer above, the report says so.
 
     Args:
       fun: The function to check, with the signature of `jaxbce.value_and_grad`:
@@ -259,7 +260,7 @@ def check_gradients(
         for logit in (size, -size)
     ]
     comparisons = tuple(worst.values())
-    wrong = {c.leaf for c in comparisons if not c.passed}
+    wrong = {c.leaf for c in comparisons if not c.passed} - {"value"}
     mistakes = _name_mistakes(checked, wrong, options, tolerance, least_share)
     return Report(comparisons, tuple(tail), mistakes)
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import re
 import sysconfig
 import traceback
@@ -15,7 +16,14 @@ from experiments.support.cli import InputError
 
 # Frames of these files say little about a mistake in the user's own.
 _LIBRARIES = re.compile(r"<|.*[/\\](site|dist)-packages[/\\]")
-_FOLDERS = sysconfig.get_path("stdlib"), *experiments.__path__, *jaxbce.__path__
+_FOLDERS = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        sysconfig.get_path("stdlib"),
+        *experiments.__path__,
+        *jaxbce.__path__,
+    )
+)
 
 
 def load(name: str) -> Callable[..., Any]:
