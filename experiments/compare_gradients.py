@@ -3,6 +3,7 @@ r"""Is every hand-derived gradient what jax.grad says it is, and what does each 
     python -m experiments.compare_gradients
     python -m experiments.compare_gradients --explain
     python -m experiments.compare_gradients --data mine.csv --target label
+    python -m experiments.compare_gradients --check mine:value_and_grad
 
 Six parts, by default on digits, odd vs even:
 
@@ -17,7 +18,8 @@ Six parts, by default on digits, odd vs even:
 
 Expect parts 1, 2, 4 and 5 to agree to 1e-12 in float64, central differences to 1e-6,
 the hand-derived gradient to be accurate in the tail, and an exit status of 0.
-`--explain` prints the derivation for one tiny network, with its numbers.
+`--explain` prints the derivation for one tiny network, with its numbers. `--check`
+checks a function of yours instead, and names the mistake if it makes a common one.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ import numpy as np
 from absl import flags
 
 import jaxbce
-from experiments.gradient_checks import comparisons, figure, walkthrough
+from experiments.gradient_checks import comparisons, figure, user_function, walkthrough
 from experiments.support import cli, config, datasets, output, timing
 from jaxbce.checking import TOLERANCES
 
@@ -54,6 +56,12 @@ _BLOCK_SIZE = flags.DEFINE_integer(
 )
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print the derivation for one tiny network, and nothing else."
+)
+_CHECK = flags.DEFINE_string(
+    "check",
+    None,
+    "module:function, in NumPy or JAX, with the signature of jaxbce.value_and_grad. "
+    "Check it on the data and the network, and do nothing else.",
 )
 
 DEFAULTS: dict[str, Any] = {"dtype": "float64"}
@@ -167,6 +175,27 @@ def _explain() -> int:
     return 0 if agree else 1
 
 
+def _check(
+    fun: Callable[..., Any], x: np.ndarray, y: np.ndarray, hidden: tuple[int, ...]
+) -> int:
+    """Checks a function of the user's and prints the report."""
+    key = jax.random.key(cli.SEED.value)
+    try:
+        report = jaxbce.check_gradients(
+            fun,
+            jaxbce.init(key, (x.shape[1], *hidden, y.shape[1])),
+            x,
+            y,
+            dtype=cli.DTYPE.value or DEFAULTS["dtype"],
+            tolerance=_TOLERANCE.value,
+            seed=cli.SEED.value,
+        )
+    except TypeError as error:  # the function returns something else
+        raise cli.InputError(f"--check={_CHECK.value}: {error}") from error
+    print(f"\n{report}")
+    return 0 if report.passed else 1
+
+
 def _load() -> tuple[str, np.ndarray, np.ndarray]:
     """Name, features and labels of the first --batch examples of the data."""
     table = datasets.from_flags(cli.SEED.value)
@@ -188,8 +217,13 @@ def main() -> int:
             f"--tolerance={_TOLERANCE.value}: expected a finite number > 0"
         )
     hidden = config.hidden_sizes()
+    fun = None if _CHECK.value is None else user_function.load(_CHECK.value)
     name, x, y = _load()
-    folder = cli.output_dir()
+    folder = cli.output_dir() if fun is None else None
+    sizes = "→".join(map(str, (x.shape[1], *hidden, y.shape[1])))
+    print(f"{name}: {len(x)} examples, network {sizes}")
+    if fun is not None:
+        return _check(fun, x, y, hidden)
     settings: dict[str, Any] = {
         "hidden": hidden,
         "dtype": cli.DTYPE.value or DEFAULTS["dtype"],
@@ -198,8 +232,6 @@ def main() -> int:
         "tolerance": _TOLERANCE.value,
         "block_size": _BLOCK_SIZE.value,
     }
-    sizes = "→".join(map(str, (x.shape[1], *hidden, y.shape[1])))
-    print(f"{name}: {len(x)} examples, network {sizes}")
     output.print_environment()
     if warning := timing.load_warning():
         print(warning)

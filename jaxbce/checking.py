@@ -15,7 +15,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _validate
-from jaxbce.network import Params
+from jaxbce._diagnosis import name_mistakes
+from jaxbce._mistakes import Step
+from jaxbce.network import Layer, Params
 
 # The tolerated relative error of a leaf, ‖g − reference‖ / ‖reference‖, by the dtype in
 # which fun is run. In float64 it is about 10⁴ units of round-off, which allows for sums
@@ -89,10 +91,14 @@ class Report(NamedTuple):
       comparisons: One `Comparison` for the value, and one per leaf and reference.
       tail: One `TailError` per large logit and label. These do not count in `passed`:
         ŷ − y is right in exact arithmetic, but inaccurate in the tails.
+      mistakes: What a wrong leaf looks like, if it equals the gradient with a common
+        mistake, such as {"[0].w": "looks like the gradient without the relu mask"}.
+        Layers are in the order of the backward pass.
     """
 
     comparisons: tuple[Comparison, ...]
     tail: tuple[TailError, ...]
+    mistakes: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -117,6 +123,8 @@ class Report(NamedTuple):
                 f"{t.logit:>5g} {t.label:>7} {t.error:>8.1e}  {t.tolerance:>8.1e}  "
                 f"{'ok' if t.passed else 'inexact'}"
             )
+        if self.mistakes:
+            lines += ["", *(f"{leaf} {text}" for leaf, text in self.mistakes.items())]
         lines += [
             "",
             f"gradient: {'passed' if self.passed else 'FAILED'}, "
@@ -163,6 +171,11 @@ def check_gradients(
     direction of the gradient being checked. Every relu is kept in its state at θ, so
     none switches between θ − hv and θ + hv.
 
+    A wrong leaf is also compared with what about forty common mistakes give, such as a
+    missing relu mask. If it equals one of them at all these parameters, the report
+    names the mistake, also in its field `mistakes`. Where a leaf is wrong only because
+    of a mistake in a layer above, the report says so.
+
     Args:
       fun: The function to check, with the signature of `jaxbce.value_and_grad`:
         `(params, x, y, ...) -> (value, grads)`. Weights and the reduction are passed
@@ -180,10 +193,13 @@ def check_gradients(
       seed: Seed of the random parameters and directions.
 
     Returns:
-      A `Report`. The 64-bit mode of JAX is restored afterwards.
+      A `jaxbce.checking.Report`, with a `Comparison` for each leaf and reference.
+      `Report`, `Comparison` and `TOLERANCES` are in `jaxbce.checking`. The 64-bit mode
+      of JAX is restored afterwards.
 
     Raises:
-      TypeError: If an argument has an unsupported type or dtype.
+      TypeError: If an argument has an unsupported type or dtype, or fun does not return
+        a number and grads.
       ValueError: If shapes do not match, or a value is not finite or out of range.
 
     Example:
@@ -193,6 +209,14 @@ def check_gradients(
       >>> y = (x[:, :1] > 0).astype(x.dtype)
       >>> jaxbce.check_gradients(jaxbce.value_and_grad, params, x, y).passed
       True
+      >>> def mine(params, x, y):
+      ...     value, (_, last) = jaxbce.value_and_grad(params, x, y)
+      ...     _, delta = jaxbce.deltas(params, jaxbce.forward(params, x), y)
+      ...     delta = delta @ params[1].w.T / len(x)
+      ...     return value, (jaxbce.Layer(x.T @ delta, delta.sum(0)), last)
+      >>> report = jaxbce.check_gradients(mine, params, x, y)
+      >>> report.passed, report.mistakes["[0].w"]
+      (False, 'looks like the gradient without the relu mask')
 
     References:
       Squire and Trapp, Using Complex Variables to Estimate Derivatives of Real
@@ -210,26 +234,22 @@ def check_gradients(
     def run(position: _Position, **options: Any) -> tuple[float, list[np.ndarray]]:
         with jax.enable_x64(dtype.name == "float64"):
             arguments = jax.tree.map(lambda t: jnp.asarray(t, dtype), position[1:])
-            result = fun(*arguments, **options)
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(
-                    "expected fun to return a tuple (value, grads), got "
-                    f"{type(result).__name__}"
-                )
-            value, grads = result
+            value, grads = _split(fun(*arguments, **options))
             leaves = [np.asarray(g) for g in jax.tree.leaves(grads)]
-            if not leaves or any(map(np.iscomplexobj, leaves)):
+            if not leaves or not all(map(_is_real, leaves)):
                 raise TypeError(
                     "expected fun to return a real array for each leaf of params, got "
-                    "grads that are empty or complex"
+                    "grads that are empty or complex, or no numbers"
                 )
-            return float(value), [_double(g) for g in leaves]
+            return value, [_double(g) for g in leaves]
 
     # Rounded to the dtype first, so that fun and the references use the same numbers.
     given = _Position("given", *_round((params, x, y), dtype))
     worst: dict[tuple[str, str], Comparison] = {}
+    checked = []
     for position in _positions(given, rng, dtype):
         value, grads = run(position, **options)
+        checked.append((position, grads))
         for c in _compare(position, value, grads, options, tolerance, least_share, rng):
             previous = worst.setdefault((c.leaf, c.reference), c)
             if c.error / c.tolerance > previous.error / previous.tolerance:
@@ -239,7 +259,32 @@ def check_gradients(
         for size in TAIL_LOGITS
         for logit in (size, -size)
     ]
-    return Report(tuple(worst.values()), tuple(tail))
+    comparisons = tuple(worst.values())
+    wrong = {c.leaf for c in comparisons if not c.passed} - {"value"}
+    mistakes = _name_mistakes(checked, wrong, options, tolerance, least_share)
+    return Report(comparisons, tuple(tail), mistakes)
+
+
+def _split(result: Any) -> tuple[float, Any]:
+    """Checks what fun returns; returns the value and grads."""
+    got = type(result).__name__
+    if isinstance(result, tuple):
+        got = f"({', '.join(type(item).__name__ for item in result)})"
+        numbers = (int, float, np.generic, np.ndarray, jax.Array)
+        if len(result) == 2 and isinstance(result[0], numbers):
+            value, grads = result
+            if np.size(value) == 1 and _is_real(np.asarray(value)):
+                return _double(value).item(), grads
+            got = f"a value of shape {np.shape(value)} and dtype {value.dtype}"
+    raise TypeError(
+        "expected fun to return (value, grads) with a real number as value, as "
+        f"jaxbce.value_and_grad does, got {got}"
+    )
+
+
+def _is_real(t: np.ndarray) -> bool:
+    kinds = jnp.floating, jnp.integer, jnp.bool
+    return any(jnp.issubdtype(t.dtype, kind) for kind in kinds)
 
 
 def _options(
@@ -330,11 +375,12 @@ def _compare(
             continue
         scale = max(np.linalg.norm(truth), least_share * whole_norm)
         reason = _diagnose(g, truth, float(tolerance * scale))
-        v = rng.normal(size=g.shape)
-        v *= np.copysign(1 / np.linalg.norm(v), np.sum(v * g))
-        v += g / (np.linalg.norm(g) or 1)
-        v /= np.linalg.norm(v)
-        derivative = np.sum(g * v)
+        with np.errstate(invalid="ignore"):  # where g is infinite
+            v = rng.normal(size=g.shape)
+            v *= np.copysign(1 / np.linalg.norm(v), np.sum(v * g))
+            v += g / (np.linalg.norm(g) or 1)
+            v /= np.linalg.norm(v)
+            derivative = np.sum(g * v)
         complex_step, quotient = _directional_derivatives(position, i, v, options)
         roundoff = 16 * np.finfo(float).eps * abs(true_value) / _DIFFERENCE_STEP
         for reference, difference, allowed in (
@@ -348,6 +394,24 @@ def _compare(
         ):
             error = _relative(difference, scale)
             yield Comparison(leaf, reference, position.name, error, allowed, reason)
+
+
+def _name_mistakes(
+    checked: list[tuple[Any, Any]],
+    wrong: set[str],
+    options: dict[str, Any],
+    tolerance: float,
+    least_share: float,
+) -> dict[str, str]:
+    """The known mistakes that wrong leaves look like, by leaf."""
+    if not wrong or "all" in wrong:  # "all": some leaves are missing
+        return {}
+    with jax.enable_x64(True), np.errstate(all="ignore"):
+        steps = []
+        for (_, *arguments), leaves in checked:
+            grads = tuple(map(Layer, leaves[::2], leaves[1::2]))
+            steps.append(Step.at_output(grads, *arguments, **options))
+        return name_mistakes(steps, wrong, tolerance, least_share)
 
 
 def _directional_derivatives(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 
 import jax
 import numpy as np
@@ -141,6 +142,92 @@ def test_the_command_writes_results_and_what_made_them(tmp_path, monkeypatch):
     finished = run_command("compare_gradients", *data_flags(tmp_path))
     assert (finished.status, finished.err) == (0, "")
     check_output(tmp_path, finished.out)
+
+
+MINE = """
+import jax, jaxbce, numpy as np
+
+right = jaxbce.value_and_grad
+only_grads = jaxbce.grad
+number = 3
+
+def no_mask(params, x, y):
+    (w1, b1), (w2, b2) = jax.tree.map(np.asarray, params)
+    x, y = np.asarray(x), np.asarray(y)
+    h1 = np.maximum(x @ w1 + b1, 0)
+    a2 = h1 @ w2 + b2
+    delta2 = (1 / (1 + np.exp(-a2)) - y) / len(x)
+    delta1 = delta2 @ w2.T
+    value = np.mean(np.logaddexp(0, a2) - y * a2)
+    return value, ((x.T @ delta1, delta1.sum(0)), (h1.T @ delta2, delta2.sum(0)))
+
+def in_numpy(params, x, y):
+    return np.asarray(x) @ np.asarray(params[1].w)
+
+def in_jax(params, x, y):
+    return jax.jit(lambda w: x @ w)(params[1].w)
+
+def ends(params, x, y):
+    raise SystemExit(3)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Modules of a user in the current folder."""
+    files = {"mine": MINE, "syntax": "def f(:", "fails": "raise ValueError('no\\nway')"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "found"),
+    [
+        ("mine:right", 0, "gradient: passed, tail: exact"),
+        ("mine:no_mask", 1, "[0].b looks like the gradient without the relu mask"),
+    ],
+)
+@pytest.mark.usefixtures("mine")
+def test_a_function_of_the_users_is_checked_and_nothing_else(
+    name, status, found, tmp_path
+):
+    *data, folder = data_flags(tmp_path)
+    finished = run_command("compare_gradients", f"--check={name}", *data, folder)
+    assert (finished.status, finished.err) == (status, "")
+    assert "20 examples, network 5→4→1" in finished.out
+    assert found in finished.out.splitlines()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine", "expected module:function, such as mine:value_and_grad"),
+        ("mine.py:right", "expected module:function"),
+        ("my/own:right", "expected module:function"),
+        (":", "expected module:function"),
+        ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("syntax:f", "SyntaxError: invalid syntax (syntax.py, line 1)"),
+        ("fails:f", "ValueError: no (fails.py, line 1: raise ValueError('no\\nway'))"),
+        ("mine:nothing", "mine has no function nothing"),
+        ("mine:number", "mine has no function number"),
+        ("mine:only_grads", "expected fun to return (value, grads)"),
+        ("mine:in_numpy", "(mine.py, line 19: return np.asarray(x) @ np.asarray("),
+        ("mine:in_jax", "(mine.py, line 22: return jax.jit(lambda w: x @ w)("),
+        ("mine:ends", "SystemExit: 3 (mine.py, line 25: raise SystemExit(3))"),
+    ],
+)
+@pytest.mark.usefixtures("mine")
+def test_a_function_that_cannot_be_checked_is_one_line(name, message, tmp_path):
+    finished = run_command(
+        "compare_gradients", f"--check={name}", *data_flags(tmp_path)
+    )
+    assert finished.status == 2
+    assert finished.err.startswith(f"compare_gradients: --check={name}: ")
+    assert message in finished.err
+    assert finished.err.count("\n") == 1
 
 
 @pytest.mark.slow
