@@ -163,22 +163,16 @@ def check_initial_params(
     Returns:
       Layer sizes, dtype, and the parameters as NumPy arrays `[points, seeds, ...]`.
     """
-    leaves = jax.tree.leaves(params)
-    if not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
-        _validate.params(params)  # which says what was expected
-    params = jax.tree.map(np.asarray, params)
-    if max((leaf.ndim for leaf in leaves), default=0) <= 2:  # those of the weights
-        params = jax.tree.map(lambda leaf: leaf[None, None], params)
-    axes = {leaf.shape[:2] for leaf in jax.tree.leaves(params)}
-    if len(axes) > 1:
+    leading, one = _validate.stacked_params(params)
+    if len(leading) not in (0, 2):
         raise ValueError(
-            "expected all leaves of params to have the same leading axes [points, "
-            f"seeds], got {' and '.join(map(str, sorted(axes)))}"
+            "expected params to have no leading axes or [points, seeds], got "
+            f"{params[0].w.shape} as the shape of params[0].w"
         )
-    one = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params
-    )
-    found = _validate.params(one)
+    params = jax.tree.map(np.asarray, params)
+    if not leading:
+        params = jax.tree.map(lambda leaf: leaf[None, None], params)
+    found = one[0].w.dtype
     if dtype is not None and jnp.dtype(dtype) != found:
         raise TypeError(
             f"expected dtype to be that of params, {found}, got {jnp.dtype(dtype)}"

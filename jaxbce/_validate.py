@@ -171,6 +171,31 @@ def params(value: Any) -> Any:
     return value[0].w.dtype
 
 
+def stacked_params(value: Any) -> tuple[tuple[int, ...], Any]:
+    """Checks the parameters of several networks, with the same leading axes.
+
+    Returns:
+      The lengths of the leading axes, and the shapes of one network.
+    """
+    axes = 0
+    if type(value) is tuple and value and hasattr(value[0], "w"):
+        axes = max(0, getattr(value[0].w, "ndim", 0) - 2)
+    leaves = jax.tree.leaves(value)
+    if not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
+        params(value)  # which says what was expected
+    leading = {leaf.shape[:axes] for leaf in leaves}
+    if len(leading) > 1:
+        raise ValueError(
+            "expected all leaves of params to have the same leading axes, got "
+            f"{' and '.join(map(str, sorted(leading)))}"
+        )
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), value
+    )
+    params(one)
+    return leading.pop(), one
+
+
 def matrix(name: str, value: Any, shape: str) -> None:
     """Checks that `value` is an array with two axes, neither of them empty."""
     _array(name, value, f"an array {shape}")

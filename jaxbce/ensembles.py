@@ -1,7 +1,6 @@
 """Predictions of several networks, averaged."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +49,14 @@ def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
       >>> bool(jax.numpy.allclose(together, jaxbce.logits(one, x)))
       True
     """
-    members, one, x = _check(params, x)
-    count, n = jax.tree.leaves(members)[0].shape[0], x.shape[0]
+    leading, one = _validate.stacked_params(params)
+    x = _validate.features(x, one)
+    count, n = math.prod(leading), x.shape[0]
+    if count == 0:
+        raise ValueError("expected params of at least one network, got none")
+    members = jax.tree.map(
+        lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[len(leading) :])), params
+    )
     rows = _blocks.examples_per_block("auto", one, n)
     widths = sum(layer.w.shape[1] for layer in one)
     size = max(1, _BLOCK_BYTES // (rows * widths * x.dtype.itemsize))
@@ -103,32 +108,3 @@ def ensemble_proba(params: Params, x: ArrayLike) -> jax.Array:
       (64, 1)
     """
     return sigmoid(ensemble_logits(params, x))
-
-
-def _check(params: Any, x: Any) -> tuple[Params, Params, jax.Array]:
-    """Parameters `[M, ...]`, the shapes of one network, and features."""
-    axes = 0
-    if type(params) is tuple and params and hasattr(params[0], "w"):
-        axes = max(0, getattr(params[0].w, "ndim", 2) - 2)
-    leading = {getattr(leaf, "shape", ())[:axes] for leaf in jax.tree.leaves(params)}
-    if len(leading) > 1:
-        raise ValueError(
-            "expected all leaves of params to have the same leading axes, got "
-            f"{' and '.join(map(str, sorted(leading)))}"
-        )
-    one = jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
-            if hasattr(leaf, "dtype")
-            else leaf
-        ),
-        params,
-    )
-    _validate.params(one)
-    count = math.prod(*leading)
-    if count == 0:
-        raise ValueError("expected params of at least one network, got none")
-    members = jax.tree.map(
-        lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[axes:])), params
-    )
-    return members, one, _validate.features(x, one)

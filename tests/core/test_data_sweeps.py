@@ -336,7 +336,7 @@ REFUSED: Any = {
     "one axis": (
         {"hidden": None, "params": jax.tree.map(lambda t: t[0], STACKED)},
         ValueError,
-        "to have the same leading axes",
+        "no leading axes or .points, seeds., got",
     ),
     "a list": ({"hidden": None, "params": [1.0]}, TypeError, "a tuple of Layer"),
     "features": (
