@@ -59,7 +59,9 @@ def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
     )
     rows = _blocks.examples_per_block("auto", one, n)
     widths = sum(layer.w.shape[1] for layer in one)
-    size = max(1, _BLOCK_BYTES // (rows * widths * x.dtype.itemsize))
+    size = 1
+    if isinstance(rows, int):  # not for a symbolic N, as in an exported program
+        size = max(size, _BLOCK_BYTES // (rows * widths * x.dtype.itemsize))
     blocks = -(-count // size)
     size = -(-count // blocks)
 

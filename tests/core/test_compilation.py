@@ -338,7 +338,15 @@ def test_networks_train_together_in_strict_modes(check_leaks):
         options |= {"hidden": (4,), "hparams": {"rate": rates}, "dtype": "float32"}
         options |= {"make_optimizer": lambda hp: optax.sgd(hp["rate"])}
         result = jaxbce.sweep(key, x, y, **options)
-    for found in (losses, result.train_loss, result.validation_loss):
+        even = np.arange(len(x)) % 2 == 0
+        options |= {"make_sample_weight": lambda hp: even | (hp["rate"] > 9)}
+        options |= {"make_labels": lambda hp, y: y / 2, "validation": "held_out"}
+        by_fold = jaxbce.sweep(key, x, y, **options)
+        p = jaxbce.ensemble_proba(by_fold.params, x)
+    for found in (
+        *(losses, result.train_loss, result.validation_loss),
+        *(by_fold.train_loss, by_fold.validation_loss, p),
+    ):
         assert found.dtype == "float32"
         assert np.isfinite(found).all()
 
@@ -365,6 +373,7 @@ EXPORTED = (
         "forward": lambda params, x, y: jaxbce.forward(params, x),
         "logits": lambda params, x, y: jaxbce.logits(params, x),
         "predict_proba": lambda params, x, y: jaxbce.predict_proba(params, x),
+        "ensemble_logits": lambda params, x, y: jaxbce.ensemble_logits(params, x),
         "weighted deltas": lambda params, x, y: jaxbce.deltas(
             params, jaxbce.forward(params, x), y, sample_weight=y[:, 0]
         ),

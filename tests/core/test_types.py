@@ -78,6 +78,20 @@ members = jaxbce.sweep(
     hparams=jaxbce.grid(learning_rate=[0.1, 0.2]),
     num_steps=3,
 )
+more = jaxbce.sweep(
+    key,
+    x,
+    y,
+    params=members.params,
+    make_optimizer=make,
+    make_sample_weight=lambda point: point["fold"] != np.arange(8) % 2,
+    make_labels=lambda point, y: 1 - y,
+    hparams=jaxbce.grid(learning_rate=[0.1], fold=[0, 1]),
+    num_steps=3,
+    validation="held_out",
+)
+assert_type(jaxbce.ensemble_logits(more.params, x), jax.Array)
+assert_type(jaxbce.ensemble_proba(params, device_x), jax.Array)
 assert_type(members.train_loss, np.ndarray)
 report = jaxbce.check_gradients(jaxbce.value_and_grad, params, x, y, dtype=np.float32)
 assert_type(report, Report)
