@@ -228,6 +228,7 @@ def test_held_out_losses_that_differ_are_a_mismatch(monkeypatch):
     assert "differs from {'plain JAX'" in mismatch_of(case)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # of laplace-torch
 @pytest.mark.parametrize("quantity", laplace.QUANTITIES)
 def test_the_laplace_approximation_is_that_of_the_explicit_matrix(quantity):
     case = laplace.case(quantity, *SIZE, KEY)
