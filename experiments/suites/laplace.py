@@ -180,7 +180,7 @@ QUANTITIES: dict[str, Callable[[Method, Batch], Call]] = {
     "posterior, influence": functools.partial(_from_data, "influence"),
     "posterior, variances": functools.partial(_from_data, "variances"),
 }
-# At the large size a call of the libraries takes minutes.
+# The libraries are measured at the small size alone, to keep a run short.
 SIZES = {
     "all of them": (SMALL, LARGE),
     "posterior": (SMALL, LARGE),
