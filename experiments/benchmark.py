@@ -10,7 +10,8 @@ measured in the same process. Their results must agree first; baselines marked â
 other work and are not compared. They are then timed in turn, A B A B, each call until
 its result is ready. Speed is the median over rounds of the baseline's time over
 jaxbce's; above 1, jaxbce is faster. If a library cannot be imported, a line says so and
-its baselines are skipped; `pip install '.[benchmark]'` installs all of them.
+its baselines are skipped. `pip install '.[benchmark]'` installs all but two, and
+`pip install dattri laplace-torch` those.
 
 The suites:
 
@@ -19,9 +20,13 @@ The suites:
     fit          a step of `fit` vs the same loop in plain JAX
     sweep        `sweep` on all devices vs `jit(vmap(train))` on one and on all of them,
                  `torch.func.vmap` and scikit-learn
+    data_sweep   cross-validation and leave-one-out by `sweep` vs the same sweep without
+                 weights, `jit(vmap(train))` and scikit-learn's GridSearchCV
     per_example  norms, clipped sums and inner products vs `vmap(jax.grad)`,
                  jax_privacy, PyTorch and Opacus
     curvature    tangent kernels, Hessian and Gauss-Newton products vs plain JAX
+    laplace      posterior, influence, leave-one-out and variances vs the explicit
+                 matrix of all parameters, laplace-torch and dattri
     compile      from a new process to the first gradient; tracing and compilation
     scaling      how time grows with examples, widths, networks and batches
 
@@ -42,7 +47,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.suites import batches, compilation, report, scaling, training
+from experiments.suites import (
+    batches,
+    compilation,
+    data_sweeps,
+    laplace,
+    report,
+    scaling,
+    training,
+)
 from experiments.suites.case import JAXBCE, Case
 from experiments.support import cli, output, timing
 
@@ -52,8 +65,10 @@ SUITES = {
     "gradient": batches,
     "fit": training,
     "sweep": training,
+    "data_sweep": data_sweeps,
     "per_example": batches,
     "curvature": batches,
+    "laplace": laplace,
     "compile": compilation,
     "scaling": scaling,
 }
@@ -70,7 +85,7 @@ _QUICK = flags.DEFINE_bool(
 _FULL = flags.DEFINE_bool(
     "full",
     False,
-    "Run 7 rounds for each of 2 compilations: about half an hour on two cores. With "
+    "Run 7 rounds for each of 2 compilations: about 40 minutes on two cores. With "
     "neither --quick nor --full, 5 rounds of 1 compilation.",
 )
 _ROUNDS = flags.DEFINE_integer(
@@ -286,7 +301,14 @@ def _configuration() -> dict[str, Any]:
 def _baseline_versions() -> dict[str, str]:
     """Versions of the installed libraries that baselines use."""
     versions = {}
-    for name in ("optax", "torch", "opacus", "jax_privacy"):
+    for name in (
+        "optax",
+        "torch",
+        "opacus",
+        "jax_privacy",
+        "dattri",
+        "laplace-torch",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

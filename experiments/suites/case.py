@@ -16,6 +16,8 @@ _LIBRARIES = {  # optional libraries of a baseline
     "Opacus": ("torch", "opacus"),
     "PyTorch": ("torch",),
     "PyTorch, one": ("torch",),
+    "dattri": ("torch", "dattri.algorithm.influence_function"),
+    "laplace-torch": ("torch", "laplace"),
     "torch.func.vmap": ("torch",),
 }
 

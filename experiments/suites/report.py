@@ -111,6 +111,7 @@ def _machine_text(document: dict[str, Any]) -> str:
     """The machine, versions, limits and settings of a run, as a paragraph."""
     environment, limits = document["environment"], document["limits"]
     names = ("jax", "numpy", "scikit-learn", "torch", "opacus", "jax_privacy")
+    names += ("dattri", "laplace-torch")
     versions = ", ".join(
         f"{name} {environment[name]}" for name in names if name in environment
     )

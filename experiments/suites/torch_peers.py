@@ -1,9 +1,11 @@
-"""Baselines in PyTorch and Opacus, written as in their documentation.
+"""Baselines in PyTorch and libraries for it, written as in their documentation.
 
 The functions take the arguments of the JAX baselines. The libraries are optional, and
 are imported where they are used.
 """
 
+import contextlib
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +33,17 @@ def _layers(tensors: Any) -> Params:
     """Params as NumPy arrays, from alternating weights and biases."""
     arrays: Any = [tensor.detach().cpu().numpy() for tensor in tensors]
     return tuple(Layer(w, b) for w, b in zip(arrays[::2], arrays[1::2], strict=True))
+
+
+def _model(params: Params) -> Any:
+    """The network as a torch.nn.Sequential."""
+    torch, leaves = _library(), _tensors(params)
+    modules: list[Any] = []
+    for w, b in zip(leaves[::2], leaves[1::2], strict=True):
+        linear = torch.nn.Linear(*w.shape, device=w.device)
+        linear.weight.data, linear.bias.data = w.T.contiguous(), b
+        modules += [linear, torch.nn.ReLU()]
+    return torch.nn.Sequential(*modules[:-1])
 
 
 def _loss(params: Any, x: Any, y: Any) -> Any:
@@ -101,14 +114,9 @@ def ghost_clipped_sum(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> 
     )
 
     warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-    leaves, data = _tensors(params), _tensors((x, y))
-    modules: list[Any] = []
-    for w, b in zip(leaves[::2], leaves[1::2], strict=True):
-        linear = torch.nn.Linear(*w.shape, device=w.device)
-        linear.weight.data, linear.bias.data = w.T.contiguous(), b
-        modules += [linear, torch.nn.ReLU()]
+    data = _tensors((x, y))
     model = GradSampleModuleFastGradientClipping(
-        torch.nn.Sequential(*modules[:-1]),
+        _model(params),
         loss_reduction="sum",
         max_grad_norm=max_norm,
     )
@@ -129,6 +137,78 @@ def ghost_clipped_sum(max_norm: Any, params: Params, x: Any, y: Any, v: Any) -> 
         return tuple(Layer(w.T, b) for w, b in _layers(found))
 
     return Call(run, result=result)
+
+
+def _loader(*tensors: Any) -> Any:
+    """A DataLoader of one batch."""
+    data: Any = _library().utils.data
+    return data.DataLoader(data.TensorDataset(*tensors), batch_size=len(tensors[0]))
+
+
+def laplace_variances(
+    tau: float, params: Params, x: Any, y: Any, x2: Any, y2: Any
+) -> Call:
+    """Variances of the logits of x2 by laplace-torch, with the full matrix.
+
+    laplace-torch has a softmax of at least two logits, so that a logit of 0 is put
+    before the network's. Their cross-entropy is that of the sigmoid.
+    """
+    torch: Any = _library()
+    from laplace import Laplace  # pyright: ignore[reportAttributeAccessIssue]
+
+    class TwoLogits(torch.nn.Module):
+        def forward(self, a: Any) -> Any:
+            return torch.cat([torch.zeros_like(a), a], dim=1)
+
+    model = torch.nn.Sequential(*_model(params), TwoLogits())
+    features, labels, new = _tensors((x, y, x2))
+    data = _loader(features, labels[:, 0].long())
+    options: Any = {"subset_of_weights": "all", "hessian_structure": "full"}
+
+    def run() -> Any:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(new.dtype)  # its matrix has the default dtype
+        try:
+            posterior = Laplace(model, "classification", prior_precision=tau, **options)
+            posterior.fit(data)
+            _, covariance = posterior._glm_predictive_distribution(new)
+        finally:
+            torch.set_default_dtype(default)
+        return covariance[:, 1, 1]
+
+    return Call(run, result=lambda found: found.detach().cpu().numpy())
+
+
+def hessian_influence(
+    tau: float, params: Params, x: Any, y: Any, x2: Any, y2: Any
+) -> Call:
+    """Influence of all pairs by dattri, with the explicit Hessian."""
+    torch: Any = _library()
+    from dattri.algorithm.influence_function import (  # pyright: ignore[reportMissingImports]
+        IFAttributorExplicit,
+    )
+    from dattri.task import AttributionTask  # pyright: ignore[reportMissingImports]
+
+    model = _model(params)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    features, labels, new, new_labels = _tensors((x, y, x2, y2))
+    train, test = _loader(features, labels), _loader(new, new_labels)
+
+    def loss(params: Any, data: Any) -> Any:
+        a = torch.func.functional_call(model, params, data[0])
+        return entropy(a, data[1], reduction="sum")
+
+    task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
+
+    def run() -> Any:
+        attributor = IFAttributorExplicit(
+            task, device=str(features.device), regularization=tau
+        )
+        attributor.cache(train)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            return attributor.attribute(train, test)
+
+    return Call(run, result=lambda found: found.detach().cpu().numpy())
 
 
 def adam(

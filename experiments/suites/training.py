@@ -76,29 +76,33 @@ LIBRARIES_SIZE = (256, 512, 32, (30, 16, 1), "adam")  # as above, for other libr
 SCIKIT_LEARN_SIZE = 16, 5  # number of networks and epochs for scikit-learn
 
 
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "sgd": lambda hp: optax.sgd(hp["learning_rate"]),
     "adam": lambda hp: optax.adam(hp["learning_rate"]),
 }
 
 
-def _data(n: int, n_in: int, key: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+def random_data(
+    n: int, n_in: int, key: jax.Array, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Features `[N, n_in]` and labels `[N, 1]` that a line separates."""
     x = jax.random.normal(key, (n, n_in), dtype)
     return x, (jnp.sum(x[:, :2], axis=1, keepdims=True) > 0).astype(dtype)
 
 
-def _flop(batch_size: int, layers: tuple[int, ...]) -> float:
+def step_flop(batch_size: int, layers: tuple[int, ...]) -> float:
     """Floating-point operations in the matrix products of one network's step."""
     return 2.0 * batch_size * gradient_multiplications(layers)
 
 
-def _bytes(layers: tuple[int, ...], optimizer: str) -> float:
+def step_bytes(layers: tuple[int, ...], optimizer: str) -> float:
     """Bytes of reading and writing float32 parameters and optimizer state once."""
     numbers = sum(a * b + b for a, b in pairwise(layers))
     return 8.0 * numbers * {"sgd": 1, "adam": 3}[optimizer]
 
 
-def _size(batch_size: int, n: int, layers: tuple[int, ...], optimizer: str) -> str:
+def size_text(batch_size: int, n: int, layers: tuple[int, ...], optimizer: str) -> str:
+    """Sizes of a training run as text, such as "32 of 512, 30→16→1, sgd"."""
     batch = f"{batch_size} of {n}" if batch_size < n else f"full of {n}"
     return f"{batch}, {layers_text(layers)}, {optimizer}"
 
@@ -108,7 +112,7 @@ def fit_case(
 ) -> Case:
     """`fit` of one network and the same loop written in plain JAX."""
     key_params, key_x, key_order = jax.random.split(key, 3)
-    transformation = _OPTIMIZERS[optimizer]({"learning_rate": RATE})
+    transformation = OPTIMIZERS[optimizer]({"learning_rate": RATE})
     epochs = max(1, STEPS * batch_size // n)
     steps = epochs * n // batch_size
 
@@ -126,7 +130,7 @@ def fit_case(
 
     def arguments(dtype: str) -> Any:
         params = jaxbce.init(key_params, layers, dtype=dtype)
-        return params, *_data(n, layers[0], key_x, dtype)
+        return params, *random_data(n, layers[0], key_x, dtype)
 
     def exact() -> dict[str, Any]:
         with jax.enable_x64(True):
@@ -147,28 +151,26 @@ def fit_case(
     return Case(
         suite="fit",
         quantity="fit",
-        size=_size(batch_size, n, layers, optimizer),
+        size=size_text(batch_size, n, layers, optimizer),
         implementations=implementations,
         results=results_of,
         tolerance=TOLERANCE,
         loose_tolerance=LOOSE_TOLERANCE,
         exact=exact,
-        flop=_flop(batch_size, layers),
-        bytes=_bytes(layers, optimizer),
+        flop=step_flop(batch_size, layers),
+        bytes=step_bytes(layers, optimizer),
         unit="step",
     )
 
 
-def _sweep_epochs(
-    members: int, n: int, batch_size: int, layers: tuple[int, ...]
-) -> int:
+def sweep_epochs(members: int, n: int, batch_size: int, layers: tuple[int, ...]) -> int:
     """Number of epochs for about `NETWORK_STEPS` steps' worth of work."""
-    work = max(_flop(batch_size, layers) / _flop(32, (30, 16, 1)), 0.1)
+    work = max(step_flop(batch_size, layers) / step_flop(32, (30, 16, 1)), 0.1)
     steps = min(NETWORK_STEPS / members / work, 4096)
     return max(1, round(steps * batch_size / n))
 
 
-def _first_seed(params: Any) -> Any:
+def first_seed(params: Any) -> Any:
     """Parameters of a sweep with one seed, without the axis of seeds."""
     return jax.tree.map(lambda t: t[:, 0], params)
 
@@ -188,12 +190,13 @@ def sweep_case(
 
     Times are of whole calls, from data in device memory to parameters in host memory.
     """
-    make_optimizer, devices = _OPTIMIZERS[optimizer], jax.devices()
+    make_optimizer, devices = OPTIMIZERS[optimizer], jax.devices()
     devices = devices[: math.gcd(members, len(devices))]
 
     def train(dtype: str, epochs: int) -> dict[str, Call]:
-        data = _data(n, layers[0], key, dtype)
+        data = random_data(n, layers[0], key, dtype)
         rates = jnp.geomspace(1e-4, 1e-1, members, dtype=dtype)
+        hparams = {"learning_rate": rates}
         key_params, key_order = jax.random.split(jax.random.fold_in(key, 0))
         params = jaxbce.init(key_params, layers, dtype=dtype)
         options: Any = {"make_optimizer": make_optimizer, "batch_size": batch_size}
@@ -211,13 +214,13 @@ def sweep_case(
             JAXBCE: Call(
                 lambda: jaxbce.sweep(key, *data, **options).params,
                 units=units,
-                result=_first_seed,
+                result=first_seed,
             ),
-            "vmap": Call(lambda: jax.device_get(on_one_device(rates)), units=units),
+            "vmap": Call(lambda: jax.device_get(on_one_device(hparams)), units=units),
         }
         if len(devices) > 1:
             calls["vmap, sharded"] = Call(
-                lambda: jax.device_get(on_all_devices(rates)), units=units
+                lambda: jax.device_get(on_all_devices(hparams)), units=units
             )
         return calls
 
@@ -225,19 +228,19 @@ def sweep_case(
         with jax.enable_x64(True):
             return results_of(train("float64", 2))
 
-    epochs = _sweep_epochs(members, n, batch_size, layers)
+    epochs = sweep_epochs(members, n, batch_size, layers)
     name = "sweep" if scaling_axis else f"{members} network{'s' * (members > 1)}"
     return Case(
         suite=suite,
         quantity=name,
-        size=_size(batch_size, n, layers, optimizer),
+        size=size_text(batch_size, n, layers, optimizer),
         implementations=lambda: train("float32", epochs),
         results=results_of,
         tolerance=TOLERANCE,
         loose_tolerance=LOOSE_TOLERANCE,
         exact=exact,
-        flop=_flop(batch_size, layers),
-        bytes=_bytes(layers, optimizer),
+        flop=step_flop(batch_size, layers),
+        bytes=step_bytes(layers, optimizer),
         unit="network-step",
         scaling_axis=scaling_axis,
     )
@@ -304,10 +307,10 @@ def libraries_case(key: jax.Array) -> Case:
         return np.concatenate(permutations).reshape(-1, batch_size)
 
     def train(dtype: str, epochs: int) -> dict[str, Call]:
-        x, y = _data(n, layers[0], key, dtype)
+        x, y = random_data(n, layers[0], key, dtype)
         steps = epochs * n // batch_size
         params = jaxbce.init(key_params, layers, dtype=dtype)
-        options: Any = {"make_optimizer": _OPTIMIZERS[optimizer]}
+        options: Any = {"make_optimizer": OPTIMIZERS[optimizer]}
         options |= {"hidden": layers[1:-1], "num_steps": steps}
         options |= {"hparams": {"learning_rate": np.full(members, RATE)}}
         options |= {"batch_size": batch_size, "dtype": dtype}
@@ -316,7 +319,7 @@ def libraries_case(key: jax.Array) -> Case:
             JAXBCE: Call(
                 lambda: jaxbce.sweep(key, x, y, **options).params,
                 units=steps * members,
-                result=_first_seed,
+                result=first_seed,
             ),
             **_torch_calls(available, params, x, y, orders(epochs)),
             "scikit-learn": _scikit_learn_call(
@@ -334,14 +337,14 @@ def libraries_case(key: jax.Array) -> Case:
     return Case(
         suite="sweep",
         quantity=f"{members} networks",
-        size=_size(batch_size, n, layers, optimizer),
+        size=size_text(batch_size, n, layers, optimizer),
         implementations=lambda: train("float32", 16),
         results=results,
         tolerance=TOLERANCE,
         loose_tolerance=LOOSE_TOLERANCE,
         exact=exact,
-        flop=_flop(batch_size, layers),
-        bytes=_bytes(layers, optimizer),
+        flop=step_flop(batch_size, layers),
+        bytes=step_bytes(layers, optimizer),
         unit="network-step",
         missing=missing,
     )

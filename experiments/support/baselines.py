@@ -1,6 +1,7 @@
 """Baselines: the same network in plain JAX and in scikit-learn."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import joblib
 import numpy as np
 import optax
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.neural_network import MLPClassifier
 
 from jaxbce.network import Params
@@ -27,10 +30,13 @@ def weight_derivatives(w: jax.Array, h: jax.Array) -> jax.Array:
     return jax.vmap(jax.grad(jnp.dot), (None, 0))(w[:, 0], h).T
 
 
-def plain_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+def plain_loss(
+    params: Params, x: jax.Array, y: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
     """Mean loss with optax's cross-entropy, to be differentiated by JAX."""
     ell = optax.sigmoid_binary_cross_entropy(plain_logits(params, x), y)
-    return jnp.mean(jnp.sum(ell, axis=1))
+    ell = jnp.sum(ell, axis=1)
+    return jnp.mean(ell if weight is None else weight * ell)
 
 
 def plain_objective(
@@ -55,6 +61,7 @@ def plain_fit(
     params: Params,
     x: jax.Array,
     y: jax.Array,
+    weight: jax.Array | None = None,
     *,
     optimizer: optax.GradientTransformation,
     epochs: int,
@@ -62,20 +69,22 @@ def plain_fit(
 ) -> Params:
     """Training with jax.grad, optax and scans over epochs.
 
-    The order of the examples is that of `jaxbce.fit`. `batch_size` must divide the
-    number of examples.
+    The order of the examples is that of `jaxbce.fit` if `batch_size` divides their
+    number. The last examples of an epoch that do not fill a batch are dropped.
     """
+    data = (x, y) if weight is None else (x, y, weight)
+    used = len(x) // batch_size * batch_size
 
     def step(carry: Any, indices: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
-        batch = (x[indices], y[indices]) if batch_size < len(x) else (x, y)
+        batch = tuple(t[indices] for t in data) if batch_size < len(x) else data
         value, grads = jax.value_and_grad(plain_loss)(params, *batch)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
     def epoch(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
         order = jax.random.permutation(jax.random.fold_in(key, number), len(x))
-        return jax.lax.scan(step, carry, order.reshape(-1, batch_size))
+        return jax.lax.scan(step, carry, order[:used].reshape(-1, batch_size))
 
     start = params, optimizer.init(params)
     return jax.lax.scan(epoch, start, jnp.arange(epochs))[0][0]
@@ -90,18 +99,20 @@ def plain_sweep(
     make_optimizer: Any,
     epochs: int,
     batch_size: int,
+    member_data: Callable[..., Any] = lambda hparams, x, y: (x, y),
     devices: Any = None,
 ) -> Any:
-    """`jit(vmap(train))` over learning rates.
+    """`jit(vmap(train))` over hyperparameters.
 
-    Members run on one device, or are spread over `devices`, whose number must divide
-    the number of members.
+    A member trains on `member_data(hparams, x, y)`: features, labels and optionally
+    weights. Members run on one device, or are spread over `devices`, whose number must
+    divide the number of members.
     """
 
-    def train(rate: jax.Array, params: Params, x: jax.Array, y: jax.Array) -> Params:
-        options = {"optimizer": make_optimizer({"learning_rate": rate})}
+    def train(hparams: Any, params: Params, x: jax.Array, y: jax.Array) -> Params:
+        options = {"optimizer": make_optimizer(hparams)}
         options |= {"epochs": epochs, "batch_size": batch_size}
-        return plain_fit(key, params, x, y, **options)
+        return plain_fit(key, params, *member_data(hparams, x, y), **options)
 
     members = jax.vmap(train, in_axes=(0, None, None, None))
     if devices is not None:
@@ -110,7 +121,7 @@ def plain_sweep(
         mesh = jax.sharding.Mesh(np.array(devices), ("m",))
         members = jax.shard_map(members, mesh=mesh, **specs)
     program = jax.jit(members)
-    return lambda rates: program(rates, params, x, y)
+    return lambda hparams: program(hparams, params, x, y)
 
 
 def scikit_learn_sweep(
@@ -128,6 +139,37 @@ def scikit_learn_sweep(
         joblib.delayed(train)(rate) for rate in rates
     )
     return sum(steps)
+
+
+def scikit_learn_grid_search(
+    x: np.ndarray,
+    y: np.ndarray,
+    fold: np.ndarray,
+    hidden: tuple[int, ...],
+    rates: Any,
+    options: Any,
+) -> int:
+    """Cross-validates MLPClassifier on all cores; returns the number of steps."""
+
+    def score(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        steps = model.t_ // options["batch_size"]
+        return {
+            "log_loss": log_loss(y, model.predict_proba(x), labels=[0, 1]),
+            "steps": steps,
+        }
+
+    settings: Any = {"scoring": score, "cv": PredefinedSplit(fold), "n_jobs": -1}
+    settings |= {"refit": False, "error_score": "raise"}
+    search: Any = GridSearchCV(
+        MLPClassifier(hidden, alpha=0.0, **options),
+        {"learning_rate_init": rates},
+        **settings,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        results = search.fit(x, y).cv_results_
+    folds = range(search.n_splits_)
+    return int(sum(results[f"split{i}_test_steps"].sum() for i in folds))
 
 
 def scikit_learn_gradient(

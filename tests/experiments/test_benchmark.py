@@ -15,7 +15,15 @@ import pytest
 
 import experiments.suites.case as case_module
 from experiments import benchmark
-from experiments.suites import batches, compilation, report, training, workloads
+from experiments.suites import (
+    batches,
+    compilation,
+    data_sweeps,
+    laplace,
+    report,
+    training,
+    workloads,
+)
 from experiments.suites.case import JAXBCE, Case
 from experiments.support import timing
 from tests.helpers import run_command, start
@@ -167,6 +175,90 @@ def test_other_libraries_train_what_a_sweep_trains(monkeypatch):
         assert rows[name]["difference"] <= 1e-10
 
 
+@pytest.fixture
+def small_data_sweeps(monkeypatch):
+    monkeypatch.setattr(training, "NETWORK_STEPS", 6)
+    monkeypatch.setattr(data_sweeps, "LAYERS", (3, 2, 1))
+    monkeypatch.setattr(data_sweeps, "MIN_STEPS", 2)
+    monkeypatch.setattr(data_sweeps, "OPTIMIZER", "sgd")
+    monkeypatch.setattr(data_sweeps, "GRID_SEARCH_EPOCHS", 2)
+
+
+@pytest.mark.usefixtures("small_data_sweeps")
+def test_networks_that_leave_out_a_fold_are_trained_alike():
+    case = data_sweeps.sweep_case(9, 3, 1, 3, KEY)  # folds of 3, on one device
+    rows = measure(case._replace(exact=None, tolerance=1e-5))
+    differences = {row["baseline"]: row["difference"] for row in rows}
+    assert differences.pop("vmap, weights") <= 1e-5
+    assert differences == {"without weights": None, "vmap, own": None}
+
+
+@pytest.mark.usefixtures("small_data_sweeps")
+def test_networks_that_leave_out_one_example_are_trained_alike():
+    case = data_sweeps.sweep_case(6, 6, 1, 6, KEY)
+    assert case.exact is not None
+    differences = benchmark.relative_differences(case.exact())
+    names = {"vmap, own", "vmap, weights"}
+    assert differences.keys() == names | {f"{name}, sharded" for name in names}
+    assert max(differences.values()) <= 1e-10
+
+
+@pytest.mark.usefixtures("small_data_sweeps")
+def test_a_grid_search_takes_the_steps_that_it_is_timed_for(monkeypatch):
+    case = data_sweeps.grid_search_case(8, 2, 3, 2, KEY, scikit_learn_points=1)
+    with joblib.parallel_config(backend="sequential"):
+        (row,) = measure(case)
+    assert (row["baseline"], row["difference"]) == ("GridSearchCV", None)
+    calls = case.implementations()
+    assert {name: call.units for name, call in calls.items()} == {
+        JAXBCE: 2 * 3 * 2 * 2,  # folds, points, epochs, steps per epoch
+        "GridSearchCV": 2 * 1 * 2 * 2,
+    }
+    monkeypatch.setattr(data_sweeps.baselines, "scikit_learn_grid_search", lambda *a: 7)
+    with pytest.raises(RuntimeError, match="expected 8 steps of scikit-learn, got 7"):
+        calls["GridSearchCV"].run()
+
+
+@pytest.mark.usefixtures("small_data_sweeps")
+def test_held_out_losses_that_differ_are_a_mismatch(monkeypatch):
+    monkeypatch.setattr(data_sweeps, "LAYERS", (3, 2, 1))
+    monkeypatch.setattr(data_sweeps, "GRID_SEARCH_EPOCHS", 2)
+    monkeypatch.setattr(data_sweeps.baselines, "plain_loss", lambda p, x, y: jnp.sum(y))
+    case = data_sweeps.grid_search_case(8, 2, 3, 2, KEY, scikit_learn_points=1)
+    assert "differs from {'plain JAX'" in mismatch_of(case)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # of laplace-torch
+@pytest.mark.parametrize("quantity", laplace.QUANTITIES)
+def test_the_laplace_approximation_is_that_of_the_explicit_matrix(quantity):
+    case = laplace.case(quantity, *SIZE, KEY)
+    rows = measure(case._replace(exact=None, tolerance=1e-5))
+    libraries = {*laplace.LIBRARIES.get(quantity, ())} - {*case.missing}
+    assert {row["baseline"] for row in rows} == {"dense", *libraries}
+    for row in rows:
+        is_other_work = row["baseline"] in laplace.OTHER_WORK
+        assert (row["difference"] is None) == is_other_work
+        assert is_other_work or row["difference"] <= 1e-5
+
+
+def test_exact_results_of_the_laplace_approximation_are_in_float64():
+    case = laplace.case("variances", *SIZE, KEY)
+    assert case.exact is not None
+    assert 0 < benchmark.relative_differences(case.exact())["dense"] < 1e-13
+
+
+def test_a_laplace_approximation_with_another_prior_is_a_mismatch(monkeypatch):
+    def other(batch):
+        posterior = ours.posterior(batch)
+        return posterior._replace(prior_precision=1.1 * posterior.prior_precision)
+
+    ours = laplace.METHODS[JAXBCE]
+    monkeypatch.setitem(laplace.METHODS, JAXBCE, ours._replace(posterior=other))
+    assert "differs from {'dense'" in mismatch_of(
+        laplace.case("all of them", *SIZE, KEY)
+    )
+
+
 @pytest.mark.slow
 def test_a_new_process_and_compilation_are_measured():
     rows = measure(*compilation.cases("compile", True, KEY))
@@ -252,12 +344,20 @@ def test_numbers_have_three_digits(value, text):
     assert report._number(value) == text
 
 
+# Suites that the published run does not have yet; remove them with the next run.
+NOT_YET_MEASURED = {"data_sweep", "laplace"}
+
+
 def test_the_page_has_the_tables_of_the_run_in_the_repository():
     document = json.loads(DOCUMENT.read_text(encoding="utf-8"))
     text = benchmark.PAGE.read_text(encoding="utf-8")
     names = {name for _, name, _ in report._BLOCK.findall(text)}
     assert names == {"machine", *benchmark.SUITES}
-    assert report.with_tables(text, document) == text
+    assert {*benchmark.SUITES} - {*document["finished_suites"]} == NOT_YET_MEASURED
+    measured = report._BLOCK.sub(
+        lambda found: "" if found[2] in NOT_YET_MEASURED else found[0], text
+    )
+    assert report.with_tables(measured, document) == measured
 
 
 PAGE = "".join(
