@@ -21,10 +21,10 @@ networks of all folds.
 
 With --output_dir, the best network of the best point is trained again at the end,
 because a sweep keeps no parameters, and saved as a model for --predict; with --folds,
-it is the ensemble of all networks of the best point. If the command
-is interrupted, even killed, rerun it to resume; it ends with the same sweep.parquet.
-Several processes, each started with the same flags and its own --process_id, share the
-work; the first one writes the files.
+it is the ensemble of all networks of the best point. If the command is interrupted,
+even killed, rerun it to resume; it ends with the same sweep.parquet. Several processes,
+each started with the same flags and its own --process_id, share the work; the first one
+writes the files.
 """
 
 import dataclasses
@@ -463,18 +463,13 @@ def best_points(
         row["point"] = int(row["point"])
         row |= {name: float(row[name]) for name in names}
         for name in scores:
-            row[name] = _with_error(mean.loc[index, name], sem.loc[index, name])
+            row[name] = output.with_error(mean.loc[index, name], sem.loc[index, name])
         for name in first:
             if name.startswith("ensemble_"):
-                row[name] = _with_error(first.loc[index, name], np.nan)
+                row[name] = output.with_error(first.loc[index, name], np.nan)
         row["diverged"] = int((groups["diverged_at"].get_group(index) >= 0).sum())
         result.append(row)
     return result
-
-
-def _with_error(mean: Any, error: Any) -> str:
-    digits = ".4f" if mean < 100 else ".4g"  # so that the table keeps its width
-    return f"{mean:{digits}}" + ("" if np.isnan(error) else f" ± {error:{digits}}")
 
 
 def best_member(plan: Plan, members: Any) -> tuple[int, int, int] | None:

@@ -28,9 +28,11 @@ TOY: Any = {"num_steps": 30, "batch_size": 0, "evaluate_every": 7}
 SWEEP = (
     *("--axis=learning_rate=0.5,0.1", "--axis=pos_weight=1,3", "--dataset=moons"),
     *("--hidden=4", "--optimizer=sgd", "--seeds=2", "--num_steps=30"),
-    *("--batch_size=0", "--evaluate_every=7", "--cpu_devices=2"),
+    *("--batch_size=0", "--evaluate_every=7", "--dtype=float64", "--cpu_devices=2"),
+    *("--folds=3", "--metric=f1"),
 )
-GROUPED = MOONS._replace(group=pd.Series(np.arange(1000) // 7, name="patient"))
+PATIENT = pd.Series(np.arange(1000) // 7, name="patient")
+GROUPED = MOONS._replace(group=PATIENT)
 
 
 def plan(**training):
@@ -46,21 +48,37 @@ def plan(**training):
 
 
 @pytest.fixture(scope="module")
-def trained() -> Any:
-    """The plan of a sweep with folds, its results and its table."""
-    toy = plan(metric="f1")
-    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(True):
-        (chunk,) = toy.chunks
-        chosen, seeds, found = toy.train(chunk, 30, 7)
-        table = sweep.member_table(toy, chunk.program, chosen, seeds, found)
-    return toy, found, table
+def swept(tmp_path_factory) -> Any:
+    """The folder that a sweep with folds writes, its output, its plan and networks."""
+    folder, calls = tmp_path_factory.mktemp("swept"), []
+    honest = sweep.Plan.train
+
+    def noted(self, *args):
+        result = honest(self, *args)
+        calls.append((self, result[2]))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(sweep.Plan, "train", noted)
+        finished = run_command("sweep", *SWEEP, f"--output_dir={folder}")
+    (call,) = calls
+    return folder, finished, *call
+
+
+@pytest.fixture
+def trained(swept) -> Any:
+    """The plan of the sweep, its networks and its table."""
+    folder, _, toy, found = swept
+    return toy, found, pd.read_parquet(folder / "sweep.parquet")
 
 
 # --------------------------------------------------------------------------- the folds
 
 
-@pytest.mark.parametrize("table", [MOONS, GROUPED], ids=["rows", "groups"])
-def test_folds_are_fair_parts_of_the_rows_that_are_not_for_the_test(table):
+@pytest.mark.parametrize(
+    ("table", "tolerance"), [(MOONS, 1), (GROUPED, 7)], ids=["rows", "groups"]
+)
+def test_folds_are_fair_parts_of_the_rows_that_are_not_for_the_test(table, tolerance):
     splits, _, fold = cross_validation.split(table, 0, 5)
     train, test = splits["train"], splits["test"]
     assert sorted([*train.rows, *test.rows]) == list(range(1000))
@@ -68,13 +86,12 @@ def test_folds_are_fair_parts_of_the_rows_that_are_not_for_the_test(table):
     np.testing.assert_array_equal(test.rows, single["test"].rows)
     np.testing.assert_allclose(train.x.mean(axis=0), 0, atol=1e-12)
     sizes, ones = np.bincount(fold), np.bincount(fold, weights=train.y[:, 0])
-    tolerance = 1 if table is MOONS else 7
     assert np.ptp(sizes) <= tolerance
     assert np.ptp(ones) <= tolerance
-    if table.group is not None:
-        of_group = pd.Series(fold).groupby(table.group.to_numpy()[train.rows])
+    if tolerance > 1:
+        of_group: Any = pd.Series(fold).groupby(PATIENT.to_numpy()[train.rows])
         assert (of_group.nunique() == 1).all()
-        assert not {*table.group[train.rows]} & {*table.group[test.rows]}
+        assert not {*PATIENT[train.rows]} & {*PATIENT[test.rows]}
     again = cross_validation.split(table, 0, 5)[2]
     np.testing.assert_array_equal(fold, again)
     assert (fold != cross_validation.split(table, 1, 5)[2]).any()
@@ -82,7 +99,7 @@ def test_folds_are_fair_parts_of_the_rows_that_are_not_for_the_test(table):
 
 FEW = MOONS._replace(y=(np.arange(1000) < 12)[:, None].astype(float))
 # Label 1 occurs in three groups alone.
-ONE_SIDED = GROUPED._replace(y=(GROUPED.group.to_numpy() < 3)[:, None].astype(float))
+ONE_SIDED = GROUPED._replace(y=(PATIENT.to_numpy() < 3)[:, None].astype(float))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,7 @@ ONE_SIDED = GROUPED._replace(y=(GROUPED.group.to_numpy() < 3)[:, None].astype(fl
         (FEW, 11, "--folds=11: target 'moon' has 10 rows of 'lower' that are not for"),
         (MOONS, 10**9, "--folds=1000000000: target 'moon' has 400 rows of 'upper'"),
         (
-            GROUPED._replace(group=GROUPED.group // 10),
+            GROUPED._replace(group=PATIENT // 10),
             20,
             "--folds=20: only 12 groups are not for the test",
         ),
@@ -102,7 +119,9 @@ ONE_SIDED = GROUPED._replace(y=(GROUPED.group.to_numpy() < 3)[:, None].astype(fl
             "--folds=5: cannot be used with --time",
         ),
         (
-            MOONS._replace(held_out={"validation": datasets.HeldOut("v.csv", [999])}),
+            MOONS._replace(
+                held_out={"validation": datasets.HeldOut("v.csv", np.array([999]))}
+            ),
             5,
             "--folds=5: cannot be used with --validation",
         ),
@@ -203,12 +222,18 @@ def test_points_are_ranked_by_the_mean_over_folds_and_seeds(trained):
 
 
 def test_chunks_keep_the_networks_of_a_point_together(trained, monkeypatch, tmp_path):
-    _, _, whole = trained
+    _, networks, whole = trained
+
+    def known(self, program, chosen, *_):
+        of_points = (FOLDS * chosen[:, None] + np.arange(FOLDS)).ravel()
+        return jax.tree.map(lambda leaf: leaf[of_points], networks)
+
+    monkeypatch.setattr(sweep.Plan, "sweep", known)
     monkeypatch.setattr(sweep, "CHUNK_MEMBERS", (18, 18))  # three points, then one
     divided = plan(metric="f1")
     assert divided.sizes == [18, 6]
     found = sweep.run(divided, tmp_path)["members"]
-    pd.testing.assert_frame_equal(found, whole, rtol=1e-10)
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
     (tmp_path / "parts" / "1.parquet").unlink()
     again = sweep.run(divided, tmp_path)["members"]
     pd.testing.assert_frame_equal(again, found, check_exact=True)
@@ -217,34 +242,33 @@ def test_chunks_keep_the_networks_of_a_point_together(trained, monkeypatch, tmp_
         plan()
 
 
-def test_the_model_of_a_sweep_with_folds_is_the_ensemble(tmp_path):
-    flags = (*SWEEP, "--folds=3", f"--output_dir={tmp_path}")
-    status, out, err = run_command("sweep", *flags)
+def test_the_model_of_a_sweep_with_folds_is_the_ensemble(swept):
+    folder, (status, out, err), _, _ = swept
     assert (status, err) == (0, "")
     assert "24 networks, of which 0 diverged" in out
     assert "Mean ± standard error of 6 networks per point" in out
     table = out[out.index("networks, of") :]
     assert max(map(len, table.splitlines()[:-1])) <= 100
-    document = json.loads((tmp_path / "top.json").read_text())
+    document = json.loads((folder / "top.json").read_text())
     assert document["configuration"]["folds"] == 3
     model, (top, *_) = document["model"], document["top"]
     assert model["networks"] == 6
-    assert f"{model['ensemble_test_loss']:.4f}" == top["ensemble_test_loss"]
-    assert top["ensemble_test_loss"] in out
-    rows = pd.read_parquet(tmp_path / "sweep.parquet")
+    assert f"{model['ensemble_test_f1']:.4f}" == top["ensemble_test_f1"]
+    assert top["ensemble_test_f1"] in out
+    rows = pd.read_parquet(folder / "sweep.parquet")
     assert sorted(rows["fold"].unique()) == [0, 1, 2]
-    assert joblib.load(tmp_path / "model.joblib")["params"][0].w.shape == (3, 2, 2, 4)
+    assert joblib.load(folder / "model.joblib")["params"][0].w.shape == (3, 2, 2, 4)
 
     # The model scores the rows of a file by the mean probability.
     test = datasets.split(MOONS, 0)[0]["test"]
     labels = np.take(MOONS.classes["moon"], test.y[:, 0].astype(int))
-    new = tmp_path / "new.csv"
+    new = folder / "new.csv"
     MOONS.features.iloc[test.rows].assign(moon=labels).to_csv(new, index=False)
     status, out, err = run_command(
-        "train", f"--predict={new}", f"--output_dir={tmp_path}"
+        "train", f"--predict={new}", f"--output_dir={folder}"
     )
     assert (status, err) == (0, "")
-    scored = pd.read_csv(tmp_path / "new.scored.csv")
+    scored = pd.read_csv(folder / "new.scored.csv")
     (row,) = (row for row in model["metrics"] if row["split"] == "test")
     loss = log_loss(test.y[:, 0], scored["probability of moon=lower"])
     assert np.isclose(loss, row["log_loss"], rtol=1e-9)
@@ -257,3 +281,83 @@ def test_if_a_network_of_the_best_point_diverged_there_is_no_ensemble(trained):
     assert sweep.best_member(toy, table) is not None
     diverged = np.where((table["fold"] == 1) & (table["seed"] == 0), 7, -1)
     assert sweep.best_member(toy, table.assign(diverged_at=diverged)) is None
+
+
+# ------------------------------------------------------------------------- one network
+
+
+def test_train_evaluates_each_row_by_the_network_that_held_it_out(tmp_path):
+    file, folder = tmp_path / "moons.csv", tmp_path / "out"
+    side = MOONS.features.sum(axis=1) > 0.5
+    MOONS.features.assign(moon=MOONS.y[:, 0], side=side).to_csv(file, index=False)
+    flags = (f"--data={file}", "--target=moon,side", "--hidden=4", "--optimizer=sgd")
+    flags += ("--learning_rate=0.5", "--pos_weight=balanced", "--dtype=float64")
+    flags += ("--num_steps=30", "--evaluate_every=7", "--batch_size=0")
+    flags += ("--baselines=logistic", f"--output_dir={folder}", "--folds=3")
+    status, out, err = run_command("train", *flags)
+    assert (status, err) == (0, "")
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "predictions.csv", "model.joblib", "curves_2.png"} < names
+    assert "losses.png" not in names
+
+    # Each row is in the file with the logit of the network that held it out.
+    table = datasets.load(data=str(file), target=["moon", "side"])
+    splits, _, fold = cross_validation.split(table, 0, FOLDS)
+    rows, test = splits["train"], splits["test"]
+    predictions = pd.read_csv(folder / "predictions.csv")
+    assert predictions["row"].tolist() == list(table.features.index)
+    params = joblib.load(folder / "model.joblib")["params"]
+    document = json.loads((folder / "metrics.json").read_text())
+    shift = np.log(document["configuration"]["pos_weight"])
+    assert np.ptp(shift) > 0.01
+    logits = predictions[[f"logit of {n}" for n in datasets.label_1(table.classes)]]
+    for k in range(FOLDS):
+        at = rows.rows[fold == k]
+        assert (predictions["split"].iloc[at] == f"fold {k}").all()
+        a = metrics.logits(member(params, k), rows.x[fold == k]) - shift
+        np.testing.assert_allclose(logits.iloc[at], a, rtol=1e-9)
+
+    # The table has means over folds, and metrics of all predictions together.
+    found: Any = pd.read_csv(folder / "folds.csv")
+    for column, target in enumerate(table.classes):
+        at = [rows.rows[fold == k] for k in range(FOLDS)]
+        each = [log_loss(table.y[i, column], expit(logits.iloc[i, column])) for i in at]
+        losses = found["log_loss"][found["target"] == target]
+        np.testing.assert_allclose(losses, each, rtol=1e-9)
+        error = np.std(each, ddof=1) / np.sqrt(FOLDS)
+        assert f"{np.mean(each):.4f} ± {error:.4f}" in out
+        loss = log_loss(rows.y[:, column], expit(logits.iloc[rows.rows, column]))
+        assert np.isclose(document["metrics"][column]["log_loss"], loss, rtol=1e-9)
+
+    # The test set is evaluated by the mean probability.
+    of_each = [metrics.logits(member(params, k), test.x) for k in range(FOLDS)]
+    a = logit(np.mean(expit(of_each), axis=0)) - shift
+    np.testing.assert_allclose(logits.iloc[test.rows], a, rtol=1e-9)
+    of_test = [row for row in document["metrics"] if row["split"] == "test"]
+    models = ["jaxbce", "jaxbce", "logistic regression", "logistic regression"]
+    assert [row["model"] for row in of_test] == models
+    loss = log_loss(test.y[:, 1], expit(a[:, 1]))
+    assert np.isclose(of_test[1]["log_loss"], loss, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("sweep", ("--folds=1",), "folds=1"),
+        ("train", ("--folds=0",), "folds=0"),
+        ("train", ("--folds=2", "--metric=f1"), "cannot be used with --metric"),
+        ("train", ("--folds=2", "--gradient=autodiff"), "with --gradient=autodiff"),
+        ("train", ("--folds=2", "--predict=new.csv"), "--predict trains no network"),
+        (
+            "train",
+            ("--folds=2", "--num_steps=9", "--optimizer=sgd", "--learning_rate=1e30"),
+            "the loss was not finite before the first evaluation",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_used_with_folds_are_one_line(command, flags, message):
+    status, _, err = run_command(command, *flags)
+    assert status == 2
+    assert err.startswith(f"{command}: ")
+    assert message in err
+    assert err.count("\n") == 1
