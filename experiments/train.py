@@ -448,17 +448,16 @@ def _report_folds(result: dict[str, Any]) -> None:
     steps = result["best_steps"]
     print(
         f"\nRows: {rows['folds']} in {folds} folds, {rows['test']} for test\n"
-        "Each network is trained without one fold, and keeps the parameters with the "
-        f"smallest loss on it,\nof steps {min(steps)} to {max(steps)}. The standard "
-        "errors are somewhat too small, because the networks share rows."
+        "Each network is trained without one fold. It keeps the parameters with the "
+        f"smallest loss on that fold,\nof steps {min(steps)} to {max(steps)}, so its "
+        "metrics there are a little optimistic; those on test are not."
     )
     _report_pos_weight(result)
-    hidden = ["model", "split", "base_rate"]
+    hidden = ["model", "split", "target", "base_rate"]
     shown = []
-    for target, of_target in pd.DataFrame(result["folds"]).groupby(
-        "target", sort=False
-    ):
-        values = of_target.drop(columns=[*hidden, "target"])
+    by_target = pd.DataFrame(result["folds"]).groupby("target", sort=False)
+    for target, of_target in by_target:
+        values = of_target.drop(columns=hidden)
         with_errors = map(output.with_error, values.mean(), values.sem())
         shown.append({"target": target, **dict(zip(values, with_errors, strict=True))})
     print("\nFolds that were held out, mean ± standard error:")

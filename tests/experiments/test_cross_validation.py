@@ -350,7 +350,7 @@ def test_train_evaluates_each_row_by_the_network_that_held_it_out(tmp_path):
         ("train", ("--folds=2", "--predict=new.csv"), "--predict trains no network"),
         (
             "train",
-            ("--folds=2", "--num_steps=9", "--optimizer=sgd", "--learning_rate=1e30"),
+            ("--folds=2", "--hidden=", "--optimizer=sgd", "--learning_rate=1e30"),
             "the loss was not finite before the first evaluation",
         ),
     ],
