@@ -47,6 +47,7 @@ for _name in (
     "num_steps",
     "cpu_devices",
     "dtype",
+    "folds",
     "seeds",
 ):
     flags.declare_key_flag(_name)
@@ -56,12 +57,6 @@ _FLIP_FRACTION = flags.DEFINE_float(
     "Fraction of labels to flip; 0 for none. If not set, 0 with --data, else 0.05.",
     lower_bound=0.0,
     upper_bound=0.5,
-)
-_FOLDS = flags.DEFINE_integer(
-    "folds",
-    5,
-    "Number of folds; each is scored by networks trained on the other folds.",
-    2,
 )
 SCORES = {  # keys in files, and names
     "el2n": "EL2N",
@@ -82,9 +77,11 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 32,
     "num_steps": 400,
     "dtype": "float32",
+    "folds": 5,
     "seeds": 10,
 }
 HELP = {
+    "folds": "Number of folds; each is scored by networks trained on the other folds.",
     "seeds": "Networks per fold, which differ only by their seed.",
     "target": "Column of --data that holds the labels, which may be any two values. "
     "All other columns are features: numbers are standardized, text is one-hot "
@@ -420,7 +417,7 @@ def main() -> int:
         optimizer=optimizer,
         training=training,
         seeds=cli.SEEDS.value or DEFAULTS["seeds"],
-        folds=_FOLDS.value,
+        folds=cli.FOLDS.value or DEFAULTS["folds"],
         flip_fraction=fraction,
         rank_by=_RANK_BY.value,
         make_folder=cli.output_dir,

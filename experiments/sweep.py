@@ -15,11 +15,16 @@ lowest validation loss. An axis is a hyperparameter of the optimizer (learning_r
 weight_decay, b1, ...), or init_scale, pos_weight or label_smoothing. Expect tens of
 thousands of network-steps per second at 64→32→1.
 
+With --folds, each point is cross-validated on all rows that are not for the test: each
+of its networks holds out one fold, and is validated on it. One program trains the
+networks of all folds.
+
 With --output_dir, the best network of the best point is trained again at the end,
-because a sweep keeps no parameters, and saved as a model for --predict. If the command
-is interrupted, even killed, rerun it to resume; it ends with the same sweep.parquet.
-Several processes, each started with the same flags and its own --process_id, share the
-work; the first one writes the files.
+because a sweep keeps no parameters, and saved as a model for --predict; with --folds,
+it is the ensemble of all networks of the best point. If the command is interrupted,
+even killed, rerun it to resume; it ends with the same sweep.parquet. Several processes,
+each started with the same flags and its own --process_id, share the work; the first one
+writes the files.
 """
 
 import dataclasses
@@ -40,6 +45,7 @@ from experiments.support import (
     artifacts,
     cli,
     config,
+    cross_validation,
     datasets,
     metrics,
     output,
@@ -55,7 +61,7 @@ from jaxbce import sweeps
 flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(splitting)
 flags.adopt_module_key_flags(config)
-for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "seeds"):
+for _name in (*cli.COMMON, *cli.PROCESSES, "dtype", "folds", "seeds"):
     flags.declare_key_flag(_name)
 _AXIS = flags.DEFINE_multi_string(
     "axis",
@@ -77,6 +83,9 @@ _TOP = flags.DEFINE_integer("top", 10, "Number of points in the table.", lower_b
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32", "seeds": 4}
 HELP = {
+    "folds": "Cross-validate every point: number of folds of the rows that are not for "
+    "the test, each held out by networks of its own, which are judged on it. Columns "
+    "are standardized and imputed by the rows of all folds. If not set, one split.",
     "metric": "What points are ranked by, on the validation set: the loss, or the mean "
     "over targets of a metric, which decides at a probability of 0.5. Each network "
     "keeps the parameters with its lowest validation loss.",
@@ -84,7 +93,7 @@ HELP = {
     "try several.",
     "optimizer": "Names of optimizers in optax or optax.contrib, comma-separated; a "
     "wrong name lists them.",
-    "seeds": "Networks per point, which differ only by their seed.",
+    "seeds": "Networks per point (and fold), which differ only by their seed.",
 }
 CHUNK_MEMBERS = (256, 4096)  # fewest and most networks per chunk
 CHUNKS = 20  # if they stay within those bounds
@@ -143,6 +152,7 @@ class Plan:
         seeds: int,
         optimizer: OptimizerConfig,
         training: TrainingConfig,
+        folds: int = 1,
     ) -> None:
         """Checks the arguments.
 
@@ -153,6 +163,7 @@ class Plan:
           seeds: Networks per point.
           optimizer: Hyperparameters of the optimizers that the points do not give.
           training: How to train; the programs give the hidden widths.
+          folds: Number of folds for cross-validation; 1 is a single split.
 
         Raises:
           InputError: If an argument cannot be used.
@@ -163,17 +174,33 @@ class Plan:
                 f"--pos_weight={weight}: expected a finite number >= 0"
             )
         self.table, self.search = table, search
-        self.splits, self.preprocessor = datasets.split(table, training.seed)
+        self.folds, self.make_sample_weight = folds, None
+        if folds == 1:
+            self.splits, self.preprocessor = datasets.split(table, training.seed)
+        else:
+            self.splits, self.preprocessor, self.fold = cross_validation.split(
+                table, training.seed, folds
+            )
+            self.make_sample_weight = cross_validation.weigh(self.fold)
         rows = len(self.splits["train"].x)
         self.training = training.check(rows, table.name)
+        if folds > 1:
+            rows = cross_validation.train_rows(self.fold)
         optimizer = optimizer.fill_in(rows)
         if len(set(programs)) < len(programs):
             raise cli.InputError("--hidden or --optimizer repeats a value")
-        count = search.size() * seeds * len(programs)
+        self.networks_per_point = seeds * folds
+        if folds > 1 and self.networks_per_point > CHUNK_MEMBERS[1]:
+            raise cli.InputError(
+                f"expected at most {CHUNK_MEMBERS[1]} networks per point (seeds times "
+                f"folds), got {self.networks_per_point}"
+            )
+        count = search.size() * self.networks_per_point * len(programs)
         if count > MAX_MEMBERS:
             raise cli.InputError(
                 f"expected at most {MAX_MEMBERS} networks (points times seeds times "
-                f"programs), got {count}"
+                f"{'programs' if folds == 1 else 'folds times programs'}), got "
+                f"{count}"
             )
         self.points = search.points(training.seed)
         self.num_points = len(next(iter(self.points.values())))
@@ -191,6 +218,7 @@ class Plan:
             **search.as_dict(),
             "points": self.num_points,
             "seeds": seeds,
+            **({} if folds == 1 else {"folds": folds}),
             **optimizer.as_dict(),
             **self.training.as_dict(),
             "hidden": [p.hidden for p in programs],
@@ -201,11 +229,16 @@ class Plan:
         self._arrays: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def _chunks(self) -> list[Chunk]:
-        members = self.num_points * self.num_seeds * len(self.programs)
+        members = self.num_points * self.networks_per_point * len(self.programs)
         fewest, most = CHUNK_MEMBERS
         size = max(fewest, min(most, -(-members // CHUNKS)))
-        self.chunk_points = min(self.num_points, size)
-        self.chunk_seeds = min(self.num_seeds, max(1, size // self.chunk_points))
+        if self.folds == 1:
+            self.chunk_points = min(self.num_points, size)
+            self.chunk_seeds = min(self.num_seeds, max(1, size // self.chunk_points))
+        else:  # an ensemble needs all networks of a point at a time
+            points = max(1, size // self.networks_per_point)
+            self.chunk_points = min(self.num_points, points)
+            self.chunk_seeds = self.num_seeds
         return [
             Chunk(
                 program,
@@ -222,7 +255,7 @@ class Plan:
     @property
     def sizes(self) -> list[int]:
         """Number of networks in each chunk."""
-        return [chunk.points * chunk.seeds for chunk in self.chunks]
+        return [chunk.points * chunk.seeds * self.folds for chunk in self.chunks]
 
     def arrays(self, split: str) -> tuple[jax.Array, jax.Array]:
         """Features and labels of a split in the sweep's dtype."""
@@ -230,6 +263,12 @@ class Plan:
             data, dtype = self.splits[split], self.training.dtype
             self._arrays[split] = jnp.asarray(data.x, dtype), jnp.asarray(data.y, dtype)
         return self._arrays[split]
+
+    def held_out(self, fold: int) -> datasets.Split:
+        """The rows for validation of the networks of a fold, if there are folds."""
+        if self.folds == 1:
+            return self.splits["validation"]
+        return cross_validation.held_out(self.splits["train"], self.fold == fold)
 
     def train(
         self, chunk: Chunk, num_steps: int, evaluate_every: int | None
@@ -246,7 +285,8 @@ class Plan:
         seeds = np.arange(first_seed, first_seed + self.chunk_seeds)
         found = self.sweep(chunk.program, chosen, seeds, num_steps, evaluate_every)
         skipped = chunk.first_seed - first_seed
-        found = jax.tree.map(lambda t: t[: chunk.points, skipped:], found)
+        kept = chunk.points * self.folds
+        found = jax.tree.map(lambda t: t[:kept, skipped:], found)
         return chosen[: chunk.points], seeds[skipped:], found
 
     def sweep(
@@ -257,20 +297,28 @@ class Plan:
         num_steps: int,
         evaluate_every: int | None,
     ) -> jaxbce.SweepResult:
-        """Trains the points with indices `chosen` with consecutive seeds."""
+        """Trains the points with indices `chosen` with consecutive seeds.
+
+        With folds, the results have a point for each point and fold, folds last.
+        """
         family = self.families[program.optimizer]
+        points = np.repeat(chosen, self.folds)
+        hparams = {name: values[points] for name, values in self.points.items()}
+        if self.folds > 1:
+            hparams["fold"] = np.tile(np.arange(self.folds), len(chosen))
         return jaxbce.sweep(
             jax.random.key(self.training.seed),
             *self.arrays("train"),
             hidden=program.hidden,
             make_optimizer=family.make_optimizer,
             make_penalty=family.make_penalty,
-            hparams={name: values[chosen] for name, values in self.points.items()},
+            make_sample_weight=self.make_sample_weight,
+            hparams=hparams,
             num_seeds=len(seeds),
             first_seed=int(seeds[0]),
             num_steps=num_steps,
             batch_size=self.training.batch_size,
-            validation=self.arrays("validation"),
+            validation=(self.arrays("validation") if self.folds == 1 else "held_out"),
             evaluate_every=evaluate_every,
             patience=self.training.patience,
             pos_weight=float(self.training.pos_weight),
@@ -321,22 +369,33 @@ def member_table(
     seeds: np.ndarray,
     found: jaxbce.SweepResult,
 ) -> pd.DataFrame:
-    """A table with one row per network, ordered by point and then by seed."""
+    """A table with one row per network, ordered by point, fold if any, and seed."""
+    folds = plan.folds
     place, seed = (
-        t.ravel() for t in np.meshgrid(np.arange(len(chosen)), seeds, indexing="ij")
+        t.ravel()
+        for t in np.meshgrid(np.arange(len(chosen) * folds), seeds, indexing="ij")
     )
-    point = chosen[place]
+    point, fold = chosen[place // folds], place % folds
     values = {name: values[point] for name, values in plan.points.items()}
     weights = values.get("pos_weight", np.full(len(point), plan.training.pos_weight))
-    scores = [
-        _scores(plan, jax.tree.map(lambda leaf, at=at: leaf[at], found.best_params), p)
-        for at, p in zip(np.ndindex(len(chosen), len(seeds)), weights, strict=True)
-    ]
+    validation = [plan.held_out(k) for k in range(folds)]
+    scores = []
+    for at, p in zip(np.ndindex(found.best_step.shape), weights, strict=True):
+        params = jax.tree.map(lambda leaf, at=at: leaf[at], found.best_params)
+        scores.append(_scores(plan, params, p, validation[at[0] % folds]))
+    if plan.folds > 1:
+        for i in range(0, len(chosen) * folds, folds):
+            params = jax.tree.map(lambda t, i=i: t[i : i + folds], found.best_params)
+            rows = scores[i * len(seeds) : (i + folds) * len(seeds)]
+            of_all = _scores(plan, params, weights[i * len(seeds)], None)
+            for row in rows:
+                row |= {f"ensemble_{name}": value for name, value in of_all.items()}
     columns = {
         "hidden": [program.layers] * len(point),
         "optimizer": [program.optimizer] * len(point),
         "point": point,
         **values,
+        **({} if plan.folds == 1 else {"fold": fold}),
         "seed": seed,
         "validation_loss": found.best_loss.astype(float).ravel(),
         **{name: [row[name] for row in scores] for name in scores[0]},
@@ -348,8 +407,13 @@ def member_table(
     return pd.DataFrame(columns)
 
 
-def _scores(plan: Plan, params: Any, pos_weight: float) -> Row:
+def _scores(
+    plan: Plan, params: Any, pos_weight: float, validation: datasets.Split | None
+) -> Row:
     """Scores of one network: those of its test set, and the metric to rank by.
+
+    Without `validation`, only those of the test set. `params` may be those of several
+    networks, whose mean probability is scored.
 
     The test loss is the quantity that the validation loss is. Accuracy and metric are
     of logits corrected for the `pos_weight` that the network was trained with; both are
@@ -362,11 +426,13 @@ def _scores(plan: Plan, params: Any, pos_weight: float) -> Row:
     accuracy = metrics.criterion("accuracy", test.y, a - shift)
     row = {"test_loss": loss, "test_accuracy": accuracy}
     if training.metric != "loss":
-        validation = plan.splits["validation"]
-        logits = {"validation": metrics.logits(params, validation.x), "test": a}
-        for name, values in logits.items():
+        judged = {"test": (test.y, a)}
+        if validation is not None:
+            b = metrics.logits(params, validation.x)
+            judged = {"validation": (validation.y, b), **judged}
+        for name, (y, values) in judged.items():
             row[f"{name}_{training.metric}"] = metrics.criterion(
-                training.metric, plan.splits[name].y, values - shift
+                training.metric, y, values - shift
             )
     return row
 
@@ -386,6 +452,7 @@ def best_points(
     scores = dict.fromkeys((f"validation_{metric}", f"test_{metric}", *SCORES))
     groups = members.groupby(by, sort=False)
     mean, sem = groups[list(scores)].mean(), groups[list(scores)].sem()
+    first = groups.first()  # of scores that are the same for all networks of a point
     diverged = groups["diverged_at"].max() >= 0
     order = mean.assign(diverged=diverged).sort_values(
         ["diverged", f"validation_{metric}"], ascending=[True, metric == "loss"]
@@ -396,22 +463,21 @@ def best_points(
         row["point"] = int(row["point"])
         row |= {name: float(row[name]) for name in names}
         for name in scores:
-            row[name] = _with_error(mean.loc[index, name], sem.loc[index, name])
+            row[name] = output.with_error(mean.loc[index, name], sem.loc[index, name])
+        for name in first:
+            if name.startswith("ensemble_"):
+                row[name] = output.with_error(first.loc[index, name], np.nan)
         row["diverged"] = int((groups["diverged_at"].get_group(index) >= 0).sum())
         result.append(row)
     return result
-
-
-def _with_error(mean: Any, error: Any) -> str:
-    digits = ".4f" if mean < 100 else ".4g"  # so that the table keeps its width
-    return f"{mean:{digits}}" + ("" if np.isnan(error) else f" ± {error:{digits}}")
 
 
 def best_member(plan: Plan, members: Any) -> tuple[int, int, int] | None:
     """The program, point and seed of the network to keep.
 
     Of the networks of the best point that did not diverge, it is the one that is best
-    on validation.
+    on validation. With folds, all networks of the best point are kept, unless one of
+    them diverged.
 
     Returns:
       The index of the program, the point and the seed; None if all diverged.
@@ -423,7 +489,7 @@ def best_member(plan: Plan, members: Any) -> tuple[int, int, int] | None:
     ranked = members[of_point & (members["diverged_at"] < 0)].sort_values(
         f"validation_{metric}", ascending=metric == "loss", kind="stable"
     )
-    if ranked.empty:
+    if ranked.empty or (plan.folds > 1 and best["diverged"]):
         return None
     names = [(program.layers, program.optimizer) for program in plan.programs]
     program = names.index((best["hidden"], best["optimizer"]))
@@ -433,6 +499,7 @@ def best_member(plan: Plan, members: Any) -> tuple[int, int, int] | None:
 def train_best(plan: Plan, members: Any) -> Row | None:
     """Trains the best network again, because the sweep has not kept its parameters.
 
+    With folds, these are all networks of the best point, which are one model together.
     All processes must call this, and train it together. In float32 its results can
     differ from those in `members`, where other networks were trained beside it.
 
@@ -443,7 +510,9 @@ def train_best(plan: Plan, members: Any) -> Row | None:
     Returns:
       The row of this network as in `members`, with its "params", "pos_weight" of each
       output, "thresholds", "metrics" and "decisions", as `train.run` has them; None if
-      there is no such network, or it has diverged.
+      there is no such network, or it has diverged. With folds, the row has only what
+      all networks share, and metrics on validation are those of
+      `cross_validation.predict`.
     """
     chosen = None if members is None else best_member(plan, members)
     chosen = multihost_utils.broadcast_one_to_all(np.array(chosen or (-1, -1, -1)))
@@ -451,30 +520,41 @@ def train_best(plan: Plan, members: Any) -> Row | None:
     if index < 0:
         return None
     training, program = plan.training, plan.programs[index]
-    member = program, np.array([point]), np.array([seed])
+    seeds = np.array([seed]) if plan.folds == 1 else np.arange(plan.num_seeds)
+    member = program, np.array([point]), seeds
     with jax.enable_x64(training.dtype == "float64"):
         found = plan.sweep(*member, training.steps, training.evaluate_every)
-    if found.best_step.item() == 0:
+    if (found.best_step == 0).any():
         return None
-    (row,) = member_table(plan, *member, found).to_dict("records")
-    params = jax.tree.map(lambda leaf: leaf[0, 0], found.best_params)
+    rows = member_table(plan, *member, found).to_dict("records")
+    row = rows[0]
     targets = list(plan.table.classes)
     weights = (float(row.get("pos_weight", training.pos_weight)),) * len(targets)
-    shift = metrics.prior_shift(weights)
-    logits = {
-        artifacts.NETWORK: {
-            name: metrics.logits(params, split.x) - shift
-            for name, split in plan.splits.items()
+    if plan.folds == 1:
+        params = jax.tree.map(lambda leaf: leaf[0, 0], found.best_params)
+        splits, shift = plan.splits, metrics.prior_shift(weights)
+        logits = {
+            artifacts.NETWORK: {
+                name: metrics.logits(params, split.x) - shift
+                for name, split in splits.items()
+            }
         }
-    }
-    thresholds = metrics.best_thresholds(plan.splits["validation"], logits)
+    else:
+        shared = ("hidden", "optimizer", "point", *plan.points)
+        row = {k: v for k, v in row.items() if k in shared or k.startswith("ensemble_")}
+        row |= {"networks": len(rows)}
+        params = found.best_params
+        splits, logits = cross_validation.predict(
+            params, plan.splits, plan.fold, weights
+        )
+    thresholds = metrics.best_thresholds(splits["validation"], logits)
     return {
         **row,
         "params": params,
         "pos_weight": weights,
         "thresholds": thresholds[artifacts.NETWORK],
-        "metrics": metrics.table(plan.splits, targets, logits),
-        "decisions": metrics.decision_table(plan.splits, targets, logits, thresholds),
+        "metrics": metrics.table(splits, targets, logits),
+        "decisions": metrics.decision_table(splits, targets, logits, thresholds),
     }
 
 
@@ -486,8 +566,9 @@ def dry_run(plan: Plan) -> list[Row]:
 
 def _cost(plan: Plan, program: Program) -> Row:
     chunks = [chunk for chunk in plan.chunks if chunk.program == program]
-    members = sum(chunk.points * chunk.seeds for chunk in chunks)
-    first = chunks[0].points * chunks[0].seeds
+    folds = plan.folds
+    members = folds * sum(chunk.points * chunk.seeds for chunk in chunks)
+    first = folds * chunks[0].points * chunks[0].seeds
     x, y = plan.arrays("train")
     sizes = (x.shape[1], *program.hidden, y.shape[1])
     dtype = jnp.dtype(plan.training.dtype)
@@ -546,20 +627,32 @@ def _report(plan: Plan, members: Any, best: list[Row]) -> None:
     hidden = {"point"}
     hidden |= {"hidden", "optimizer"} if len(plan.programs) == 1 else set()
     hidden |= {"validation_loss", "test_loss"} if metric != "loss" else set()
+    if plan.folds > 1:  # the test is that of the ensemble
+        hidden |= {"test_loss", "test_accuracy", f"test_{metric}"}
+        hidden |= {"ensemble_test_loss"} if metric != "loss" else set()
     rows = [{k: v for k, v in row.items() if k not in hidden} for row in best]
     shown = metrics.HEADINGS.get(metric, metric)
     headings = {f"{s}_{metric}": f"{s} {shown}" for s in ("validation", "test")}
+    for name, heading in {"accuracy": "accuracy", metric: shown}.items():
+        headings[f"ensemble_test_{name}"] = f"ensemble {heading}"
     print(output.table(rows, headings=headings))
+    if plan.folds > 1:
+        print(
+            f"\nMean ± standard error of {plan.networks_per_point} networks per point, "
+            f"each validated on the fold of {plan.folds}\nthat it held out. Their "
+            "ensemble has their mean probability, and is scored on the test set."
+        )
 
 
 def _report_model(model: Row | None) -> None:
     if model is None:
         print("\nNo model is saved, because the networks of the best point diverged.")
         return
-    print(
-        f"\nmodel.joblib is the network of the best point with seed {model['seed']}, "
-        "trained again:\n"
-    )
+    if "seed" in model:
+        name = f"the network of the best point with seed {model['seed']}"
+    else:
+        name = f"the ensemble of the {model['networks']} networks of the best point"
+    print(f"\nmodel.joblib is {name}, trained again:\n")
     hidden = ("model", "base_rate")
     rows = [{k: v for k, v in r.items() if k not in hidden} for r in model["metrics"]]
     print(output.table(rows, ".4f", metrics.HEADINGS))
@@ -587,6 +680,7 @@ def main() -> int:
         seeds=cli.SEEDS.value or DEFAULTS["seeds"],
         optimizer=optimizer,
         training=training,
+        folds=cli.FOLDS.value or 1,
     )
     if _DRY_RUN.value:
         cost = dry_run(plan)

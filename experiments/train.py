@@ -13,11 +13,15 @@ HistGradientBoostingClassifier, with one model per target. MLPClassifier has the
 hidden layers and otherwise scikit-learn's defaults. Expect a test accuracy on digits of
 about 0.98, and 0.91 for logistic regression.
 
+With --folds, the rows that are not for the test are divided into folds. Each network is
+trained without one fold and evaluated on it, all in one program. Their ensemble is
+evaluated on the test set, and is the model that is saved.
+
 With --output_dir everything is saved as files. If the command is interrupted, even
-killed, rerun it to resume. --predict scores new rows with the model in --output_dir,
-and prints metrics if they have labels. Of the other flags it takes only --id and those
-that say how a text file is written. A model is a pickle: score only with models you
-trust.
+killed, rerun it to resume; only a run with --folds starts again. --predict scores new
+rows with the model in --output_dir, and prints metrics if they have labels. Of the
+other flags it takes only --id and those that say how a text file is written. A model is
+a pickle: score only with models you trust.
 """
 
 import collections
@@ -27,14 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from absl import flags
 
+import jaxbce
 from experiments.support import (
     artifacts,
     baselines,
     cli,
     config,
+    cross_validation,
     datasets,
     metrics,
     optimizers,
@@ -48,7 +56,7 @@ from experiments.support.config import OptimizerConfig, TrainingConfig
 flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(splitting)
 flags.adopt_module_key_flags(config)
-for _name in (*cli.COMMON, "dtype"):
+for _name in (*cli.COMMON, "dtype", "folds"):
     flags.declare_key_flag(_name)
 _GRADIENT = flags.DEFINE_enum(
     "gradient",
@@ -77,6 +85,9 @@ _ID = flags.DEFINE_list(
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
+    "folds": "Cross-validate: number of folds of the rows that are not for the test, "
+    "each held out by one network, which is judged on it. Columns are standardized and "
+    "imputed by the rows of all folds. If not set, one split and one network.",
     "metric": "What --patience and the parameters that are kept are judged by, on the "
     "validation set: the loss, or the mean over targets of a metric, which decides at "
     "a probability of 0.5.",
@@ -167,6 +178,108 @@ def run(
     return result
 
 
+def cross_validate(
+    *,
+    table: datasets.Table,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    folds: int,
+    baseline_names: Sequence[str] = (),
+    make_folder: Callable[[], Path | None] = lambda: None,
+) -> dict[str, Any]:
+    """Trains one network per fold, which holds it out, and evaluates them.
+
+    Args:
+      table: The data.
+      optimizer: The optimizer.
+      training: How to train; `metric` must be "loss".
+      folds: Number of folds of the rows that are not for the test.
+      baseline_names: As for `run`; they are fitted to the rows of all folds.
+      make_folder: As for `run`, but what was interrupted starts again.
+
+    Returns:
+      "configuration" and "rows", as for `run`; "folds", metrics of each fold by the
+      network that held it out; "metrics" of all these predictions as "validation", and
+      of the ensemble of all networks and the baselines on the test set; "decisions" and
+      "thresholds", likewise; "best_steps", and the ensemble's "params".
+
+    Raises:
+      InputError: If an argument cannot be used, or a network diverges before its first
+        evaluation.
+    """
+    splits, preprocessor, fold = cross_validation.split(table, training.seed, folds)
+    training = training.check(len(fold), table.name)
+    optimizer = optimizer.fill_in(cross_validation.train_rows(fold))
+    weight = positive_weights(training.pos_weight, splits["train"].y)
+    configuration = {
+        **datasets.describe(table),
+        "folds": folds,
+        **optimizer.as_dict(),
+        **training.as_dict(),
+        "pos_weight": weight,
+    }
+    family = optimizer.build_family(training.steps)
+    with jax.enable_x64(training.dtype == "float64"), contextlib.ExitStack() as stack:
+        if (folder := make_folder()) is not None:
+            stack.enter_context(resumable.lock_output_dir(folder, configuration))
+
+        x, y = (jnp.asarray(t, training.dtype) for t in splits["train"][1:])
+        networks = jaxbce.sweep(
+            jax.random.key(training.seed),
+            x,
+            y,
+            hidden=training.hidden,
+            make_optimizer=family.make_optimizer,
+            make_penalty=family.make_penalty,
+            make_sample_weight=cross_validation.weigh(fold),
+            hparams={"fold": np.arange(folds)},
+            num_steps=training.steps,
+            batch_size=training.batch_size,
+            validation="held_out",
+            evaluate_every=training.evaluate_every,
+            patience=training.patience,
+            pos_weight=np.asarray(weight),
+            dtype=training.dtype,
+        )
+        if (networks.best_step == 0).any():
+            raise cli.InputError(
+                "the loss was not finite before the first evaluation; try a smaller "
+                "--learning_rate"
+            )
+
+        params = jax.tree.map(lambda leaf: leaf[:, 0], networks.best_params)
+        evaluated, logits = cross_validation.predict(params, splits, fold, weight)
+        targets, own = list(table.classes), logits[artifacts.NETWORK]
+        thresholds = metrics.best_thresholds(evaluated["validation"], logits)
+        by_fold = {
+            f"fold {k}": cross_validation.held_out(splits["train"], fold == k)
+            for k in range(folds)
+        }
+        own |= {f"fold {k}": own["validation"][fold == k] for k in range(folds)}
+        test = {"test": splits["test"]}
+        compared = logits | metrics.fit_baselines(
+            baseline_names, splits, training.hidden, training.seed
+        )
+        result = {
+            "configuration": configuration,
+            "rows": {"folds": len(fold), "test": len(splits["test"].rows)},
+            "folds": metrics.table(by_fold, targets, logits),
+            "metrics": metrics.table(
+                {"validation": evaluated["validation"]}, targets, logits
+            )
+            + metrics.table(test, targets, compared),
+            "decisions": metrics.decision_table(evaluated, targets, logits, thresholds),
+            "thresholds": thresholds[artifacts.NETWORK],
+            "best_steps": networks.best_step[:, 0].tolist(),
+            "params": params,
+        }
+        if folder is not None:
+            artifacts.save(
+                folder, result, table, by_fold | test, preprocessor, compared
+            )
+    return result
+
+
 def positive_weights(pos_weight: float | str, y: np.ndarray) -> tuple[float, ...]:
     """The weight of label 1 for each output; "balanced" computes it from labels `y`."""
     if pos_weight == "balanced":
@@ -228,6 +341,21 @@ def _baseline_names() -> list[str]:
                 "alone"
             )
     return [name for name in names if name != "none"]
+
+
+def _check_folds(folds: int) -> None:
+    """Rejects flags that cannot be used with --folds."""
+    if _PREDICT.value is not None:
+        raise cli.InputError(f"--folds={folds}: --predict trains no network")
+    if config.METRIC.value != "loss":
+        raise cli.InputError(
+            f"--folds={folds}: cannot be used with --metric, because each network "
+            "keeps the parameters with the lowest loss on its fold"
+        )
+    if _GRADIENT.value != "manual":
+        raise cli.InputError(
+            f"--folds={folds}: cannot be used with --gradient={_GRADIENT.value}"
+        )
 
 
 def _predict(file: str) -> None:
@@ -315,8 +443,37 @@ def _report(result: dict[str, Any]) -> None:
     _report_metrics(result["metrics"], result["decisions"], "test")
 
 
+def _report_folds(result: dict[str, Any]) -> None:
+    rows, folds = result["rows"], result["configuration"]["folds"]
+    steps = result["best_steps"]
+    print(
+        f"\nRows: {rows['folds']} in {folds} folds, {rows['test']} for test\n"
+        "Each network is trained without one fold. It keeps the parameters with the "
+        f"smallest loss on that fold,\nof steps {min(steps)} to {max(steps)}, so its "
+        "metrics there are a little optimistic; those on test are not."
+    )
+    _report_pos_weight(result)
+    hidden = ["model", "split", "target", "base_rate"]
+    shown = []
+    by_target = pd.DataFrame(result["folds"]).groupby("target", sort=False)
+    for target, of_target in by_target:
+        values = of_target.drop(columns=hidden)
+        with_errors = map(output.with_error, values.mean(), values.sem())
+        shown.append({"target": target, **dict(zip(values, with_errors, strict=True))})
+    print("\nFolds that were held out, mean ± standard error:")
+    print(f"\n{output.table(shown, headings=metrics.HEADINGS)}")
+    print(
+        "\nAll these predictions together (validation), and on test the ensemble of "
+        f"the {folds} networks,\nwhose probability is the mean of theirs:"
+    )
+    _report_metrics(result["metrics"], result["decisions"], "test")
+
+
 def main() -> int:
     """Trains a network, or scores new rows, as the flags say."""
+    folds = cli.FOLDS.value
+    if folds is not None:
+        _check_folds(folds)
     if _PREDICT.value is not None:
         _predict(_PREDICT.value)
         return 0
@@ -327,15 +484,19 @@ def main() -> int:
     baseline_names = _baseline_names()
     table = datasets.from_flags(training.seed)
     _describe(table)
-    result = run(
-        table=table,
-        optimizer=optimizer,
-        training=training,
-        gradient=_GRADIENT.value,
-        baseline_names=baseline_names,
-        make_folder=cli.output_dir,
-    )
-    _report(result)
+    options: dict[str, Any] = {
+        "table": table,
+        "optimizer": optimizer,
+        "training": training,
+        "baseline_names": baseline_names,
+        "make_folder": cli.output_dir,
+    }
+    if folds is None:
+        result = run(**options, gradient=_GRADIENT.value)
+        _report(result)
+    else:
+        result = cross_validate(**options, folds=folds)
+        _report_folds(result)
     if cli.OUTPUT_DIR.value is not None:
         output.print_files(Path(cli.OUTPUT_DIR.value))
     return 0

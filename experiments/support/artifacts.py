@@ -37,7 +37,7 @@ def save(
 
     Args:
       folder: The folder to write to.
-      result: What `train.run` returns.
+      result: What `train.run` or `train.cross_validate` returns.
       table: The data.
       splits: Its splits.
       preprocessor: The preprocessor, fitted on the training rows.
@@ -53,7 +53,10 @@ def save(
     )
     document = {key: value for key, value in result.items() if key != "params"}
     output.write_results(folder, "metrics", document, result["metrics"])
-    for name, key in (("losses", "history"), ("decisions", "decisions")):
+    tables = {"losses": "history", "decisions": "decisions", "folds": "folds"}
+    for name, key in tables.items():
+        if key not in result:
+            continue
         with output.atomic_write(folder / f"{name}.csv") as path:
             pd.DataFrame(result[key]).to_csv(path, index=False)
     with output.atomic_write(folder / "predictions.csv") as path:
@@ -160,14 +163,15 @@ def _draw(
     splits: dict[str, datasets.Split],
     logits: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Draws the losses, and the curves of each target."""
-    history = pd.DataFrame(result["history"])
-    plots.losses(
-        folder / "losses.png",
-        history["step"].to_numpy(),
-        history[["train_loss", "validation_loss"]].to_numpy(),
-        result["best_step"],
-    )
+    """Draws the losses, if there is one network, and the curves of each target."""
+    if "history" in result:
+        history = pd.DataFrame(result["history"])
+        plots.losses(
+            folder / "losses.png",
+            history["step"].to_numpy(),
+            history[["train_loss", "validation_loss"]].to_numpy(),
+            result["best_step"],
+        )
     for column, target in enumerate(datasets.label_1(table.classes)):
         number = f"_{column + 1}" if len(table.classes) > 1 else ""
         plots.curves(
@@ -188,7 +192,7 @@ def _draw_boundary(
     names = list(table.features.columns)
     kept = preprocessing.mask_too_large(model["preprocessor"], table.features)
     numbers = kept.select_dtypes(float).dropna()
-    is_plane = numbers.shape[1] == len(names) == splits["train"].x.shape[1] == 2
+    is_plane = numbers.shape[1] == len(names) == splits["test"].x.shape[1] == 2
     if not is_plane or table.y.shape[1] != 1:
         return
 

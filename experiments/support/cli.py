@@ -22,6 +22,12 @@ SEEDS = flags.DEFINE_integer(
     "Networks that differ only by their seed.",
     lower_bound=1,
 )
+FOLDS = flags.DEFINE_integer(
+    "folds",
+    None,
+    "Number of folds; each is held out by networks trained on the other folds.",
+    lower_bound=2,
+)
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir",
     None,

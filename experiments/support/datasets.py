@@ -345,10 +345,18 @@ def preprocess_all(table: Table) -> tuple[np.ndarray, np.ndarray]:
     return x, table.y
 
 
-def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]:
+def split(
+    table: Table, seed: int, *, cross_validated: bool = False
+) -> tuple[dict[str, Split], ColumnTransformer]:
     """Splits rows 60/20/20 into training, validation and test rows.
 
     See `splitting.divide`. Rows of --validation and --test replace a part of them.
+
+    Args:
+      table: The data.
+      seed: Seed of the draw.
+      cross_validated: Whether there is no split for validation, and its rows are among
+        those for training.
 
     Returns:
       The splits by name, and the preprocessor, which is fitted on the training rows.
@@ -366,12 +374,14 @@ def split(table: Table, seed: int) -> tuple[dict[str, Split], ColumnTransformer]
         given=table.held_out,
         group=table.group,
         time=table.time,
+        cross_validated=cross_validated,
     ) | {name: part.rows for name, part in table.held_out.items()}
     transformer = preprocessing.fit(
         table.name, table.features.iloc[chosen_rows["train"]], table.schema.missing
     )
     splits = {}
-    for name in ("train", "validation", "test"):
+    names = ("train", "test") if cross_validated else ("train", "validation", "test")
+    for name in names:
         rows = chosen_rows[name]
         source, features = table.name, table.features.iloc[rows]
         if name in table.held_out:

@@ -58,10 +58,16 @@ HEADINGS = {  # for the keys of `score` and `decide`
 
 
 def logits(params: Any, x: np.ndarray) -> np.ndarray:
-    """Logits `[N, n_L]` of preprocessed features `[N, n_0]`, computed in float64."""
+    """Logits `[N, n_L]` of preprocessed features `[N, n_0]`, computed in float64.
+
+    If the leaves of `params` have leading axes, of several networks, they are those of
+    the networks' mean probability.
+    """
+    is_ensemble = params[0].w.ndim > 2
+    function = jaxbce.ensemble_logits if is_ensemble else jaxbce.logits
     with jax.enable_x64(True):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        return np.asarray(jaxbce.logits(cast, jnp.asarray(x, jnp.float64)))
+        return np.asarray(function(cast, jnp.asarray(x, jnp.float64)))
 
 
 def prior_shift(pos_weight: Any) -> np.ndarray:

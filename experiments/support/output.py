@@ -84,6 +84,12 @@ def table(
     )
 
 
+def with_error(mean: Any, error: Any) -> str:
+    """A mean and its standard error as text; an error of NaN is left out."""
+    digits = ".4f" if mean < 100 else ".4g"  # so that a table keeps its width
+    return f"{mean:{digits}}" + ("" if np.isnan(error) else f" ± {error:{digits}}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces `path` once the block has succeeded.

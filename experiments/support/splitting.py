@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from absl import flags
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+from sklearn.model_selection import (
+    StratifiedGroupKFold,
+    StratifiedKFold,
+    train_test_split,
+)
 
 from experiments.support.cli import InputError
 
@@ -48,6 +52,7 @@ def divide(
     given: Collection[str] = (),
     group: pd.Series | None = None,
     time: pd.Series | None = None,
+    cross_validated: bool = False,
 ) -> dict[str, np.ndarray]:
     """Divides rows 60/20/20 into training, validation and test rows.
 
@@ -62,6 +67,7 @@ def divide(
       group: The group of each row, if groups must stay together.
       time: The time of each row, if the latest are held out. Rows of one time stay
         together.
+      cross_validated: Whether the rows for validation stay among those for training.
 
     Returns:
       Indices of rows by split.
@@ -74,6 +80,8 @@ def divide(
     found = {}
     wanted = [split for split in ("test", "validation") if split not in given]
     for done, split in enumerate(wanted):
+        if split == "validation" and cross_validated:
+            break  # the test has the same rows as without folds
         parts = 3 + len(wanted) - done  # equal ones, of which this split takes one
         if time is not None:
             kept, chosen = _by_time(time.iloc[train], parts, name)
@@ -90,6 +98,40 @@ def divide(
             )
         train, found[split] = train[kept], train[chosen]
     return {"train": train, **found}
+
+
+def assign_folds(
+    y: np.ndarray, folds: int, seed: int, group: pd.Series | None = None
+) -> np.ndarray:
+    """Draws the fold of each row, `[N]`, stratified by label; groups stay together.
+
+    Args:
+      y: Labels `[N, n_L]`.
+      folds: Number of folds.
+      seed: Seed of the draw.
+      group: The group of each row, if groups must stay together.
+
+    Raises:
+      InputError: If there are too few groups, or rows of each combination of labels.
+    """
+    if group is not None and group.nunique() < folds:
+        raise InputError(
+            f"--folds={folds}: only {group.nunique()} groups are not for the test"
+        )
+    splitter = StratifiedKFold if group is None else StratifiedGroupKFold
+    stratum, fold = _strata(y), np.zeros(len(y), int)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of labels that are rare
+            divided = splitter(folds, shuffle=True, random_state=seed).split(
+                stratum, stratum, group
+            )
+            for number, (_, held_out) in enumerate(divided):
+                fold[held_out] = number
+    except ValueError:
+        raise InputError(
+            f"--folds={folds}: there are too few rows of a label"
+        ) from None
+    return fold
 
 
 def _strata(y: np.ndarray) -> np.ndarray:
