@@ -447,6 +447,9 @@ def best_points(
       names: The hyperparameters.
       count: Number of points.
       metric: The metric to rank by, of which `members` has columns, or the loss.
+
+    Returns:
+      One row per point: means over networks, and as "..._sem" their standard errors.
     """
     by = ["hidden", "optimizer", "point", *names]
     scores = dict.fromkeys((f"validation_{metric}", f"test_{metric}", *SCORES))
@@ -463,10 +466,12 @@ def best_points(
         row["point"] = int(row["point"])
         row |= {name: float(row[name]) for name in names}
         for name in scores:
-            row[name] = output.with_error(mean.loc[index, name], sem.loc[index, name])
-        for name in first:
-            if name.startswith("ensemble_"):
-                row[name] = output.with_error(first.loc[index, name], np.nan)
+            row[name] = float(mean.loc[index, name])
+            if np.isfinite(sem.loc[index, name]):  # not of one network
+                row[f"{name}_sem"] = float(sem.loc[index, name])
+        row |= {
+            n: float(first.loc[index, n]) for n in first if n.startswith("ensemble")
+        }
         row["diverged"] = int((groups["diverged_at"].get_group(index) >= 0).sum())
         result.append(row)
     return result
@@ -630,7 +635,16 @@ def _report(plan: Plan, members: Any, best: list[Row]) -> None:
     if plan.folds > 1:  # the test is that of the ensemble
         hidden |= {"test_loss", "test_accuracy", f"test_{metric}"}
         hidden |= {"ensemble_test_loss"} if metric != "loss" else set()
-    rows = [{k: v for k, v in row.items() if k not in hidden} for row in best]
+    rows = [
+        {
+            name: output.with_error(value, row.get(f"{name}_sem", np.nan))
+            if name.startswith(("validation", "test", "ensemble"))
+            else value
+            for name, value in row.items()
+            if name not in hidden and not name.endswith("_sem")
+        }
+        for row in best
+    ]
     shown = metrics.HEADINGS.get(metric, metric)
     headings = {f"{s}_{metric}": f"{s} {shown}" for s in ("validation", "test")}
     for name, heading in {"accuracy": "accuracy", metric: shown}.items():

@@ -255,7 +255,7 @@ def score(file: str, folder: Path, keep: list[str] | None = None) -> Scored:
     path = folder / f"{table_io.stem(file)}.scored.csv"
     with output.atomic_write(path) as partial:
         _scored(table, keep, model, logits).to_csv(partial, index=False)
-    return Scored(len(table), path, *_evaluate(file, table, model, logits))
+    return Scored(len(table), path, *_evaluate(file, table, fmt, model, logits))
 
 
 def _scored(
@@ -280,19 +280,23 @@ def _scored(
 
 
 def _evaluate(
-    file: str, table: pd.DataFrame, model: dict[str, Any], logits: np.ndarray
+    file: str,
+    table: pd.DataFrame,
+    fmt: table_io.Format,
+    model: dict[str, Any],
+    logits: np.ndarray,
 ) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
     """The number of rows with labels, and the metrics and decisions of these rows."""
     if not set(model["classes"]) <= set(table.columns):
         return 0, [], []
-    fmt = model["schema"].format
-    y = np.stack(
-        [
-            schema.known_labels(pd.Series(table[name]), classes, fmt)
-            for name, classes in model["classes"].items()
-        ],
-        axis=1,
-    )
+    labels = []
+    for name, classes in model["classes"].items():
+        column = pd.Series(table[name])
+        labels.append(schema.known_labels(column, classes, fmt))
+        if (unknown := schema.unknown_labels(column, classes, fmt)) is not None:
+            text = f"{name!r}: {unknown.problem}; {unknown.rows} rows are not evaluated"
+            table_io.warn(file, text)
+    y = np.stack(labels, axis=1)
     rows = np.flatnonzero(np.isfinite(y).all(axis=1))
     if not len(rows):
         return 0, [], []
