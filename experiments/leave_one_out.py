@@ -260,8 +260,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Correlations over training rows of each estimate with the truth.
 
-    For test losses there is one row with the medians over test rows, and one for the
-    mean of the test losses.
+    Test losses have two rows: the medians over test rows, and their mean loss.
     """
     found = []
     for (quantity, method), values in estimates.items():
@@ -280,8 +279,9 @@ def compare(
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's correlation of columns, `[columns]`; NaN where one side is constant."""
-    a, b = (t.reshape(len(t), -1) - t.mean(axis=0) for t in (a, b))
     with np.errstate(invalid="ignore"):
+        a, b = (t.reshape(len(t), -1) - t.mean(axis=0) for t in (a, b))
+        a, b = (t / np.abs(t).max(axis=0) for t in (a, b))  # squares stay finite
         return (a * b).sum(axis=0) / np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
 
 
@@ -297,42 +297,42 @@ def save(folder: Path, table: datasets.Table, result: dict[str, Any]) -> None:
     """Writes the rows, the comparisons and the pictures."""
     with output.atomic_write(folder / "influence.csv") as path:
         result["rows"].to_csv(path, index=False)
-    names = ("configuration", "minimum", "comparisons", "seconds")
-    document = {name: result[name] for name in names}
+    kept = ("configuration", "minimum", "comparisons", "seconds")
+    document = {name: result[name] for name in kept}
     output.write_results(folder, "leave_one_out", document, result["comparisons"])
-    path = folder / "leave_one_out.png"
-    plots.leave_one_out(path, result["truth"], result["estimates"])
+    scatter = folder / "leave_one_out.png"
+    plots.leave_one_out(scatter, result["truth"], result["estimates"])
     if table.name in IMAGES:
         images = table.features.to_numpy(np.float64).reshape(-1, *IMAGES[table.name])
         plots.influential(folder / "influential.png", result["rows"], images)
 
 
 def _report(result: dict[str, Any]) -> None:
-    rows, minimum = result["configuration"]["rows"], result["minimum"]
-    seconds = dict(result["seconds"])
+    minimum, seconds = result["minimum"], dict(result["seconds"])
     print(
-        f"\nThe objective on {rows} rows is {minimum['objective']:.6g}; the last steps "
-        f"changed it by {minimum['change_over_last_steps']:.1e}. Its gradient has norm "
-        f"{minimum['gradient_norm']:.2g}, and without a row "
+        f"\nThe objective on {len(result['rows'])} rows is {minimum['objective']:.6g}; "
+        f"the last steps changed it by {minimum['change_over_last_steps']:.1e}. Its "
+        f"gradient has norm {minimum['gradient_norm']:.2g}, and without a row "
         f"{minimum['median_gradient_norm_left_out']:.2g} (median).\n\n"
         f"Seconds, including compilation: {seconds.pop('retraining'):.1f} for training "
         "without each row; "
         + ", ".join(f"{value:.1f} for {name}" for name, value in seconds.items())
         + ".\n"
     )
-    print(output.table(result["comparisons"], ".3f", HEADINGS))
+    rows = result["comparisons"]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
+    print(output.table(rows, ".3f", HEADINGS))
 
 
 def main() -> int:
     """Compares retraining and estimates for the data of the flags."""
     cli.use_devices()
-    hidden = config.hidden_sizes()
     table = datasets.from_flags(cli.SEED.value)
     print(f"{table.name}: {len(table.y)} rows")
     output.print_environment()
     result = run(
         table=table,
-        hidden=hidden,
+        hidden=config.hidden_sizes(),
         prior_precision=_PRIOR_PRECISION.value,
         num_rows=_NUM_ROWS.value,
         num_steps=config.NUM_STEPS.value or DEFAULTS["num_steps"],

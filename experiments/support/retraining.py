@@ -53,6 +53,9 @@ def minimize(
     Returns:
       The parameters, and the learning rate with which to continue: 1 / the largest
       eigenvalue of the mean loss's Gauss-Newton matrix and the penalty.
+
+    Raises:
+      InputError: If a network diverges, or the gradient is not finite.
     """
     sizes = (problem.x.shape[1], *hidden, 1)
     params = jaxbce.init(jax.random.key(seed), sizes, dtype=problem.x.dtype)
@@ -61,7 +64,12 @@ def minimize(
     params = _fit(params, problem, adam, steps)
     largest = curvature.ggn_eigenvalues(params, problem.x, problem.y, k=1)[0]
     rate = 1 / (float(largest) + problem.tau / len(problem.x))
-    return descend(params, rate, problem, steps), rate
+    params = descend(params, rate, problem, steps)
+    if not np.isfinite(evaluate(params, problem)["gradient_norm"]):
+        raise InputError(
+            f"--prior_precision={problem.tau:g}: is too large for {problem.x.dtype}"
+        )
+    return params, rate
 
 
 def descend(params: Any, rate: float, problem: Problem, num_steps: int) -> Any:

@@ -167,7 +167,7 @@ def test_networks_reach_the_minima_that_scipy_finds(trained):
 
     start = jaxbce.init(jax.random.key(0), (5, 1), dtype="float64")
     full = retraining.descend(start, 1.0, problem, 500)
-    found = retraining.retrain(start, 1.0, problem, 500, np.arange(15))
+    found: Any = retraining.retrain(start, 1.0, problem, 500, np.arange(15))
     before = retraining.evaluate(full, problem)
     assert before["gradient_norm"] < 1e-9
     assert found["gradient_norm"].max() < 1e-9
@@ -220,7 +220,7 @@ def test_a_result_is_saved_as_files(saved_run, table):
         *("leave_one_out.json", "leave_one_out.csv", "leave_one_out.png"),
     }
     assert (folder / "leave_one_out.png").read_bytes().startswith(b"\x89PNG")
-    rows = pd.read_csv(folder / "influence.csv")
+    rows: Any = pd.read_csv(folder / "influence.csv")
     pd.testing.assert_frame_equal(rows, result["rows"])
     assert len(rows) == result["configuration"]["rows"] == 30
     assert rows["test_loss_change"].is_monotonic_decreasing
@@ -278,6 +278,19 @@ def test_what_cannot_be_is_refused_before_a_folder_is_made(table, change, messag
 
     with pytest.raises(InputError, match=message):
         leave_one_out.run(table=table, **TOY, **change, make_folder=none)
+
+
+def test_a_prior_that_overflows_is_refused(table):
+    options: Any = TOY | {"prior_precision": 1e300}
+    with pytest.raises(InputError, match=r"--prior_precision=1e\+300: is too large"):
+        leave_one_out.run(table=table, **options)
+
+
+def test_correlations_of_huge_numbers_are_finite():
+    estimates = {("own_logit", "guess"): np.array([1e200, -3e200, 2e200])}
+    truth = {"own_logit": np.array([1.0, -3.0, 2.0])}
+    (row,) = leave_one_out.compare(truth, estimates)
+    np.testing.assert_allclose((row["rank_correlation"], row["pearson"]), 1)
 
 
 def test_several_targets_are_refused(table):
