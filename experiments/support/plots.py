@@ -321,16 +321,68 @@ def suspicious(
         axis.set(xlabel="rank", xscale="log", ylabel=name)
     else:
         figure, axes = plt.subplots(4, 10, figsize=(11, 5.4), layout="constrained")
-        for axis, (_, row) in zip(axes.ravel(), rows.iterrows(), strict=False):
-            axis.imshow(images[row["row"]], cmap="gray_r")
-            wrong = bool(row.get("flipped", False))
-            axis.set_title(
-                _plain(row["label"]), fontsize=9, color="C3" if wrong else "k"
-            )
-        for axis in axes.ravel():
-            axis.set_axis_off()
+        _draw_images(axes, rows, images)
     known = ", flipped ones in red" if "flipped" in rows else ""
     figure.suptitle(f"Labels as given, of the rows with the highest {name}{known}")
+    _save(figure, path)
+
+
+def _draw_images(axes: np.ndarray, rows: Any, images: np.ndarray) -> None:
+    """Draws the images of the first rows with their labels, flipped ones in red."""
+    for axis, (_, row) in zip(axes.ravel(), rows.iterrows(), strict=False):
+        axis.imshow(images[row["row"]], cmap="gray_r")
+        wrong = bool(row.get("flipped", False))
+        axis.set_title(_plain(row["label"]), fontsize=9, color="C3" if wrong else "k")
+    for axis in axes.ravel():
+        axis.set_axis_off()
+
+
+def influential(path: Path, rows: Any, images: np.ndarray) -> None:
+    """Draws the training examples that help the test losses most, and that hurt most.
+
+    Args:
+      path: The file to write.
+      rows: Table of the training rows, the most helpful first, as `leave_one_out` makes
+        it.
+      images: `[N, height, width]`, indexed by the column "row".
+    """
+    figure = plt.figure(figsize=(11, 5.8), layout="constrained")
+    halves: Any = figure.subfigures(2)
+    shown = (rows, "larger"), (rows[::-1], "smaller")
+    for part, (ordered, effect) in zip(halves, shown, strict=True):
+        _draw_images(part.subplots(2, 10), ordered, images)
+        part.suptitle(f"Without these rows the test losses are {effect}")
+    _save(figure, path)
+
+
+def leave_one_out(
+    path: Path,
+    truth: dict[str, np.ndarray],
+    estimates: dict[tuple[str, str], np.ndarray],
+) -> None:
+    """Draws estimates of changes without a row over the changes by retraining.
+
+    Args:
+      path: The file to write.
+      truth: "own_logit" `[N]` and "test_loss" `[N, M]`.
+      estimates: The same by quantity and method.
+    """
+    panels = (
+        ("own_logit", "one Newton step", "own logit"),
+        ("test_loss", "one Newton step", "test losses"),
+        ("test_loss", "Grad-Dot", "test losses"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), layout="constrained")
+    for axis, (quantity, method, title) in zip(axes, panels, strict=True):
+        x, y = truth[quantity].ravel(), estimates[quantity, method].ravel()
+        if method != "Grad-Dot":  # which has another unit
+            axis.axline((0, 0), slope=1, color="0.7", ls=":")
+        if quantity == "own_logit":
+            axis.scatter(x, y, s=10, alpha=0.6)
+        else:
+            axis.hexbin(x, y, gridsize=60, bins="log", mincnt=1, cmap="viridis_r")
+        axis.set(xlabel="change by retraining", ylabel=method, title=title)
+    figure.suptitle("Changes when a training row is left out")
     _save(figure, path)
 
 

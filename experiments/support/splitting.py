@@ -177,3 +177,11 @@ def _by_time(time: pd.Series, parts: int, name: str) -> tuple[np.ndarray, np.nda
     later = counts[:0:-1].cumsum()[::-1]  # rows after each time but the last
     last = times[np.argmin(np.abs(later - len(time) / parts))]
     return np.flatnonzero(time <= last), np.flatnonzero(time > last)
+
+
+def sample(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Indices of at most `size` rows, stratified by label, in ascending order."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    size = min(size, len(labels))
+    return np.sort(order[np.arange(size) * len(labels) // size])

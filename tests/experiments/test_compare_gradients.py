@@ -244,7 +244,7 @@ def test_a_process_writes_results_and_what_made_them(tmp_path):
     ("name", "arguments", "message"),
     [
         ("compare_gradients", ("--seeds=3",), "--seeds is not a flag of this command"),
-        ("train", ("--epochs=99999999999",), "--epochs=99999999999: "),
+        ("train", ("--epochs=99999999999",), "expected fewer than 2^31 steps"),
         ("train", ("--cpu_devices=2",), "--cpu_devices is not a flag of this command"),
         ("trainability", ("--batch_size=4",), "--batch_size is not a flag of this"),
         ("sweep", ("--axis=b1=0.9", "--pos_weight=nan"), "a finite number >= 0"),

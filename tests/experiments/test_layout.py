@@ -11,6 +11,7 @@ COMMANDS = {
     "benchmark",
     "compare_gradients",
     "find_mislabeled",
+    "leave_one_out",
     "private",
     "sweep",
     "train",

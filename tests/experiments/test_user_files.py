@@ -225,7 +225,9 @@ def test_the_command_prints_the_table_and_no_traceback(tmp_path):
     )
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "private", "find_mislabeled"])
+@pytest.mark.parametrize(
+    "command", ["train", "sweep", "private", "find_mislabeled", "leave_one_out"]
+)
 def test_commands_read_files_as_their_flags_say(tmp_path, command):
     (tmp_path / "data.csv").write_bytes("é\tb\n1\t2\n".encode("latin-1"))
     flags = [f"--data={tmp_path / 'data.csv'}", "--target=y", "--encoding=latin-1"]
