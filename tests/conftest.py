@@ -50,6 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves slow tests out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases as slow that `slow_ids` names."""
+    for item in items:
+        for marker in item.iter_markers("slow_ids"):
+            if any(text in item.name.partition("[")[2] for text in marker.args):
+                item.add_marker(pytest.mark.slow)
+
+
 def _xla_accepts(xla_flags: str) -> bool:
     """Whether the installed XLA knows these flags; it aborts if it does not."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]

@@ -188,6 +188,7 @@ def test_a_leaf_is_judged_by_its_own_norm_and_not_by_the_gradients():
     assert {c.leaf for c in report.comparisons if not c.passed} == {"[0].w"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fun", [*LAYOUTS.values(), by_hand], ids=[*LAYOUTS, "by hand"])
 def test_a_correct_gradient_passes_at_20_seeds(fun):
     # Under one jit, so that its operations are not compiled one by one.

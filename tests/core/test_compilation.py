@@ -247,6 +247,7 @@ def on_one_device(name, rows):
     return jax.tree.map(np.asarray, found)
 
 
+@pytest.mark.slow_ids("laplace-8", "batches of 5", "largest eigenvalues", "-Auto")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
 @pytest.mark.parametrize(
@@ -396,6 +397,7 @@ EXPORTED = (
 )
 
 
+@pytest.mark.slow_ids("laplace", "weighted fit")
 @pytest.mark.parametrize(
     ("name", "size"),
     [*((name, "n") for name in EXPORTED), ("grad in blocks", "2*n")],
@@ -438,6 +440,7 @@ def changes(name, monkeypatch, step, altered):
     return any(not np.allclose(a, b, rtol=1e-2) for a, b in leaves)
 
 
+@pytest.mark.slow_ids("laplace", "largest eigenvalues")
 @EVERY_QUANTITY
 def test_there_is_one_backward_pass(name, monkeypatch):
     honest = gradients.pull_back

@@ -115,6 +115,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow_ids("(3, 4, 3, 2, 1)")
 @pytest.mark.parametrize(("sizes", "name"), PAIRS)
 def test_products_and_spectrum_are_those_of_explicit_matrices(sizes, name):
     p = problem(sizes)

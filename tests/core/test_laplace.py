@@ -131,6 +131,7 @@ def case(name):
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
 
 
+@pytest.mark.slow_ids("three layers")
 @EVERY_CASE
 def test_the_smaller_matrix_is_factorized(name):
     found, truth, _ = case(name)

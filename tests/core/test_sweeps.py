@@ -95,6 +95,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_ids("deep", "seeds alone")
 @pytest.mark.parametrize(("make", "hparams", "given"), CASES.values(), ids=CASES)
 def test_every_member_is_its_solo_run(make, hparams, given):
     given = dict(given)

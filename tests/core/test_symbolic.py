@@ -299,6 +299,7 @@ def value_and_derivative(name, reduction):
     return (params, x, y, weights), point, (value, derivatives(value, params))
 
 
+@pytest.mark.slow_ids("2-2-2-2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("name", [*SMALL, *DEEP])

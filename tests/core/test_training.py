@@ -238,6 +238,7 @@ def test_autodiff_of_the_plain_loss_gives_the_same_run():
 # -------------------------------------------------------- stopping and going on
 
 
+@pytest.mark.slow_ids("line search")
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [

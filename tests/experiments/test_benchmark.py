@@ -126,6 +126,7 @@ def test_results_that_cannot_be_compared_are_mismatches():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_case", "size", "baselines"),
     [
@@ -184,6 +185,7 @@ def small_data_sweeps(monkeypatch):
     monkeypatch.setattr(data_sweeps, "GRID_SEARCH_EPOCHS", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_data_sweeps")
 def test_networks_that_leave_out_a_fold_are_trained_alike():
     case = data_sweeps.sweep_case(9, 3, 1, 3, KEY)  # folds of 3, on one device
@@ -203,6 +205,7 @@ def test_networks_that_leave_out_one_example_are_trained_alike():
     assert max(differences.values()) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_data_sweeps")
 def test_a_grid_search_takes_the_steps_that_it_is_timed_for(monkeypatch):
     case = data_sweeps.grid_search_case(8, 2, 3, 2, KEY, scikit_learn_points=1)
@@ -524,6 +527,7 @@ def test_baselines_of_a_missing_library_are_left_out(monkeypatch):
     assert list(case.implementations()) == [JAXBCE, "vmap(jax.grad)"]
 
 
+@pytest.mark.slow
 def test_tracing_and_compilation_start_without_caches():
     # The last test of this file: those after it compile everything anew.
     functions = {JAXBCE: jnp.sin, "other": lambda x: jnp.sin(x)}

@@ -35,6 +35,7 @@ def test_epsilon_spent_is_dp_accountings(noise):
     assert mine <= spent(library.rdp.RdpAccountant(), noise)  # a looser bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.3, 3.0])
 def test_the_noise_is_the_least_that_keeps_to_epsilon(epsilon):
     noise = dp_accounting.noise_multiplier(epsilon, 1e-5, **SAMPLING)

@@ -49,6 +49,7 @@ def result() -> dict[str, Any]:
         return run(flip_fraction=0.1)
 
 
+@pytest.mark.slow
 def test_five_percent_of_digits_are_found():
     result = run(
         table=datasets.load(dataset="digits"),

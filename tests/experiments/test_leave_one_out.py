@@ -87,6 +87,7 @@ def trained(network):
         yield network
 
 
+@pytest.mark.slow
 def test_the_truth_is_training_without_the_row(saved_run, trained):
     _, result = saved_run
     problem, start, rate, full = trained

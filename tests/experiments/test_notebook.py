@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -88,6 +89,7 @@ def text(cell: Any) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_prints_what_is_committed():
     committed = read()
     executed = execute(committed)

@@ -137,6 +137,7 @@ def test_nothing_of_a_row_goes_round_the_noise(monkeypatch):
     assert first["clipped"][0, 0, 0] == later["clipped"][0, 0, 0] > 0
 
 
+@pytest.mark.slow
 def test_privacy_3_on_digits_beats_chance_by_far():
     result = run(
         table=datasets.load(dataset="digits"),

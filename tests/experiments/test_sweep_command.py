@@ -87,6 +87,7 @@ def test_one_seed_has_no_standard_error(members):
     assert "validation_loss_sem" not in top
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [0, 32], ids=["all", "batches"])
 def test_a_row_is_the_solo_run_of_its_member(batch_size):
     options: Any = {"batch_size": batch_size, "evaluate_every": 19}
@@ -193,6 +194,7 @@ def test_a_network_that_diverges_when_it_is_trained_again_is_no_model(members):
     assert sweep.train_best(wild, one) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_metrics_of_the_model_are_those_of_corrected_logits(dtype):
     first = MOONS.features["x1"].to_numpy() > 0.3

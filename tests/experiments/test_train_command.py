@@ -74,6 +74,7 @@ def copied(finished, tmp_path):
 # ------------------------------------------------------------------ what it reaches
 
 
+@pytest.mark.slow
 def test_five_seeds_of_digits_reach_98_percent():
     table = datasets.load(dataset="digits")
     accuracy = [
@@ -90,6 +91,7 @@ def test_five_seeds_of_digits_reach_98_percent():
     assert np.mean(accuracy) >= 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [0, 32], ids=["all", "batches"])
 def test_manual_and_autodiff_have_one_loss_curve(batch_size):
     rows = np.flatnonzero((MOONS.y[:, 0] == 0) | (np.arange(1000) % 3 == 0))
@@ -173,6 +175,7 @@ def test_patience_ends_a_run_and_the_best_parameters_are_kept():
     )
 
 
+@pytest.mark.slow
 def test_the_best_parameters_and_patience_go_by_the_metric_asked_for(tmp_path):
     options: Any = {"num_steps": 200, "evaluate_every": 10}
     by_loss = moons(**options)
@@ -438,6 +441,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same_to_the_bit(tmp_path):
     assert all(path.exists() for path in last)
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_one_line(tmp_path):
     options = ("--dataset=moons", "--batch_size=0", "--epochs=500000")
     with start("train", *options, f"--output_dir={tmp_path}") as process:
