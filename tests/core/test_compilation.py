@@ -183,6 +183,7 @@ def small_problem(dtype="float32", rows=28):
     return params, x[:rows], y[:rows]
 
 
+@pytest.mark.slow_ids("laplace", "largest eigenvalues")
 @EVERY_QUANTITY
 def test_quantities_map_over_networks_and_devices(name):
     params, x, y = small_problem()
@@ -397,7 +398,7 @@ EXPORTED = (
 )
 
 
-@pytest.mark.slow_ids("laplace", "weighted fit")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [*((name, "n") for name in EXPORTED), ("grad in blocks", "2*n")],
@@ -452,6 +453,7 @@ def test_there_is_one_backward_pass(name, monkeypatch):
     assert changes(name, monkeypatch, "pull_back", altered)
 
 
+@pytest.mark.slow_ids("largest eigenvalues")
 @pytest.mark.parametrize(
     "name", [*SUMS, "laplace", "ggn_eigenvalues", "largest eigenvalues"]
 )

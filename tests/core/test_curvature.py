@@ -200,6 +200,7 @@ def test_largest_eigenvalues_come_without_a_matrix():
         assert "400x400" not in program
 
 
+@pytest.mark.slow_ids("20-")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", ["dead units", "zero", "no weight", "saturated"])
 @pytest.mark.parametrize("k", [2, 20])

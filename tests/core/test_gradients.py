@@ -227,6 +227,7 @@ def by_blocks(block_size, name):
         return everything(*p.arguments())
 
 
+@pytest.mark.slow_ids("mean-7", "mean-36", "everything-1")
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("name", ["mean", "everything"])
 def test_blocks_equal_one_pass(block_size, name):

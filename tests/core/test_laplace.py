@@ -242,6 +242,7 @@ def test_scalar_and_equal_precisions_give_the_evidence_of_curvature(rows):
         np.testing.assert_array_equal(mine, truth)
 
 
+@pytest.mark.slow
 @ROWS
 def test_all_results_have_derivatives_in_the_precisions_and_params(rows):
     def results(params, taus):
@@ -442,6 +443,7 @@ def test_logits_without_a_decisive_example_move_the_right_way():
     assert np.min(found[:, 1]) > 1e4
 
 
+@pytest.mark.slow_ids("bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @ROWS
 def test_low_precision_agrees_with_float64(rows, dtype):

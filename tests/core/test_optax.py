@@ -72,7 +72,11 @@ def test_the_table_of_optimizers_is_not_empty():
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "name",
-    [name for name in optimizers() if ARGUMENTS.get(name, {}) is not None],
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+        for name in optimizers()
+        if ARGUMENTS.get(name, {}) is not None
+    ],
 )
 def test_a_fit_with_any_optimizer_lowers_the_loss(name):
     params, x, y = batch()
@@ -106,6 +110,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow_ids("mechanic", "opaque sam", "accumulation")
 @pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
 def test_a_fit_takes_what_wraps_an_optimizer(make):
     params, x, y = batch()

@@ -84,6 +84,7 @@ def everything(params, x, y, weights, max_norms):
     return found
 
 
+@pytest.mark.slow_ids("(6, 8, 7, 5, 3)", "(7, 5, 1)")
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_everything_is_what_materialised_gradients_give(sizes, name):

@@ -728,6 +728,7 @@ def triple(honest):
     return lambda *args: jax.tree.map(lambda g: 3 * g, honest(*args))
 
 
+@pytest.mark.slow_ids("rows-")
 @pytest.mark.parametrize(
     ("name", "corrupt", "factors"),
     [("pull_back", triple_all_but_the_last, (3, 1)), ("contract", triple, (3, 3))],

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 import jaxbce
 
@@ -122,6 +123,7 @@ jaxbce.check_gradients(jaxbce.loss, params, x, y)
 """
 
 
+@pytest.mark.slow
 def test_a_strict_checker_accepts_right_calls_and_rejects_wrong_ones(tmp_path):
     (tmp_path / "right.py").write_text(SETUP + RIGHT)
     (tmp_path / "wrong.py").write_text(SETUP + WRONG)

@@ -64,6 +64,7 @@ def number_case(value, **baselines):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:optax.global_norm")  # of jax_privacy
 @pytest.mark.parametrize("quantity", workloads.quantities())
 def test_every_baseline_of_a_quantity_agrees_and_is_measured(quantity):
@@ -195,6 +196,7 @@ def test_networks_that_leave_out_a_fold_are_trained_alike():
     assert differences == {"without weights": None, "vmap, own": None}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_data_sweeps")
 def test_networks_that_leave_out_one_example_are_trained_alike():
     case = data_sweeps.sweep_case(6, 6, 1, 6, KEY)

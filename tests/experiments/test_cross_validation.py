@@ -19,7 +19,7 @@ from experiments.support.config import OptimizerConfig, TrainingConfig
 from experiments.support.sweep_axes import Search, parse_axis
 from tests.helpers import member, run_command
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 MOONS = datasets.load(dataset="moons")
 AXES = tuple(map(parse_axis, ("learning_rate=0.5,0.1", "pos_weight=1,3")))

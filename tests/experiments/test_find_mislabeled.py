@@ -316,6 +316,7 @@ def test_a_bad_flag_is_one_line(flag, message):
     assert finished.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_one_line_of_a_process():
     with start("find_mislabeled", "--data=no.csv", "--target=y") as process:
         try:

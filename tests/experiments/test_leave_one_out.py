@@ -20,7 +20,7 @@ from jaxbce import laplace, per_example
 from tests.experiments.files import odd_keys
 from tests.helpers import run_command
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 TOY: Any = {"hidden": (4,), "num_steps": 40, "chunk": 15}
 

@@ -376,6 +376,7 @@ def test_a_bad_flag_is_one_line(flag, message):
     assert finished.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_bad_flag_is_one_line_of_a_process():
     flag, message = BAD_FLAGS[0]
     with start("private", flag) as process:

@@ -14,6 +14,7 @@ def state():
     return values, given, logging.get_verbosity(), dict(jax.config.values)
 
 
+@pytest.mark.slow
 def test_it_prints_what_a_process_prints():
     process = start("compare_gradients", "--help")
     finished = run_command("compare_gradients", "--help")

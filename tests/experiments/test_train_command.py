@@ -502,6 +502,7 @@ def test_interrupted_and_resumed_it_ends_the_same_to_the_bit(
     assert files(folder) == files(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_with_more_steps_continues_from_its_checkpoint(copied, tmp_path, capsys):
     longer = moons(folder=copied, num_steps=60, evaluate_every=15)
     assert capsys.readouterr().out == "Resuming from step 30 of 60.\n"
