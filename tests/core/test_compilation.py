@@ -453,7 +453,7 @@ def test_there_is_one_backward_pass(name, monkeypatch):
     assert changes(name, monkeypatch, "pull_back", altered)
 
 
-@pytest.mark.slow_ids("largest eigenvalues")
+@pytest.mark.slow_ids("laplace", "largest eigenvalues")
 @pytest.mark.parametrize(
     "name", [*SUMS, "laplace", "ggn_eigenvalues", "largest eigenvalues"]
 )

@@ -270,6 +270,7 @@ def test_processes_after_the_first_leave_the_folder_alone(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_choices_are_programs_and_a_random_search_draws():
     axes = (AXES[0], parse_axis("b1=0.5,0.9"))
     programs = [sweep.Program(widths, "adam") for widths in ((4,), ())]
