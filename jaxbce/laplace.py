@@ -126,7 +126,7 @@ def posterior(
       >>> x, y = jnp.array([[1.0], [-1.0]]), jnp.array([[1.0], [0.0]])
       >>> posterior = jaxbce.laplace.posterior(params, x, y, 0.5)
       >>> factor = posterior.factor  # of B = I + diag(x² σ(0) σ(0), σ(0) σ(0)) / 0.5
-      >>> bool(jnp.allclose(factor @ factor.T, 2 * jnp.eye(2)))
+      >>> bool(jnp.allclose(factor @ factor.T, 2 * jnp.eye(2), atol=1e-6))
       True
 
     References:
