@@ -1,4 +1,4 @@
-r"""What did each row do to the network, by retraining without it and by formula?
+r"""How does each row change the network, by retraining without it and by formula?
 
     python -m experiments.leave_one_out --output_dir results
     python -m experiments.leave_one_out --data mine.csv --target label --hidden 8

@@ -1,4 +1,4 @@
-r"""What does differential privacy cost here?
+r"""How much accuracy does differential privacy cost here?
 
     python -m experiments.private
     python -m experiments.private --epsilon 1,3 --delta 1e-6 --output_dir results

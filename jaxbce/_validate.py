@@ -592,7 +592,7 @@ def examples(
     """Checks a data set and its known values; returns it in the dtypes of params.
 
     Examples of weight 0 may have any label, but at least one weight must be positive.
-    Features that are not finite are accepted, because an optimizer may skip a batch.
+    Non-finite features are accepted, since an optimizer may skip their batch.
     """
     x_name, y_name, weight_name = names
     checked_x = features(x, params_, x_name)

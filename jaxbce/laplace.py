@@ -340,9 +340,9 @@ def predict_proba(posterior: Posterior, x: ArrayLike) -> jax.Array:
 
     with the variance v of each logit. An uncertain logit moves its probability towards
     one half and never across it, so accuracy is that of the network. The log-loss often
-    is not better: with layers="all" it is often worse than that of the network
-    itself, and averaged over the last layer about equal. Use it to find where the
-    network is unsure, not to improve the log-loss.
+    is not better: with layers="all" it is often worse than that of the network itself,
+    and with layers="last" about equal. Use it to find where the network is uncertain,
+    not to improve the log-loss.
 
     Args:
       posterior: A `Posterior`.

@@ -65,16 +65,14 @@ MISSING = flags.DEFINE_enum(
     "median or most frequent category, and where more than 1% are missing, add a "
     "missing-value indicator; indicator: always add it; drop: leave out rows with "
     "missing values, of --data only; error: refuse the file. Rows that --predict "
-    "scores "
-    "are always imputed.",
+    "scores are always imputed.",
 )
 NA_VALUES = flags.DEFINE_list(
     "na_values",
     None,
     "Cells to treat as missing, besides blank ones. Default: pandas's list, such as "
-    "NA, "
-    "None and null. For categories and labels, this replaces the list ('' for blank "
-    "cells only); elsewhere it adds to it.",
+    "NA, None and null. For categories and labels, this replaces the list ('' for "
+    "blank cells only); elsewhere it adds to it.",
 )
 SEPARATOR = flags.DEFINE_string(
     "separator",

@@ -77,8 +77,7 @@ def fit(name: str, features: pd.DataFrame, missing: str) -> ColumnTransformer:
             column = numbers[int(np.argmax(too_large))]
             raise InputError(
                 f"{name}: column {column!r} has values too large to standardize; "
-                f"rescale "
-                "it, or leave it out with --drop"
+                "rescale it, or leave it out with --drop"
             )
         scaler.scale_ = np.where(is_varied, scaler.scale_, np.inf)
     return transformer

@@ -162,11 +162,12 @@ def _evaluate(params: Any, problem: Problem, left_out: jax.Array) -> dict[str, A
     value, grads = jaxbce.value_and_grad(
         params, x, y, sample_weight=weight, reduction="sum"
     )
-    grads = jax.tree.map(lambda g, p: g + tau * p, grads, params)
+    decay, decay_grads = jax.value_and_grad(penalty(tau))(params)
+    grads = jax.tree.map(jnp.add, grads, decay_grads)
     return {
         "own_logit": a,
         "own_loss": jaxbce.bce_with_logits(a, y[:, 0]),
         "test_loss": jaxbce.bce_with_logits(a_test, y_test[:, 0]),
-        "objective": value + penalty(tau)(params),
+        "objective": value + decay,
         "gradient_norm": optax.tree.norm(grads),
     }

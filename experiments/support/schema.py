@@ -248,8 +248,7 @@ def features(source: str, table: pd.DataFrame, schema: Schema) -> pd.DataFrame:
             warn(
                 source,
                 f"{column.name!r} is not a {column.kind} in {wrong.sum()} rows, such "
-                f"as "
-                f"{_first(parsing.text(cells), wrong)} in row "
+                f"as {_first(parsing.text(cells), wrong)} in row "
                 f"{table.index[wrong.argmax()]}; treated as missing",
             )
         found |= converted

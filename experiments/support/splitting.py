@@ -19,8 +19,7 @@ VALIDATION = flags.DEFINE_string(
     "validation",
     None,
     "File with the validation set, in the format of --data. If not set, it is split "
-    "off "
-    "--data.",
+    "off --data.",
 )
 TEST = flags.DEFINE_string(
     "test",

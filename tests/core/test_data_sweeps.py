@@ -246,6 +246,20 @@ def test_two_devices_and_groups_of_any_size_give_the_same_members():
         np.testing.assert_allclose(found.best_loss, truth.best_loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+def test_a_mesh_that_the_caller_has_set_changes_nothing(axis_type):
+    x, y = (t[:36] for t in data(dtype="float32"))
+    options = SMALL | FOLDS | {"validation": "held_out"}
+    options |= {"make_sample_weight": lambda hp: hp["fold"] != FOLD[:36]}
+    truth = jaxbce.sweep(KEY, x, y, **options)
+    axis_types = (jax.sharding.AxisType[axis_type],)
+    mesh = jax.make_mesh((2,), ("examples",), axis_types=axis_types)
+    with jax.set_mesh(mesh):
+        x, y = jax.device_put((x, y), jax.NamedSharding(mesh, jax.P("examples")))
+        found = jaxbce.sweep(KEY, x, y, **options)
+    np.testing.assert_array_equal(found.validation_loss, truth.validation_loss)
+
+
 def test_an_example_of_weight_0_adds_nothing_even_if_it_overflows():
     x, y = data(dtype="float32")
     x[3] = 1e30

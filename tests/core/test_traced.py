@@ -267,3 +267,19 @@ def test_the_compiled_functions_in_memory_are_bounded():
         call(n)
     gc.collect()
     assert len(alive) == bound > 0
+
+
+def test_an_array_that_a_function_closes_over_has_the_dtype_of_its_trace():
+    """JAX remembers the dtype that a NumPy array had when x64 was enabled."""
+    array = np.arange(5)
+
+    def is_at(i):
+        return i == array
+
+    for enabled in (True, False):
+        with jax.enable_x64(enabled), jax.numpy_dtype_promotion("standard"):
+            jax.make_jaxpr(is_at)(np.int32(0))
+            program, constants = _traced.trace(is_at, np.int32(0))
+            found = jax.jit(lambda *args, p=program: p(*args))(constants, np.int32(2))
+            np.testing.assert_array_equal(found, array == 2)
+            assert constants[0].dtype == ("int64" if enabled else "int32")
