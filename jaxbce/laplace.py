@@ -168,25 +168,42 @@ def _posterior(
 
 
 def _cholesky_plus_identity(gram: jax.Array) -> jax.Array:
-    """The Cholesky factor of `I + gram`, finite for any finite gram.
+    """The Cholesky factor of `I + gram`, finite for any finite gram."""
+    return _cholesky(jnp.eye(gram.shape[0], dtype=gram.dtype) + gram)
 
-    Where rounding has made the matrix indefinite, its diagonal is raised: by machine
-    epsilon times its mean, doubled until the factorization succeeds.
+
+@jax.custom_jvp
+def _cholesky(b: jax.Array) -> jax.Array:
+    """The Cholesky factor L of b, whose diagonal is raised where b is indefinite.
+
+    It is raised by machine epsilon times its mean, doubled until the factorization
+    succeeds. If that mean is NaN, so is the factor.
     """
-    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    b = identity + gram
-    fixed = jax.lax.stop_gradient(b)
-    mean = jnp.trace(fixed) / fixed.shape[0]
+    identity, mean = jnp.eye(b.shape[0], dtype=b.dtype), jnp.trace(b) / b.shape[0]
     least = jnp.finfo(b.dtype).eps * mean
 
-    def is_indefinite(jitter: jax.Array) -> jax.Array:
-        factor = jnp.linalg.cholesky(fixed + jitter * identity)
-        return jnp.isnan(factor[-1, -1]) & (jitter < mean)  # False if mean is NaN
+    def is_indefinite(jitter_and_factor: tuple[jax.Array, jax.Array]) -> jax.Array:
+        jitter, factor = jitter_and_factor
+        return jnp.isnan(factor[-1, -1]) & (jitter < mean)
 
-    jitter = jax.lax.while_loop(
-        is_indefinite, lambda jitter: jnp.maximum(2 * jitter, least), 0 * least
-    )
-    return jnp.linalg.cholesky(b + jitter * identity)
+    def raise_diagonal(
+        jitter_and_factor: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        jitter = jnp.maximum(2 * jitter_and_factor[0], least)
+        return jitter, jnp.linalg.cholesky(b + jitter * identity)
+
+    start = 0 * least, jnp.linalg.cholesky(b)
+    return jax.lax.while_loop(is_indefinite, raise_diagonal, start)[1]
+
+
+@_cholesky.defjvp
+def _cholesky_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """`L̇ = L Φ(L⁻¹ Ḃ L⁻ᵀ)`, where Φ takes the lower triangle and half the diagonal."""
+    factor = _cholesky(*primals)
+    half = solve_triangular(factor, tangents[0], lower=True)  # L⁻¹ Ḃ
+    middle = jnp.tril(solve_triangular(factor, half.T, lower=True))
+    middle -= jnp.diag(jnp.diagonal(middle)) / 2
+    return factor, factor @ middle
 
 
 class _Training(NamedTuple):
@@ -238,21 +255,26 @@ def _examples_per_block(posterior: Posterior, n: int) -> int:
     return min(size, max(256, posterior.factor.shape[0] // posterior.y.shape[1]))
 
 
-def _v(posterior: Posterior, training: _Training, x: jax.Array) -> jax.Array:
-    """`V_x`, `[D, B, n_L]`, for features `[B, n_0]`."""
-    variances = 1 / posterior.prior_precision
+def _v(
+    posterior: Posterior, training: _Training, x: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """`V_x`, `[D, B, n_L]`, for features `[B, n_0]`, and K of the training examples.
+
+    K is `[N, B, n_L, n_L]`, or None where the matrix of size P was factorized.
+    """
+    variances, k = 1 / posterior.prior_precision, None
     if _is_of_examples(posterior):
         n = training.x.shape[0]
         k = curvature.kernel(posterior.params, training.x, x, variances, n)
-        k = training.root[:, None, :, None] * k  # [N, B, n_L, n_L]
-        right = k.transpose(0, 2, 1, 3)  # [N, n_L, B, n_L]
+        right = training.root[:, None, :, None] * k
+        right = right.transpose(0, 2, 1, 3)  # [N, n_L, B, n_L]
     else:
         activations = forward(posterior.params, x)
         jacobian = curvature.jacobian(posterior.params, activations, variances)
         right = jacobian.transpose(2, 0, 1)  # [P, B, n_L]
     size, shape = posterior.factor.shape[0], right.shape[-2:]
     v = solve_triangular(posterior.factor, right.reshape(size, -1), lower=True)
-    return v.reshape(size, *shape)
+    return v.reshape(size, *shape), k
 
 
 def _covariance(posterior: Posterior, x: jax.Array, v: jax.Array) -> jax.Array:
@@ -281,7 +303,7 @@ def _covariance_in_blocks(
     """`J_x H⁻¹ J_xᵀ` of each example, `[M, n_L, n_L]`."""
 
     def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
-        return (), _covariance(posterior, x, _v(posterior, training, x))
+        return (), _covariance(posterior, x, _v(posterior, training, x)[0])
 
     weight = jnp.ones(x.shape[0], posterior.factor.dtype)
     size = _examples_per_block(posterior, x.shape[0])
@@ -427,19 +449,18 @@ def influence(posterior: Posterior, x2: ArrayLike, y2: ArrayLike) -> jax.Array:
     training = _training(posterior)
 
     def projected(_: jax.Array, x: jax.Array, delta: jax.Array) -> tuple:
-        return (), jnp.einsum("dbo,bo->bd", _v(posterior, training, x), delta)
+        return (), jnp.einsum("dbo,bo->bd", _v(posterior, training, x)[0], delta)
 
     def block(weight: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
         ones = jnp.ones_like(weight)
         p = posterior.pos_weight
         delta, _ = curvature.derivatives(params, forward(params, x), y, ones, p)
         x = jnp.where(jnp.all(delta == 0, axis=1)[:, None], 0, x)
-        products = projected(ones, x, delta)[1] @ of_training.T  # [B, N]
-        if not _is_of_examples(posterior):
-            return (), products
-        variances = 1 / posterior.prior_precision
-        k = curvature.kernel(params, x, training.x, variances, x.shape[0])
-        return (), jnp.einsum("bnop,bo,np->bn", k, delta, training.delta) - products
+        v, k = _v(posterior, training, x)
+        explained = jnp.einsum("dbo,bo->bd", v, delta) @ of_training.T  # [B, N]
+        if k is None:
+            return (), explained
+        return (), jnp.einsum("nbpo,bo,np->bn", k, delta, training.delta) - explained
 
     n = training.x.shape[0]
     size = _examples_per_block(posterior, n)
@@ -518,7 +539,7 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
         inverse = jnp.eye(size, dtype=root.dtype)
         inverse = solve_triangular(posterior.factor, inverse, lower=True)
         inverse = inverse.reshape(size, *root.shape)  # L⁻¹, [D, N, n_L]
-        v = _v(posterior, training, training.x)
+        v, _ = _v(posterior, training, training.x)
         covariance = _covariance(posterior, training.x, v)  # Σ, [N, n_L, n_L]
         scaled = jnp.einsum("dno,dnp->nop", inverse, v)  # R Σ
         remainder = jnp.einsum("dno,dnp->nop", inverse, inverse)  # C
