@@ -6,7 +6,7 @@ activations of a block in cache. The result differs only by rounding.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,36 @@ _ON_CPU = (16 << 20, 2 << 20, 512, 2048)
 _ELSEWHERE = (1 << 30, 1 << 28, 4096, 1 << 20)
 
 
+class PerPlatform(NamedTuple):
+    """A number of examples per block that depends on the platform of the program.
+
+    A program may be compiled for another platform than that of the process.
+    """
+
+    cpu: int
+    elsewhere: int
+
+
+BlockSize = int | PerPlatform
+
+
+def for_platform(size: BlockSize, platform: str) -> int:
+    """The number of examples per block on one platform."""
+    if isinstance(size, PerPlatform):
+        return size.cpu if platform == "cpu" else size.elsewhere
+    return size
+
+
+def at_most(size: BlockSize, limit: int) -> BlockSize:
+    """The number of examples per block, or `limit` where that is less."""
+    if isinstance(size, PerPlatform):
+        return PerPlatform(*(min(n, limit) for n in size))
+    return min(size, limit)
+
+
 def examples_per_block(
     block_size: int | Literal["auto"] | None, params: Any, n: int
-) -> int:
+) -> BlockSize:
     """The number of examples per block for a batch of n, from static shapes alone.
 
     A symbolic n, as in an exported program, is processed in one block.
@@ -42,11 +69,17 @@ def examples_per_block(
         return n
     if block_size != "auto":
         return min(int(block_size), n)
-    limits = _ON_CPU if jax.default_backend() == "cpu" else _ELSEWHERE
-    split_above, block_bytes, least, most = limits
     example_bytes = (
         sum(layer.w.shape[1] for layer in params) * params[0].w.dtype.itemsize
     )
+    sizes = PerPlatform(
+        *(_most_examples(limits, example_bytes, n) for limits in (_ON_CPU, _ELSEWHERE))
+    )
+    return sizes if sizes.cpu != sizes.elsewhere else sizes.cpu
+
+
+def _most_examples(limits: tuple[int, ...], example_bytes: int, n: int) -> int:
+    split_above, block_bytes, least, most = limits
     if n * example_bytes <= split_above:
         return n
     return min(n, max(least, min(most, block_bytes // example_bytes)))
@@ -56,7 +89,7 @@ def sum_over_blocks(
     fun: Callable[..., tuple[Any, Any]],
     weight: jax.Array,
     examples: tuple[jax.Array, ...],
-    block_size: int,
+    block_size: BlockSize,
 ) -> tuple[Any, Any]:
     """Sums `fun` over blocks of examples.
 
@@ -80,6 +113,12 @@ def sum_over_blocks(
     Returns:
       The totals, and the per-example results as `[N, ...]`.
     """
+    if isinstance(block_size, PerPlatform):
+        cpu, elsewhere = (
+            lambda w, *e, size=size: sum_over_blocks(fun, w, e, size)
+            for size in block_size
+        )
+        return lax.platform_dependent(weight, *examples, cpu=cpu, default=elsewhere)
     n = weight.shape[0]
     shards = num_shards(examples[0])
     one_block = shards == 1 and is_sharded(weight, *examples)

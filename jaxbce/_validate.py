@@ -6,6 +6,7 @@ also read the values of arrays that are not traced. Each message names the argum
 what was expected and what was passed. Nothing is broadcast silently.
 """
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Callable
@@ -449,6 +450,25 @@ def function(
                 f"expected {name} to be hashable, because programs are compiled once "
                 f"per {name}, got {_type_name(value)} ({error})"
             ) from None
+
+
+def precision(value: Any) -> contextlib.AbstractContextManager[Any]:
+    """Checks a precision of matrix products; returns the context that sets it."""
+    if value is None:
+        return contextlib.nullcontext()
+    if not isinstance(value, str):
+        raise TypeError(
+            f"expected precision to be None or a string, got {_type_name(value)}"
+        )
+    try:
+        with jax.default_matmul_precision(value):
+            pass
+    except ValueError:
+        raise ValueError(
+            "expected precision to be None or a precision of "
+            f'jax.default_matmul_precision, such as "highest", got {value!r}'
+        ) from None
+    return jax.default_matmul_precision(value)
 
 
 def count(

@@ -36,7 +36,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from jaxbce import _validate, gradients
-from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._blocks import BlockSize, at_most, examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
 from jaxbce._layouts import ROWS, drop_nonfinite, matmul, replicate, shard
 from jaxbce.gradients import Batch, check_batch
@@ -95,7 +95,7 @@ def kernel(
     x: jax.Array,
     x2: jax.Array,
     variances: jax.Array | None,
-    block_size: int,
+    block_size: BlockSize,
 ) -> jax.Array:
     """`J D Jᵀ`, `[N, M, n_L, n_L]`, the tangent kernel if D is the identity.
 
@@ -270,7 +270,7 @@ def ggn_vp(
 
 
 def _curvature_vp(
-    params: Params, batch: Batch, v: Params, block_size: int, *, residual: bool
+    params: Params, batch: Batch, v: Params, block_size: BlockSize, *, residual: bool
 ) -> Params:
     """`GGN v`, or `H v` with the residual terms, which contain δ."""
 
@@ -385,7 +385,7 @@ def ggn_eigenvalues(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _largest_eigenpairs(
-    count: int, block_size: int, params: Params, batch: Batch
+    count: int, block_size: BlockSize, params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """The largest eigenvalues of the GGN and their eigenvectors `[P, k]`, by LOBPCG.
 
@@ -424,7 +424,7 @@ def _largest_eigenpairs(
 @_largest_eigenpairs.defjvp
 def _largest_eigenpairs_jvp(
     count: int,
-    block_size: int,
+    block_size: BlockSize,
     primals: tuple[Params, Batch],
     tangents: tuple[Params, Batch],
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
@@ -448,7 +448,7 @@ def count_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _flat_ggn_vp(params: Params, batch: Batch, block_size: int) -> Any:
+def _flat_ggn_vp(params: Params, batch: Batch, block_size: BlockSize) -> Any:
     """`ggn_vp` as a function of a flat vector `[P]`."""
     unravel = ravel_pytree(params)[1]
 
@@ -478,7 +478,7 @@ def root_curvature(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def smaller_gram(
-    params: Params, batch: Batch, variances: jax.Array | None, block_size: int
+    params: Params, batch: Batch, variances: jax.Array | None, block_size: BlockSize
 ) -> jax.Array:
     """The smaller of `√S J D Jᵀ √S` and `√D Jᵀ S J √D`, with equal nonzero eigenvalues.
 
@@ -501,7 +501,7 @@ def smaller_gram(
         return matmul((s.reshape(-1)[:, None] * rows).T, rows), ()
 
     if isinstance(n, int):  # the rows of a block take about the memory of the result
-        block_size = min(block_size, max(256, size // outputs))
+        block_size = at_most(block_size, max(256, size // outputs))
     return sum_over_blocks(block, batch.c, (batch.x, batch.y), block_size)[0]
 
 

@@ -58,15 +58,15 @@ def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
         lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[len(leading) :])), params
     )
     rows = _blocks.examples_per_block("auto", one, n)
-    widths = sum(layer.w.shape[1] for layer in one)
-    size = 1
-    if isinstance(rows, int):  # not for a symbolic N, as in an exported program
-        size = max(size, _BLOCK_BYTES // (rows * widths * x.dtype.itemsize))
-    blocks = -(-count // size)
-    size = -(-count // blocks)
+    member_bytes = sum(layer.w.shape[1] for layer in one) * x.dtype.itemsize
 
     def of_examples(weight: jax.Array, x: jax.Array) -> tuple[tuple[()], jax.Array]:
         del weight
+        size = 1
+        if isinstance(x.shape[0], int):  # not symbolic, as in an exported program
+            size = max(size, _BLOCK_BYTES // (x.shape[0] * member_bytes))
+        blocks = -(-count // size)
+        size = -(-count // blocks)
 
         def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
             chosen = jnp.minimum(i * size + jnp.arange(size), count - 1)

@@ -35,7 +35,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxbce import _validate
-from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._blocks import BlockSize, examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
 from jaxbce._layouts import ROWS, Layout, drop_nonfinite, shard
 from jaxbce.losses import elementwise, output_delta, softplus, weighted
@@ -247,7 +247,7 @@ class Form(NamedTuple):
       layout: The layout of params and of the gradient.
     """
 
-    block_size: int
+    block_size: BlockSize
     is_weighted: bool
     layout: Layout = ROWS
 

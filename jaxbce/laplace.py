@@ -43,7 +43,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from jaxbce import _validate, curvature, gradients
-from jaxbce._blocks import examples_per_block, sum_over_blocks
+from jaxbce._blocks import BlockSize, at_most, examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
 from jaxbce._layouts import replicate
 from jaxbce.gradients import Batch, check_batch
@@ -247,12 +247,12 @@ def _is_of_examples(posterior: Posterior) -> bool:
     return posterior.factor.shape[0] != curvature.count_params(layers)
 
 
-def _examples_per_block(posterior: Posterior, n: int) -> int:
+def _examples_per_block(posterior: Posterior, n: int) -> BlockSize:
     """The number of examples whose V takes no more memory than the factor."""
     size = examples_per_block("auto", posterior.params, n)
     if not isinstance(n, int):
         return n
-    return min(size, max(256, posterior.factor.shape[0] // posterior.y.shape[1]))
+    return at_most(size, max(256, posterior.factor.shape[0] // posterior.y.shape[1]))
 
 
 def _v(

@@ -23,7 +23,7 @@ from jax import P
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _member_data, _traced, _validate, training
-from jaxbce._blocks import examples_per_block
+from jaxbce._blocks import examples_per_block, for_platform
 from jaxbce.network import Layer, Params, init
 from jaxbce.training import Dataset, datasets
 
@@ -32,6 +32,20 @@ from jaxbce.training import Dataset, datasets
 _CACHE_BYTES = 3 << 19
 _MAX_MEMBERS = {"cpu": 128}  # per group
 _MAX_MEMBERS_ELSEWHERE = 1 << 16
+# A step of a group on a TPU should stay in this part of the memory on the chip, VMEM:
+# above it, XLA moves arrays to and from the device's memory at every step.
+_VMEM_FRACTION = 0.8
+_VMEM_MIB = {
+    "TPU v5 lite": 128,
+    "TPU v5e": 128,
+    "TPU v5": 64,
+    "TPU v5p": 64,
+    "TPU v6 lite": 128,
+    "TPU v6e": 128,
+    "TPU7x": 64,
+}
+_LEAST_VMEM_MIB = 16  # of all other TPUs
+_LANES = 128  # fewer members would leave vector lanes of a TPU empty
 _MEMORY_FRACTION = 0.5  # of a device's memory that a group may use
 _AXIS = "members"
 _OWN_NAMES = ("init_scale", "pos_weight", "label_smoothing")  # read by the sweep itself
@@ -128,6 +142,7 @@ def sweep(
     group_size: int | Literal["auto"] = "auto",
     mesh: jax.sharding.Mesh | None = None,
     callback: Callable[[int], None] | None = None,
+    precision: str | None = None,
 ) -> SweepResult:
     r"""Trains a network for every point and seed, in one program over all devices.
 
@@ -200,6 +215,7 @@ def sweep(
       mesh: The devices to use, with any axes; None is all devices of all processes.
       callback: Called on the host with the number of members that are done, whenever
         each device has trained a group.
+      precision: Precision of all matrix products, as for `fit`.
 
     Returns:
       A `SweepResult`, complete in every process.
@@ -278,7 +294,8 @@ def sweep(
     user = training.UserCode(
         _init, _step, (make_optimizer, make_penalty), options.batch_size
     )
-    with jax.sharding.use_abstract_mesh(_NO_MESH):  # the members have theirs
+    no_mesh = jax.sharding.use_abstract_mesh(_NO_MESH)  # the members have theirs
+    with _validate.precision(precision), no_mesh:
         programs, constants = training.trace(user, hp, shapes, spec)
         data_programs, data_constants = _member_data.trace(
             _member_data.Functions(make_sample_weight, make_labels), hp, data.y
@@ -313,7 +330,7 @@ def sweep(
             members = _members(groups, len(devices), values, first_seed, starts)
             members = _to_devices(plan.mesh, P(_AXIS), members)
             numbers = constants, data_constants
-            with _only_mesh(plan.mesh):
+            with _validate.precision(precision), _only_mesh(plan.mesh):
                 trained = _to_host(_train(*members, shared, numbers, plan=plan))
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
@@ -435,14 +452,23 @@ def max_members_per_device(
     leaves = jax.tree.leaves(params)
     param_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     example_bytes = sum(sizes[1:]) * leaves[0].dtype.itemsize
-    block = examples_per_block("auto", params, n)  # bounds the memory of an evaluation
+    platform = devices[0].platform
+    # Bounds the memory of an evaluation.
+    block = for_platform(examples_per_block("auto", params, n), platform)
     member_bytes = 12 * param_bytes + 4 * block * example_bytes
     fit_memory = _MEMORY_FRACTION * _device_memory(devices) / member_bytes
-    platform = devices[0].platform
     members = _MAX_MEMBERS.get(platform, _MAX_MEMBERS_ELSEWHERE)
+    batch = min(batch_size or n, block)
     if platform == "cpu":
-        step_bytes = min(batch_size or n, block) * example_bytes + 4 * param_bytes
+        step_bytes = batch * example_bytes + 4 * param_bytes
         members = min(members, 2 ** round(math.log2(max(1, _CACHE_BYTES / step_bytes))))
+    elif platform == "tpu":
+        # Of activations, error signals and one more; of parameters, their gradient,
+        # their new values and two more in the state of the optimizer.
+        step_bytes = 3 * batch * example_bytes + 5 * param_bytes
+        vmem = _VMEM_MIB.get(devices[0].device_kind, _LEAST_VMEM_MIB) << 20
+        fit_vmem = max(_LANES, _VMEM_FRACTION * vmem / step_bytes)
+        members = min(members, 2 ** int(math.log2(fit_vmem)))
     return max(1, min(members, int(fit_memory)))
 
 

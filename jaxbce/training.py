@@ -19,6 +19,9 @@ from jaxbce.gradients import Batch, Form
 from jaxbce.network import Params
 
 _NONE: Any = None  # in place of the losses of a run that is carried by a loop
+# Orders of examples that are drawn at a time: of this many epochs, or of as many as
+# have this many examples.
+_ORDERS, _MIN_INDICES = 8, 1 << 14
 
 
 class FitResult(NamedTuple):
@@ -73,6 +76,7 @@ def fit(
     penalty: Callable[[Params], jax.Array] | None = None,
     loss: Callable[..., jax.Array] | None = None,
     callback: Callable[[int, float, float | None], None] | None = None,
+    precision: str | None = None,
 ) -> FitResult:
     r"""Trains one network. The whole run is one pure function of the arguments.
 
@@ -144,6 +148,10 @@ def fit(
         steps taken and the training and validation loss (None without a validation
         set). Under `vmap` it is called once per network. It is not supported for
         examples that are sharded over several devices.
+      precision: Precision of all matrix products of the run, as for
+        `jax.default_matmul_precision`, such as "highest". None is JAX's setting. Its
+        default is fast: in float32 it rounds the factors of each product to bfloat16 on
+        TPU and to TensorFloat-32 on GPU, for a relative error of about 1e-3.
 
     Returns:
       A `FitResult`.
@@ -174,25 +182,30 @@ def fit(
     options = check_options(
         training, num_steps, batch_size, evaluate_every, patience, min_delta, callback
     )
-    first, by_hand = _varying(start), loss is None
-    user = UserCode(_init, _step, (optimizer, penalty, loss), batch_size, by_hand)
-    programs, constants = trace(user, (), first, training)
-    if isinstance(params, FitResult):
-        _check_resumed(params, validation is not None)
-        state = jax.eval_shape(programs.init, constants[0], (), first)
-        found = jax.eval_shape(lambda state: state, params.opt_state)
-        if _form(found) != _form(state):
-            raise ValueError(
-                "expected params to be the FitResult of a run with the same optimizer, "
-                "got one with an opt_state of another structure, shape or dtype"
-            )
-        params = params._replace(train_loss=_NONE, validation_loss=_NONE)
-    compiled = _traced.jitted(run, programs, options, by_hand)
-    return compiled(constants, (), key, _varying(params), training, evaluated)
+    with _validate.precision(precision):
+        first, by_hand = _varying(start), loss is None
+        user = UserCode(_init, _step, (optimizer, penalty, loss), batch_size, by_hand)
+        programs, constants = trace(user, (), first, training)
+        if isinstance(params, FitResult):
+            state = jax.eval_shape(programs.init, constants[0], (), first)
+            _check_resumed(params, state, validation is not None)
+            params = params._replace(train_loss=_NONE, validation_loss=_NONE)
+        compiled = _traced.jitted(run, programs, options, by_hand)
+        return compiled(constants, (), key, _varying(params), training, evaluated)
 
 
-def _check_resumed(run: FitResult, has_validation: bool) -> None:
-    """Checks that the best loss so far is comparable with the losses to come."""
+def _check_resumed(run: FitResult, opt_state: Any, has_validation: bool) -> None:
+    """Checks that a run can be resumed.
+
+    Its optimizer state must be like `opt_state`, and its best loss must be comparable
+    with the losses to come.
+    """
+    found = jax.eval_shape(lambda state: state, run.opt_state)
+    if _form(found) != _form(opt_state):
+        raise ValueError(
+            "expected params to be the FitResult of a run with the same optimizer, got "
+            "one with an opt_state of another structure, shape or dtype"
+        )
     # Of a run that a loop carries, the losses are replaced by ().
     was_evaluated = np.shape(run.train_loss)[-1] > 0
     had_validation = np.shape(run.validation_loss)[-1] > 0
@@ -512,8 +525,12 @@ def run(
         begin: jax.Array, end: jax.Array, run: FitResult
     ) -> tuple[FitResult, list[jax.Array]]:
         """Takes the steps from `begin` to `end`, and evaluates."""
+        # A GPU reads the number of steps back to the host at every step unless it is
+        # a constant of the program.
+        is_static = num_steps % evaluate_every == 0
+        steps = evaluate_every if is_static else end - begin
         if batch_size is None:
-            run = lax.fori_loop(begin, end, lambda t, run: take(t, full, run), run)
+            run = _repeat(steps, lambda i, run: take(begin + i, full, run), run)
         else:
 
             def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
@@ -526,7 +543,8 @@ def run(
                 labels = _layouts.take(y, indices)
                 return take(t, Batch(features, labels, c, p), run)
 
-            run = _over_batches(batch, key, n, batch_size, begin, end, run)
+            batches = _Batches(key, n, batch_size)
+            run = batches.fold(batch, begin, steps, evaluate_every, run)
         losses = [
             gradients.weighted_loss(
                 run.params,
@@ -610,45 +628,104 @@ def _convert_run(run: FitResult, convert: Callable[[Any], Any]) -> FitResult:
     return run._replace(params=params, best_params=best, opt_state=state)
 
 
-def _over_batches(
-    body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
-    key: jax.Array,
-    n: int,
-    size: int,
-    begin: jax.Array,
-    end: jax.Array,
-    carry: Any,
-) -> Any:
-    """Folds `body(t, indices, weight, carry)` over the batches of steps begin to end.
+class _Batches(NamedTuple):
+    """The batches of a run: in each epoch all examples, in an order of its own.
 
-    `indices [size]` are the examples of a batch, and `weight [size]` their weights in
-    its mean. The order of an epoch is drawn at its first step, and again if `begin` is
-    within the epoch. It is not carried, because then every step would copy it.
+    Attributes:
+      key: The random key of the orders.
+      n: Number of examples.
+      size: Number of examples per batch.
     """
-    per_epoch = -(-n // size)
 
-    def epoch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        t, carry = state
-        number = t // per_epoch
-        order = jax.random.permutation(jax.random.fold_in(key, number), n)
+    key: jax.Array
+    n: int
+    size: int
 
-        def batch(t: jax.Array, carry: Any) -> Any:
-            # A short last batch is padded at its start with examples of the previous
-            # batch, which get weight 0.
-            first = (t - number * per_epoch) * size
-            if n % size == 0:
-                indices = lax.dynamic_slice_in_dim(order, first, size)
-                return body(t, indices, jnp.full(size, 1 / size), carry)
-            start = jnp.minimum(first, n - size)
-            indices = lax.dynamic_slice_in_dim(order, start, size)
-            is_new = start + jnp.arange(size, dtype=start.dtype) >= first
-            weight = is_new.astype(float) / jnp.minimum(size, n - first).astype(float)
-            return body(t, indices, weight, carry)
+    def fold(
+        self,
+        body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
+        begin: jax.Array,
+        steps: int | jax.Array,
+        most: int,
+        carry: Any,
+    ) -> Any:
+        """Folds `body(t, indices, weight, carry)` over some steps from step `begin`.
 
-        until = jnp.minimum(end, (number + 1) * per_epoch)
-        return until, lax.fori_loop(t, until, batch, carry)
+        `indices [size]` are the examples of a batch, and `weight [size]` their weights
+        in its mean. The orders of the epochs are drawn before the steps that use them,
+        those of a few epochs at a time: a loop that carried the order would copy it at
+        every step.
 
-    return lax.while_loop(lambda state: state[0] < end, epoch, (begin, carry))[1]
+        Args:
+          body: The step.
+          begin: Number of the first step.
+          steps: How many steps to take.
+          most: The largest value of `steps`.
+          carry: The initial carry.
+        """
+        chunks = -(-most // max(1, self._chunk_steps()))
+        chunk = -(-most // chunks)
+        is_static = isinstance(steps, int) and steps % chunk == 0
+
+        def take_chunk(j: jax.Array | int, carry: Any) -> Any:
+            first = begin + j * chunk
+            count = chunk if is_static else jnp.minimum(chunk, steps - j * chunk)
+            orders = self._orders(first, count, chunk)
+
+            def step(i: jax.Array, carry: Any) -> Any:
+                return body(first + i, *self._batch(first, first + i, orders), carry)
+
+            return _repeat(count, step, carry)
+
+        if chunks == 1:
+            return take_chunk(0, carry)
+        return _repeat(chunks, take_chunk, carry)
+
+    def _chunk_steps(self) -> int:
+        """The number of steps whose orders are drawn at a time."""
+        return max(_ORDERS * self.n, _MIN_INDICES) // self.size
+
+    def _orders(self, first: jax.Array, count: Any, most: int) -> jax.Array:
+        """The orders of the epochs of `count` steps, joined, `[epochs n]`."""
+        per_epoch = -(-self.n // self.size)
+        epochs = -(-(most - 1) // per_epoch) + 1  # that `most` steps can touch
+        begin, end = first // per_epoch, (first + count - 1) // per_epoch + 1
+
+        def draw(i: jax.Array, orders: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(self.key, begin + i)
+            order = jax.random.permutation(key, self.n)
+            return lax.dynamic_update_slice_in_dim(orders, order, i * self.n, 0)
+
+        empty = _varying(jnp.zeros(epochs * self.n, int))
+        return _repeat(end - begin, draw, empty)
+
+    def _batch(
+        self, first: jax.Array, t: jax.Array, orders: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The examples of step t and their weights, both `[size]`.
+
+        A short last batch is padded at its start with examples of the previous batch,
+        which get weight 0.
+        """
+        n, size = self.n, self.size
+        per_epoch = -(-n // size)
+        epoch = (t // per_epoch - first // per_epoch) * n  # where its order begins
+        begin = (t % per_epoch) * size
+        if n % size == 0:
+            indices = lax.dynamic_slice_in_dim(orders, epoch + begin, size)
+            return indices, jnp.full(size, 1 / size)
+        start = jnp.minimum(begin, n - size)
+        indices = lax.dynamic_slice_in_dim(orders, epoch + start, size)
+        is_new = start + jnp.arange(size, dtype=start.dtype) >= begin
+        return indices, is_new.astype(float) / jnp.minimum(size, n - begin).astype(
+            float
+        )
+
+
+def _repeat(count: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """Folds `body(i, carry)` over i < count, of dtype int32."""
+    count = np.int32(count) if isinstance(count, int) else count
+    return lax.fori_loop(np.int32(0), count, body, carry)
 
 
 @jax.custom_batching.custom_vmap

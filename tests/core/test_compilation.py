@@ -42,6 +42,17 @@ def test_the_core_lowers_for_accelerators(platform, dtype, block_size):
     assert "dot_general" in lowered.as_text()
 
 
+def test_blocks_are_those_of_the_platform_that_is_lowered_for():
+    params = jax.eval_shape(lambda: jaxbce.init(jax.random.key(0), (2, 64, 1)))
+    x, y = (jax.ShapeDtypeStruct((70_000, width), "float32") for width in (2, 1))
+    traced = jaxbce.value_and_grad.trace(params, x, y)
+    has_loop = {
+        platform: "while" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert has_loop == {"cpu": True, "cuda": False, "tpu": False}
+
+
 @functools.cache
 def traced_per_example_work_and_curvature(dtype):
     def everything(params, x, y):

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +287,33 @@ def test_a_member_that_diverges_leaves_the_others_as_they_are_to_the_bit(hidden)
         np.testing.assert_array_equal(a[healthy], b[healthy])
 
 
+class FakeTpu(NamedTuple):
+    """A device of which only what `max_members_per_device` reads is there."""
+
+    device_kind: str
+    platform: str = "tpu"
+    process_index: int = 0
+
+    def memory_stats(self):
+        return {"bytes_limit": 16 << 30}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "expected"),
+    [
+        ("TPU v5 lite", (30, 16, 1), 4096),  # with Adam, 8192 do not stay on the chip
+        ("TPU v4", (30, 16, 1), 512),
+        ("TPU v99", (30, 16, 1), 512),
+        ("TPU v5 lite", (1024, 512, 1), 128),
+    ],
+)
+def test_a_group_stays_on_the_chip_of_a_tpu_but_fills_its_lanes(kind, sizes, expected):
+    devices = np.empty(1, object)
+    devices[0] = FakeTpu(kind)
+    members = sweeps.max_members_per_device(sizes, jnp.float32, 569, 32, devices)
+    assert members == expected
+
+
 HUNDRED_THOUSAND = """
 import resource
 import jax, numpy as np, optax, jaxbce
@@ -335,6 +362,7 @@ REFUSED = {
     "steps": ({"num_steps": -1}, ValueError, "num_steps .* got -1"),
     "hidden": ({"hidden": (0,)}, ValueError, "hidden to be integers >= 1"),
     "batch": ({"batch_size": 99}, ValueError, "batch_size .* got 99"),
+    "precision": ({"precision": "best"}, ValueError, "precision to be .* got 'best'"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from jax import P
 from sklearn.neural_network import MLPClassifier
 
 import jaxbce
-from jaxbce import _layouts, _traced, gradients
+from jaxbce import _layouts, _traced, gradients, training
 from tests.helpers import TOLERANCE, loss_reference, member, problem, relative_error
 
 KEY = jax.random.key(7)
@@ -511,6 +512,50 @@ def test_it_lowers_for_accelerators(platform, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [None, 8])
+@pytest.mark.parametrize(
+    ("num_steps", "is_known"), [(21, True), (20, False)], ids=["equal", "ragged"]
+)
+def test_the_number_of_steps_between_evaluations_is_known(
+    batch_size, num_steps, is_known
+):
+    # A GPU would read an unknown one back to the host at every step.
+    params, x, y = arguments(dtype="float32")
+    options = {"optimizer": optax.sgd(0.1), "num_steps": num_steps}
+    options |= {"batch_size": batch_size, "evaluate_every": 7}
+    run = jax.jit(lambda *a: jaxbce.fit(KEY, *a, **options)).lower(params, x, y)
+    text = run.compile().as_text()
+    assert bool(re.search(r'known_trip_count":{"n":"7"}', text)) == is_known
+
+
+def test_orders_drawn_a_few_epochs_at_a_time_are_the_same(monkeypatch):
+    params, x, y = arguments(dtype="float32")
+    options = {"optimizer": optax.adam(0.01), "num_steps": 60, "evaluate_every": 30}
+    options |= {"batch_size": 7}
+    whole = fit(params, x, y, **options)
+    monkeypatch.setattr(training, "_ORDERS", 1)  # 5 steps of 6 per epoch, so 2 orders
+    monkeypatch.setattr(training, "_MIN_INDICES", 1)
+    _traced.jitted.cache_clear()
+    assert equal(fit(params, x, y, **options), whole)
+    monkeypatch.setattr(training, "_ORDERS", 2)  # 10 steps, and 7 at a resume
+    _traced.jitted.cache_clear()
+    options |= {"num_steps": 28, "evaluate_every": 14}
+    begun = fit(params, x, y, **options | {"num_steps": 32, "evaluate_every": 16})
+    assert equal(fit(begun, x, y, **options).params, whole.params)
+    _traced.jitted.cache_clear()
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_precision_is_that_of_every_matrix_product(precision):
+    params, x, y = arguments(dtype="float32")
+    options = {"optimizer": optax.sgd(0.1), "num_steps": 2, "precision": precision}
+    run = jax.jit(lambda *a: jaxbce.fit(KEY, *a, **options)).lower(params, x, y)
+    products = re.findall("dot_general.*", run.as_text())
+    assert products
+    exact = [product for product in products if "HIGHEST" in product]
+    assert exact == (products if precision else [])
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
 def test_the_derivative_in_a_hyperparameter_is_the_difference_quotient(batch_size):
     with jax.enable_x64(True):
         params, x, y = arguments()
@@ -564,6 +609,12 @@ REFUSED = {
         TypeError,
         r"callback to be .* function of \(step, train_loss, .* \(too many positional",
     ),
+    "precision": (
+        {"precision": "best"},
+        ValueError,
+        "precision to be None or a precision of .*, such as .* got 'best'",
+    ),
+    "number": ({"precision": 3}, TypeError, "precision to be None or a string, got"),
     "inf": ({"min_delta": 1e39}, ValueError, "min_delta to be finite and >= 0, got"),
     "pair": ({"validation": jnp.ones((5, 5))}, TypeError, "validation to be a tuple"),
     "weights": ({"sample_weight": jnp.ones(3)}, ValueError, "sample_weight of shape"),
