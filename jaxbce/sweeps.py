@@ -224,6 +224,68 @@ def sweep(
       >>> result.train_loss.shape, (result.diverged_at >= 0).all(axis=1).tolist()
       ((3, 3, 1), [False, False, True])
     """
+    prepared = prepare(
+        key,
+        x,
+        y,
+        hidden=hidden,
+        make_optimizer=make_optimizer,
+        make_penalty=make_penalty,
+        make_sample_weight=make_sample_weight,
+        make_labels=make_labels,
+        hparams=hparams,
+        params=params,
+        num_seeds=num_seeds,
+        first_seed=first_seed,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        validation=validation,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        min_delta=min_delta,
+        sample_weight=sample_weight,
+        pos_weight=pos_weight,
+        dtype=dtype,
+        keep_params=keep_params,
+        group_size=group_size,
+        mesh=mesh,
+        callback=callback,
+    )
+    return _run(prepared, callback)
+
+
+def prepare(
+    key: jax.Array,
+    x: Any,
+    y: Any,
+    *,
+    hidden: Any,
+    make_optimizer: Any,
+    make_penalty: Any = None,
+    make_sample_weight: Any = None,
+    make_labels: Any = None,
+    hparams: Any,
+    params: Any = None,
+    num_seeds: int = 1,
+    first_seed: int = 0,
+    num_steps: int,
+    batch_size: int | None = None,
+    validation: Any = None,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    sample_weight: Any = None,
+    pos_weight: Any = 1.0,
+    dtype: Any = None,
+    keep_params: bool = True,
+    group_size: int | Literal["auto"] = "auto",
+    mesh: jax.sharding.Mesh | None = None,
+    callback: Any = None,
+) -> "PreparedSweep":
+    """Checks the arguments of `sweep` and traces its functions; uses no device.
+
+    The mesh may therefore be of devices to compile for that are not attached.
+    """
     # Check the arguments.
     _validate.key(key)
     num_seeds = _validate.count("num_seeds", num_seeds)
@@ -260,7 +322,6 @@ def sweep(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
     )
 
-    # Place what all members share on the devices.
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
@@ -268,11 +329,10 @@ def sweep(
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key_data = jax.random.key_data(key) if is_typed else key
     key_impl = str(jax.random.key_impl(key)) if is_typed else None
-    shared = _to_devices(members_mesh, P(), (key_data, data, evaluated))
 
     # Trace the user's functions.
     hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
-    spec = shared[1]
+    spec = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), data)
     if "pos_weight" in hp:
         spec = spec._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
     user = training.UserCode(
@@ -299,37 +359,73 @@ def sweep(
         key_impl=key_impl,
     )
 
-    # Train one group per device at a time.
+    # Divide the members into groups.
     if group_size == "auto":
         group_size = max_members_per_device(
             sizes, dtype, x.shape[0], batch_size, devices
         )
     group_size = _validate.count("group_size", group_size, other='"auto" or ')
-    queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
+    size = min(group_size, -(-total // len(devices)))
+    return PreparedSweep(
+        plan=plan,
+        groups=_groups(points, num_seeds, size),
+        values=values,
+        first_seed=first_seed,
+        starts=starts,
+        shared=(key_data, data, evaluated),
+        constants=(constants, data_constants),
+        shape=(points, num_seeds),
+    )
+
+
+def _run(
+    prepared: "PreparedSweep", callback: Callable[[int], None] | None
+) -> SweepResult:
+    """Trains one group per device at a time."""
+    plan, shape = prepared.plan, prepared.shape
+    devices = plan.mesh.size
+    shared = _to_devices(plan.mesh, P(), prepared.shared)
+    queue = prepared.groups
     result: Any = None
     while queue:
-        groups = queue[: len(devices)]
+        groups = queue[:devices]
         try:
-            members = _members(groups, len(devices), values, first_seed, starts)
-            members = _to_devices(plan.mesh, P(_AXIS), members)
-            numbers = constants, data_constants
+            members = _to_devices(plan.mesh, P(_AXIS), _members(groups, prepared))
             with _only_mesh(plan.mesh):
-                trained = _to_host(_train(*members, shared, numbers, plan=plan))
+                trained = _to_host(
+                    _train(*members, shared, prepared.constants, plan=plan)
+                )
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
         if result is None:
-            shape = (points, num_seeds)
             result = jax.tree.map(
-                lambda t, shape=shape: np.empty((*shape, *t.shape[3:]), t.dtype),
-                trained,
+                lambda t: np.empty((*shape, *t.shape[3:]), t.dtype), trained
             )
         for device, group in enumerate(groups):
             _store(result, trained, device, group)
         queue = queue[len(groups) :]
         if callback is not None:
-            callback(total - _count(queue))
+            callback(math.prod(shape) - _count(queue))
     return result
+
+
+def program(prepared: "PreparedSweep") -> tuple[Any, tuple[Any, ...]]:
+    """The jitted function of `sweep` and the arguments of its first call, as shapes."""
+
+    def shapes(spec: Any, tree: Any) -> Any:
+        sharding = jax.sharding.NamedSharding(prepared.plan.mesh, spec)
+        return jax.tree.map(
+            lambda t: jax.ShapeDtypeStruct(
+                t.shape, jax.dtypes.canonicalize_dtype(t.dtype), sharding=sharding
+            ),
+            tree,
+        )
+
+    groups = prepared.groups[: prepared.plan.mesh.size]
+    members = shapes(P(_AXIS), _members(groups, prepared))
+    shared = shapes(P(), (prepared.shared, prepared.constants))
+    return _traced.jitted(_train_groups, prepared.plan), (*members, *shared)
 
 
 class _Plan(NamedTuple):
@@ -356,6 +452,30 @@ class _Group(NamedTuple):
 
     points: np.ndarray
     seeds: np.ndarray
+
+
+class PreparedSweep(NamedTuple):
+    """A sweep that is ready to run.
+
+    Attributes:
+      plan: The static facts of its program.
+      groups: The groups of members, one for each call and device.
+      values: Hyperparameters `[points]`, by name.
+      first_seed: The first seed.
+      starts: Parameters to start from, leaves `[points, seeds, ...]`, or None.
+      shared: What all members share: key data, and the examples of all sets.
+      constants: The constants of the programs of the plan.
+      shape: Numbers of points and seeds.
+    """
+
+    plan: _Plan
+    groups: list[_Group]
+    values: dict[str, np.ndarray]
+    first_seed: int
+    starts: Params | None
+    shared: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    shape: tuple[int, int]
 
 
 def _holds_out(validation: Any, make_sample_weight: Any) -> bool:
@@ -443,7 +563,7 @@ def max_members_per_device(
     if platform == "cpu":
         step_bytes = min(batch_size or n, block) * example_bytes + 4 * param_bytes
         members = min(members, 2 ** round(math.log2(max(1, _CACHE_BYTES / step_bytes))))
-    return max(1, min(members, int(fit_memory)))
+    return max(1, int(min(members, fit_memory)))
 
 
 def _parameter_shapes(sizes: tuple[int, ...], dtype: Any) -> Params:
@@ -454,7 +574,10 @@ def _parameter_shapes(sizes: tuple[int, ...], dtype: Any) -> Params:
 def _device_memory(devices: np.ndarray) -> float:
     """Bytes of memory per device, or the machine's memory divided by local devices."""
     local = [d for d in devices if d.process_index == jax.process_index()]
-    stats = (local[0].memory_stats() or {}) if local else {}
+    try:
+        stats = (local[0].memory_stats() or {}) if local else {}
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        return math.inf
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -486,7 +609,7 @@ def _halve_groups(queue: list[_Group], error: Exception) -> list[_Group]:
         f"a group of {points * seeds} members does not fit in memory; continuing with "
         "groups of half the size",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     axis, size = ("seeds", seeds) if seeds > 1 else ("points", points)
     halves = slice(-(-size // 2)), slice(size // 2, None)
@@ -503,11 +626,7 @@ def _count(groups: list[_Group]) -> int:
 
 
 def _members(
-    groups: list[_Group],
-    devices: int,
-    values: dict[str, np.ndarray],
-    first_seed: int,
-    starts: Params | None,
+    groups: list[_Group], prepared: PreparedSweep
 ) -> tuple[np.ndarray, dict[str, np.ndarray], Params | None]:
     """The members of one group per device.
 
@@ -515,6 +634,8 @@ def _members(
       Seeds `[devices, seeds]`, values `[devices, points]`, and the parameters to start
       from, leaves `[devices, seeds, points, ...]`, in which seeds or points may be 1.
     """
+    values, starts = prepared.values, prepared.starts
+    devices, first_seed = prepared.plan.mesh.size, prepared.first_seed
     groups = groups + groups[-1:] * (devices - len(groups))
     seeds = np.stack([first_seed + group.seeds for group in groups]).astype(np.uint32)
     points = np.stack([group.points for group in groups])
