@@ -240,6 +240,43 @@ def sweep(
       >>> result.train_loss.shape, (result.diverged_at >= 0).all(axis=1).tolist()
       ((3, 3, 1), [False, False, True])
     """
+    prepared = prepare(**locals())  # all arguments, by their names
+    return _run(prepared, callback)
+
+
+def prepare(
+    *,
+    key: Any,
+    x: Any,
+    y: Any,
+    hidden: Any,
+    make_optimizer: Any,
+    make_penalty: Any,
+    make_sample_weight: Any,
+    make_labels: Any,
+    hparams: Any,
+    params: Any,
+    num_seeds: Any,
+    first_seed: Any,
+    num_steps: Any,
+    batch_size: Any,
+    validation: Any,
+    evaluate_every: Any,
+    patience: Any,
+    min_delta: Any,
+    sample_weight: Any,
+    pos_weight: Any,
+    dtype: Any,
+    keep_params: Any,
+    group_size: Any,
+    mesh: Any,
+    callback: Any,
+    precision: Any,
+) -> "PreparedSweep":
+    """Checks the arguments of `sweep` and traces its functions; uses no device.
+
+    The mesh may therefore be of devices to compile for that are not attached.
+    """
     # Check the arguments.
     _validate.key(key)
     num_seeds = _validate.count("num_seeds", num_seeds)
@@ -276,7 +313,6 @@ def sweep(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
     )
 
-    # Place what all members share on the devices.
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
@@ -284,11 +320,10 @@ def sweep(
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key_data = jax.random.key_data(key) if is_typed else key
     key_impl = str(jax.random.key_impl(key)) if is_typed else None
-    shared = _to_devices(members_mesh, P(), (key_data, data, evaluated))
 
     # Trace the user's functions.
     hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
-    spec = shared[1]
+    spec = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), data)
     if "pos_weight" in hp:
         spec = spec._replace(pos_weight=jax.ShapeDtypeStruct((), data.y.dtype))
     user = training.UserCode(
@@ -314,39 +349,76 @@ def sweep(
         options=options,
         keep_params=keep_params,
         key_impl=key_impl,
+        precision=precision,
     )
 
-    # Train one group per device at a time.
+    # Divide the members into groups.
     if group_size == "auto":
         group_size = max_members_per_device(
             sizes, dtype, x.shape[0], batch_size, devices
         )
     group_size = _validate.count("group_size", group_size, other='"auto" or ')
-    queue = _groups(points, num_seeds, min(group_size, -(-total // len(devices))))
+    size = min(group_size, -(-total // len(devices)))
+    return PreparedSweep(
+        plan=plan,
+        groups=_groups(points, num_seeds, size),
+        values=values,
+        first_seed=first_seed,
+        starts=starts,
+        shared=(key_data, data, evaluated),
+        constants=(constants, data_constants),
+        shape=(points, num_seeds),
+    )
+
+
+def _run(
+    prepared: "PreparedSweep", callback: Callable[[int], None] | None
+) -> SweepResult:
+    """Trains one group per device at a time."""
+    plan, shape = prepared.plan, prepared.shape
+    devices = plan.mesh.size
+    shared = _to_devices(plan.mesh, P(), prepared.shared)
+    queue = prepared.groups
     result: Any = None
     while queue:
-        groups = queue[: len(devices)]
+        groups = queue[:devices]
         try:
-            members = _members(groups, len(devices), values, first_seed, starts)
-            members = _to_devices(plan.mesh, P(_AXIS), members)
-            numbers = constants, data_constants
-            with _validate.precision(precision), _only_mesh(plan.mesh):
-                trained = _to_host(_train(*members, shared, numbers, plan=plan))
+            members = _to_devices(plan.mesh, P(_AXIS), _members(groups, prepared))
+            with _validate.precision(plan.precision), _only_mesh(plan.mesh):
+                trained = _to_host(
+                    _train(*members, shared, prepared.constants, plan=plan)
+                )
         except jax.errors.JaxRuntimeError as error:
             queue = _halve_groups(queue, error)
             continue
         if result is None:
-            shape = (points, num_seeds)
             result = jax.tree.map(
-                lambda t, shape=shape: np.empty((*shape, *t.shape[3:]), t.dtype),
-                trained,
+                lambda t: np.empty((*shape, *t.shape[3:]), t.dtype), trained
             )
         for device, group in enumerate(groups):
             _store(result, trained, device, group)
         queue = queue[len(groups) :]
         if callback is not None:
-            callback(total - _count(queue))
+            callback(math.prod(shape) - _count(queue))
     return result
+
+
+def program(prepared: "PreparedSweep") -> tuple[Any, tuple[Any, ...]]:
+    """The jitted function of `sweep` and the arguments of its first call, as shapes."""
+
+    def shapes(spec: Any, tree: Any) -> Any:
+        sharding = jax.sharding.NamedSharding(prepared.plan.mesh, spec)
+        return jax.tree.map(
+            lambda t: jax.ShapeDtypeStruct(
+                t.shape, jax.dtypes.canonicalize_dtype(t.dtype), sharding=sharding
+            ),
+            tree,
+        )
+
+    groups = prepared.groups[: prepared.plan.mesh.size]
+    members = shapes(P(_AXIS), _members(groups, prepared))
+    shared = shapes(P(), (prepared.shared, prepared.constants))
+    return _traced.jitted(_train_groups, prepared.plan), (*members, *shared)
 
 
 class _Plan(NamedTuple):
@@ -361,6 +433,7 @@ class _Plan(NamedTuple):
     options: training.Options
     keep_params: bool
     key_impl: str | None  # None for a legacy key
+    precision: str | None
 
 
 class _Group(NamedTuple):
@@ -373,6 +446,30 @@ class _Group(NamedTuple):
 
     points: np.ndarray
     seeds: np.ndarray
+
+
+class PreparedSweep(NamedTuple):
+    """A sweep that is ready to run.
+
+    Attributes:
+      plan: The static facts of its program.
+      groups: The groups of members, one for each call and device.
+      values: Hyperparameters `[points]`, by name.
+      first_seed: The first seed.
+      starts: Parameters to start from, leaves `[points, seeds, ...]`, or None.
+      shared: What all members share: key data, and the examples of all sets.
+      constants: The constants of the programs of the plan.
+      shape: Numbers of points and seeds.
+    """
+
+    plan: _Plan
+    groups: list[_Group]
+    values: dict[str, np.ndarray]
+    first_seed: int
+    starts: Params | None
+    shared: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    shape: tuple[int, int]
 
 
 def _holds_out(validation: Any, make_sample_weight: Any) -> bool:
@@ -469,7 +566,7 @@ def max_members_per_device(
         vmem = _VMEM_MIB.get(devices[0].device_kind, _LEAST_VMEM_MIB) << 20
         fit_vmem = max(_LANES, _VMEM_FRACTION * vmem / step_bytes)
         members = min(members, 2 ** int(math.log2(fit_vmem)))
-    return max(1, min(members, int(fit_memory)))
+    return max(1, int(min(members, fit_memory)))
 
 
 def _parameter_shapes(sizes: tuple[int, ...], dtype: Any) -> Params:
@@ -480,7 +577,10 @@ def _parameter_shapes(sizes: tuple[int, ...], dtype: Any) -> Params:
 def _device_memory(devices: np.ndarray) -> float:
     """Bytes of memory per device, or the machine's memory divided by local devices."""
     local = [d for d in devices if d.process_index == jax.process_index()]
-    stats = (local[0].memory_stats() or {}) if local else {}
+    try:
+        stats = (local[0].memory_stats() or {}) if local else {}
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        return math.inf
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -512,7 +612,7 @@ def _halve_groups(queue: list[_Group], error: Exception) -> list[_Group]:
         f"a group of {points * seeds} members does not fit in memory; continuing with "
         "groups of half the size",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     axis, size = ("seeds", seeds) if seeds > 1 else ("points", points)
     halves = slice(-(-size // 2)), slice(size // 2, None)
@@ -529,11 +629,7 @@ def _count(groups: list[_Group]) -> int:
 
 
 def _members(
-    groups: list[_Group],
-    devices: int,
-    values: dict[str, np.ndarray],
-    first_seed: int,
-    starts: Params | None,
+    groups: list[_Group], prepared: PreparedSweep
 ) -> tuple[np.ndarray, dict[str, np.ndarray], Params | None]:
     """The members of one group per device.
 
@@ -541,6 +637,8 @@ def _members(
       Seeds `[devices, seeds]`, values `[devices, points]`, and the parameters to start
       from, leaves `[devices, seeds, points, ...]`, in which seeds or points may be 1.
     """
+    values, starts = prepared.values, prepared.starts
+    devices, first_seed = prepared.plan.mesh.size, prepared.first_seed
     groups = groups + groups[-1:] * (devices - len(groups))
     seeds = np.stack([first_seed + group.seeds for group in groups]).astype(np.uint32)
     points = np.stack([group.points for group in groups])

@@ -125,6 +125,15 @@ def _jvp_and_vjp(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Param
     return back(jax.jvp(jax.grad(mean_loss), (a,), (a_dot,))[1])[0]
 
 
+# The plain JAX that jaxbce's functions are compared with, by quantity.
+PLAIN: dict[str, Function] = {
+    "gradient": _plain_gradient,
+    "clipped sum": _vmap_clipped_sum,
+    "ntk": _vmap_kernel,
+    "ggn_vp": _jvp_and_vjp,
+}
+
+
 def _clipped_sum(params: Params, x: jax.Array, y: jax.Array, v: Params) -> Params:
     options: Any = {"max_norm": MAX_NORM, "reduction": "sum"}
     return per_example.clipped_value_and_grad(params, x, y, **options).grads
