@@ -24,11 +24,18 @@ _LARGE_PRODUCT = 1 << 20  # multiplications above which `Rows` splits a product
 _WIDTH_MULTIPLE = 8  # `Columns` pads features to a multiple, for vector units
 
 
-def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`left @ right`, accumulated and returned in the accumulation dtype."""
-    dtype = _validate.accumulation_dtype(left.dtype)
-    sharding = _sharding_of_product(left, right)
-    return jnp.matmul(left, right, preferred_element_type=dtype, out_sharding=sharding)
+def matmul(left: jax.Array, right: jax.Array, dtype: Any = None) -> jax.Array:
+    """`left @ right`, accumulated in the accumulation dtype and returned in `dtype`.
+
+    None is the accumulation dtype. An array that is returned in bfloat16 takes half the
+    memory.
+    """
+    return jnp.matmul(
+        left,
+        right,
+        preferred_element_type=dtype or _validate.accumulation_dtype(left.dtype),
+        out_sharding=_sharding_of_product(left, right),
+    )
 
 
 def _sharding_of_product(left: jax.Array, right: jax.Array) -> NamedSharding | None:
@@ -120,14 +127,16 @@ class Rows(NamedTuple):
         """Converts an array with examples as rows to this layout."""
         return t
 
-    def affine(self, h: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
-        """`a_k = h_{k-1} W_k + b_k`, `[N, n_k]`."""
-        a = matmul(h, w)
-        return a + b.astype(a.dtype)[None, :]
+    def affine(
+        self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
+    ) -> jax.Array:
+        """`a_k = h_{k-1} W_k + b_k`, `[N, n_k]`, of a product in `dtype`."""
+        b = b.astype(_validate.accumulation_dtype(b.dtype))
+        return matmul(h, w, dtype).astype(b.dtype) + b[None, :]
 
     def back(self, delta: jax.Array, w: jax.Array) -> jax.Array:
-        """`δ_k W_kᵀ`, `[N, n_{k-1}]`."""
-        return matmul(delta.astype(w.dtype), w.T)
+        """`δ_k W_kᵀ`, `[N, n_{k-1}]`, in the dtype of the parameters."""
+        return matmul(delta.astype(w.dtype), w.T, w.dtype)
 
     def gradient(
         self, k: int, h: jax.Array, delta: jax.Array
@@ -143,6 +152,8 @@ class Rows(NamedTuple):
         del k
         b = jnp.sum(delta, axis=0)
         d = delta.astype(h.dtype)
+        if d.dtype != delta.dtype and d.shape[1] == 1:  # XLA may store the products
+            return jnp.sum(h * d, axis=0, dtype=delta.dtype)[:, None], b
         n, n_out, n_in = h.shape[0], d.shape[1], h.shape[1]
         chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)
         narrows = 1 < n_out < n_in and not is_sharded(h)
@@ -186,17 +197,20 @@ class Columns(NamedTuple):
         """Converts an array with examples as rows to this layout."""
         return t.T
 
-    def affine(self, h: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
-        """`a_k = W_k h_{k-1} + b_k`, `[n_k, N]`."""
+    def affine(
+        self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
+    ) -> jax.Array:
+        """`a_k = W_k h_{k-1} + b_k`, `[n_k, N]`, of a product in `dtype`."""
         h = h.T[:, : w.shape[1]].T  # drops padding, so that XLA slices rows
-        a = matmul(w, h)
-        return a + b.astype(a.dtype)[:, None]
+        b = b.astype(_validate.accumulation_dtype(b.dtype))
+        return matmul(w, h, dtype).astype(b.dtype) + b[:, None]
 
     def back(self, delta: jax.Array, w: jax.Array) -> jax.Array:
-        """`W_kᵀ δ_k`, `[n_{k-1}, N]`."""
+        """`W_kᵀ δ_k`, `[n_{k-1}, N]`, in the dtype of the parameters."""
+        delta = delta.astype(w.dtype)
         if w.shape[0] == 1:  # cheaper than a product with an inner size of 1
-            return w.T.astype(delta.dtype) * delta
-        return matmul(w.T, delta.astype(w.dtype))
+            return w.T * delta
+        return matmul(w.T, delta, w.dtype)
 
     def gradient(
         self, k: int, h: jax.Array, delta: jax.Array

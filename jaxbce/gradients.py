@@ -112,7 +112,8 @@ def pull_back(
     result = [delta]
     for k in range(len(params) - 1, 0, -1):
         back = layout.back(delta, params[k].w)  # δ_{k+1} W_{k+1}ᵀ, [N, n_k]
-        delta = jnp.where(activations.h[k] > 0, back, 0)  # [N, n_k]; same as a_k > 0
+        masked = jnp.where(activations.h[k] > 0, back, 0)  # same as a_k > 0
+        delta = masked.astype(delta.dtype)  # [N, n_k]
         result.append(delta)
     return tuple(reversed(result))
 
@@ -295,7 +296,8 @@ def accumulate(
         grads = contract(activations.h[:-1], delta, layout)
         per_example = {}
         if with_x:
-            per_example["x"] = layout.back(delta[0], params[0].w)  # [N, n_0]
+            x_grad = layout.back(delta[0], params[0].w)  # [N, n_0]
+            per_example["x"] = x_grad.astype(a.dtype)
         if with_logits:
             per_example["logits"] = a
         ell = elementwise(a, positive, negative)

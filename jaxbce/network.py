@@ -47,7 +47,8 @@ class Activations(NamedTuple):
 
     Attributes:
       a: Pre-activations `(a_1, ..., a_L)`, each `[N, n_k]`, in the accumulation
-        dtype (float32 for bfloat16 parameters). `a[-1]` are the logits.
+        dtype (float32 for bfloat16 parameters). `a[-1]` are the logits. In hidden
+        layers the products `h_{k-1} W_k` are rounded to the dtype of the parameters.
       h: Layer inputs and the output `(h_0, ..., h_L)`, each `[N, n_k]`: `h[0]` is x,
         `h[k]` is `relu(a_k)` for a hidden layer, and `h[-1]` are the probabilities ŷ.
         ŷ has the dtype of the logits, the others have that of the parameters.
@@ -164,11 +165,13 @@ def propagate(
     """
     a, h = [], [x]
     for k, (w, b) in enumerate(params, start=1):
-        a_k = layout.affine(h[-1], w, b)  # [N, n_k]
+        is_hidden = k < len(params)
+        dtype = w.dtype if is_hidden else None  # logits are not rounded
+        a_k = layout.affine(h[-1], w, b, dtype)  # [N, n_k]
         if ignored is not None:
             a_k = drop_nonfinite(ignored, a_k, layout.feature_axis)
         a.append(a_k)
-        if k < len(params):
+        if is_hidden:
             h.append(jax.nn.relu(a_k).astype(w.dtype))
     h.append(sigmoid(a[-1]))
     return Activations(tuple(a), tuple(h))
