@@ -670,10 +670,13 @@ class _Batches(NamedTuple):
         def take_chunk(j: jax.Array | int, carry: Any) -> Any:
             first = begin + j * chunk
             count = chunk if is_static else jnp.minimum(chunk, steps - j * chunk)
-            orders = self._orders(first, count, chunk)
+            batches = self._draw(first, count, chunk)
 
             def step(i: jax.Array, carry: Any) -> Any:
-                return body(first + i, *self._batch(first, first + i, orders), carry)
+                indices, weight = (
+                    lax.dynamic_index_in_dim(t, i, keepdims=False) for t in batches
+                )
+                return body(first + i, indices, weight, carry)
 
             return _repeat(count, step, carry)
 
@@ -685,41 +688,33 @@ class _Batches(NamedTuple):
         """The number of steps whose orders are drawn at a time."""
         return max(_ORDERS * self.n, _MIN_INDICES) // self.size
 
-    def _orders(self, first: jax.Array, count: Any, most: int) -> jax.Array:
-        """The orders of the epochs of `count` steps, joined, `[epochs n]`."""
-        per_epoch = -(-self.n // self.size)
-        epochs = -(-(most - 1) // per_epoch) + 1  # that `most` steps can touch
-        begin, end = first // per_epoch, (first + count - 1) // per_epoch + 1
-
-        def draw(i: jax.Array, orders: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(self.key, begin + i)
-            order = jax.random.permutation(key, self.n)
-            return lax.dynamic_update_slice_in_dim(orders, order, i * self.n, 0)
-
-        empty = _varying(jnp.zeros(epochs * self.n, int))
-        return _repeat(end - begin, draw, empty)
-
-    def _batch(
-        self, first: jax.Array, t: jax.Array, orders: jax.Array
+    def _draw(
+        self, first: jax.Array, count: Any, most: int
     ) -> tuple[jax.Array, jax.Array]:
-        """The examples of step t and their weights, both `[size]`.
+        """The examples of `count` steps and their weights, both `[most, size]`.
 
         A short last batch is padded at its start with examples of the previous batch,
         which get weight 0.
         """
         n, size = self.n, self.size
         per_epoch = -(-n // size)
-        epoch = (t // per_epoch - first // per_epoch) * n  # where its order begins
-        begin = (t % per_epoch) * size
+        epochs = -(-(most - 1) // per_epoch) + 1  # that `most` steps can touch
+        epoch, last = first // per_epoch, (first + count - 1) // per_epoch
+
+        def draw(i: jax.Array, orders: jax.Array) -> jax.Array:
+            order = jax.random.permutation(jax.random.fold_in(self.key, epoch + i), n)
+            return lax.dynamic_update_index_in_dim(orders, order, i, 0)
+
+        empty = _varying(jnp.zeros((epochs, n), int))
+        orders = _repeat(last - epoch + 1, draw, empty)
+        t = first + jnp.arange(most, dtype=first.dtype)
+        begin = (t % per_epoch * size)[:, None]  # where in its epoch a batch begins
+        positions = jnp.minimum(begin, n - size) + jnp.arange(size, dtype=t.dtype)
+        indices = orders[(t // per_epoch - epoch)[:, None], positions]
         if n % size == 0:
-            indices = lax.dynamic_slice_in_dim(orders, epoch + begin, size)
-            return indices, jnp.full(size, 1 / size)
-        start = jnp.minimum(begin, n - size)
-        indices = lax.dynamic_slice_in_dim(orders, epoch + start, size)
-        is_new = start + jnp.arange(size, dtype=start.dtype) >= begin
-        return indices, is_new.astype(float) / jnp.minimum(size, n - begin).astype(
-            float
-        )
+            return indices, jnp.full((most, size), 1 / size)
+        is_new = (positions >= begin).astype(float)
+        return indices, is_new / jnp.minimum(size, n - begin).astype(float)
 
 
 def _repeat(count: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
