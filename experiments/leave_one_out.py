@@ -4,9 +4,9 @@ r"""How does each row change the network, by retraining without it and by formul
     python -m experiments.leave_one_out --data mine.csv --target label --hidden 8
 
 Trains a network to a minimum of Σ ℓ_i + τ/2 ‖θ‖² over the training rows, with τ from
---prior_precision, and then one network without each row, all by jaxbce.sweep and
-starting there. The truth is the difference from a network that takes as many more steps
-with all rows. It is compared by rank correlation (Spearman's) and Pearson's with
+--prior_precision. From there, jaxbce.sweep trains one network without each row. The
+true change is the difference from a network that takes as many more steps with all
+rows. Each estimate is compared with it by Spearman's rank correlation and Pearson's:
 
   one Newton step  of the objective without the row (jaxbce.laplace.leave_one_out); for
                    test losses, influence / (1 − leverage),
@@ -16,7 +16,7 @@ with all rows. It is compared by rank correlation (Spearman's) and Pearson's wit
 
 Correlations are over training rows; for test losses the table has their median and
 quartiles over test rows. Expect rank correlations above 0.95 for a row's own logit, and
-for test losses of 0.6 to 0.9, and less for Grad-Dot.
+0.6 to 0.9 for single test losses, where Grad-Dot's are lower.
 
 Minima of ReLU networks often lie where the input of a unit is exactly 0 for some rows.
 The gradient jumps there, so its norm, which is printed, does not go to 0. How little
@@ -48,7 +48,7 @@ from experiments.support import (
     retraining,
     splitting,
 )
-from experiments.support.retraining import Problem
+from experiments.support.retraining import GRAD_DOT, NEWTON, Problem
 from jaxbce import laplace, per_example
 
 flags.adopt_module_key_flags(datasets)
@@ -77,7 +77,6 @@ HEADINGS = {
     "upper_quartile": "upper quartile",
     "pearson": "Pearson",
 }
-NEWTON = "one Newton step"
 QUANTITIES = ("own_logit", "own_loss", "test_loss")
 
 
@@ -194,7 +193,7 @@ def run(
             "self_influence": estimates["own_loss", "self-influence"],
             "test_loss_change": truth["test_loss"].mean(axis=1),
             "influence": estimates["test_loss", "influence"].mean(axis=1),
-            "grad_dot": estimates["test_loss", "Grad-Dot"].mean(axis=1),
+            "grad_dot": estimates["test_loss", GRAD_DOT].mean(axis=1),
         }
     )
     result = {
@@ -239,6 +238,7 @@ def estimate(
     grad_dot = timed(per_example.inner_products, params, x, y, x_test, y_test)
     own_influence = np.diag(laplace.influence(posterior, x, y))
     norms = np.asarray(per_example.norms(params, x, y))
+    # Sherman-Morrison for one output: J_j H₋ᵢ⁻¹ G_i = J_j H⁻¹ G_i / (1 − leverage_i)
     remainder = np.maximum(1 - loo.leverage, np.finfo(loo.leverage.dtype).eps)
     return (
         {
@@ -248,7 +248,7 @@ def estimate(
             ("own_loss", "self-influence"): norms**2,
             ("test_loss", NEWTON): influence / remainder[:, None],
             ("test_loss", "influence"): influence,
-            ("test_loss", "Grad-Dot"): np.asarray(grad_dot),
+            ("test_loss", GRAD_DOT): np.asarray(grad_dot),
         },
         loo.leverage,
         seconds,

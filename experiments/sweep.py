@@ -15,9 +15,9 @@ lowest validation loss. An axis is a hyperparameter of the optimizer (learning_r
 weight_decay, b1, ...), or init_scale, pos_weight or label_smoothing. Expect tens of
 thousands of network-steps per second at 64→32→1.
 
-With --folds, each point is cross-validated on all rows that are not for the test: each
-of its networks holds out one fold, and is validated on it. One program trains the
-networks of all folds.
+With --folds, each point is cross-validated on the rows outside the test set: each of
+its networks holds out one fold, and is validated on it. One program trains the networks
+of all folds.
 
 With --output_dir, the best network of the best point is trained again at the end,
 because a sweep keeps no parameters, and saved as a model for --predict; with --folds,
@@ -181,11 +181,11 @@ class Plan:
             self.splits, self.preprocessor, self.fold = cross_validation.split(
                 table, training.seed, folds
             )
-            self.make_sample_weight = cross_validation.weigh(self.fold)
+            self.make_sample_weight = cross_validation.leave_out_fold(self.fold)
         rows = len(self.splits["train"].x)
         self.training = training.check(rows, table.name)
         if folds > 1:
-            rows = cross_validation.train_rows(self.fold)
+            rows = cross_validation.num_train_rows(self.fold)
         optimizer = optimizer.fill_in(rows)
         if len(set(programs)) < len(programs):
             raise cli.InputError("--hidden or --optimizer repeats a value")
@@ -268,7 +268,7 @@ class Plan:
         """The rows for validation of the networks of a fold, if there are folds."""
         if self.folds == 1:
             return self.splits["validation"]
-        return cross_validation.held_out(self.splits["train"], self.fold == fold)
+        return cross_validation.select_rows(self.splits["train"], self.fold == fold)
 
     def train(
         self, chunk: Chunk, num_steps: int, evaluate_every: int | None

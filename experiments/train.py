@@ -13,7 +13,7 @@ HistGradientBoostingClassifier, with one model per target. MLPClassifier has the
 hidden layers and otherwise scikit-learn's defaults. Expect a test accuracy on digits of
 about 0.98, and 0.91 for logistic regression.
 
-With --folds, the rows that are not for the test are divided into folds. Each network is
+With --folds, the rows outside the test set are divided into folds. Each network is
 trained without one fold and evaluated on it, all in one program. Their ensemble is
 evaluated on the test set, and is the model that is saved.
 
@@ -85,8 +85,8 @@ _ID = flags.DEFINE_list(
 
 DEFAULTS: dict[str, Any] = {"batch_size": 32, "dtype": "float32"}
 HELP = {
-    "folds": "Cross-validate: number of folds of the rows that are not for the test, "
-    "each held out by one network, which is judged on it. Columns are standardized and "
+    "folds": "Cross-validate: number of folds of the rows outside the test set, each "
+    "held out by one network, which is judged on it. Columns are standardized and "
     "imputed by the rows of all folds. If not set, one split and one network.",
     "metric": "What --patience and the parameters that are kept are judged by, on the "
     "validation set: the loss, or the mean over targets of a metric, which decides at "
@@ -193,7 +193,7 @@ def cross_validate(
       table: The data.
       optimizer: The optimizer.
       training: How to train; `metric` must be "loss".
-      folds: Number of folds of the rows that are not for the test.
+      folds: Number of folds of the rows outside the test set.
       baseline_names: As for `run`; they are fitted to the rows of all folds.
       make_folder: As for `run`, but what was interrupted starts again.
 
@@ -209,7 +209,7 @@ def cross_validate(
     """
     splits, preprocessor, fold = cross_validation.split(table, training.seed, folds)
     training = training.check(len(fold), table.name)
-    optimizer = optimizer.fill_in(cross_validation.train_rows(fold))
+    optimizer = optimizer.fill_in(cross_validation.num_train_rows(fold))
     weight = positive_weights(training.pos_weight, splits["train"].y)
     configuration = {
         **datasets.describe(table),
@@ -231,7 +231,7 @@ def cross_validate(
             hidden=training.hidden,
             make_optimizer=family.make_optimizer,
             make_penalty=family.make_penalty,
-            make_sample_weight=cross_validation.weigh(fold),
+            make_sample_weight=cross_validation.leave_out_fold(fold),
             hparams={"fold": np.arange(folds)},
             num_steps=training.steps,
             batch_size=training.batch_size,
@@ -252,7 +252,7 @@ def cross_validate(
         targets, own = list(table.classes), logits[artifacts.NETWORK]
         thresholds = metrics.best_thresholds(evaluated["validation"], logits)
         by_fold = {
-            f"fold {k}": cross_validation.held_out(splits["train"], fold == k)
+            f"fold {k}": cross_validation.select_rows(splits["train"], fold == k)
             for k in range(folds)
         }
         own |= {f"fold {k}": own["validation"][fold == k] for k in range(folds)}
@@ -464,7 +464,8 @@ def _report_folds(result: dict[str, Any]) -> None:
     print(f"\n{output.table(shown, headings=metrics.HEADINGS)}")
     print(
         "\nAll these predictions together (validation), and on test the ensemble of "
-        f"the {folds} networks,\nwhose probability is the mean of theirs:"
+        f"the {folds} networks,\nwhose probability is the mean of theirs (before the "
+        "correction for --pos_weight):"
     )
     _report_metrics(result["metrics"], result["decisions"], "test")
 

@@ -150,6 +150,27 @@ def sum_over_blocks(
     return totals, jax.tree.map(lambda t: _unblock(t, n), per_example)
 
 
+def map_over_blocks(
+    fun: Callable[..., Any], examples: tuple[jax.Array, ...], block_size: BlockSize
+) -> Any:
+    """Computes `fun(*examples)` in blocks, as `sum_over_blocks` divides them.
+
+    Args:
+      fun: Maps arrays `[B, ...]` to a pytree of arrays `[B, ...]`.
+      examples: Arrays `[N, ...]`.
+      block_size: The largest number of examples per block.
+
+    Returns:
+      The results of all examples, as `[N, ...]`.
+    """
+
+    def block(_: jax.Array, *examples: jax.Array) -> tuple[tuple[()], Any]:
+        return (), fun(*examples)
+
+    weight = jnp.ones(examples[0].shape[0], examples[0].dtype)
+    return sum_over_blocks(block, weight, examples, block_size)[1]
+
+
 def _unblock(t: jax.Array, n: int) -> jax.Array:
     """Joins blocks `[count, size, ...]` to `[n, ...]`, without repeated examples."""
     count, size = t.shape[:2]

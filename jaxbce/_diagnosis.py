@@ -1,8 +1,9 @@
 """Search for the mistakes that explain a wrong gradient, from the output layer down.
 
-A guess is a δ and a leaf computed from it, at every position, with at most one mistake
-in each. The layer below starts from the right δ, and also from the δ with a mistake
-that explains this layer, so that a mistake above is not blamed on the layers below.
+A guess is a δ and a leaf computed from it, at every position, usually with at most one
+mistake in each. At the output δ may also have two. The layer below starts from the
+right δ, and also from the δ with a mistake that explains this layer, so that a mistake
+above is not blamed on the layers below.
 """
 
 import functools
@@ -14,6 +15,10 @@ import jax
 import numpy as np
 
 from jaxbce._mistakes import BACK, BIASES, FACTORS, OUTPUT, WEIGHTS, Step, Table
+
+# An explanation must be far closer than the right leaf: if the leaf is hardly wrong,
+# the right one is nearly as close.
+_MIN_IMPROVEMENT = 16  # of the squared error
 
 
 class _Guess(NamedTuple):
@@ -90,7 +95,7 @@ class _Guess(NamedTuple):
         return self._with_each("value", factors | table, solved)
 
     def with_factors(self) -> Iterator["_Guess"]:
-        """The guess with each factor of its δ."""
+        """The guess with δ also multiplied by each factor."""
         for text, factor in FACTORS.items():
 
             def delta(s: Step, factor: Any = factor) -> Any:
@@ -144,11 +149,10 @@ def name_mistakes(
     def find(right: _Guess, groups: Iterable[Iterable[_Guess]]) -> list[_Guess]:
         """All guesses that explain the leaf in the first group that has any."""
         for group in groups:
-            # A leaf that is hardly wrong equals the right one nearly as well.
             if explanations := [
                 guess
                 for guess in filter(is_equal, group)
-                if 16 * guess.squared_error() <= right.squared_error()
+                if _MIN_IMPROVEMENT * guess.squared_error() <= right.squared_error()
             ]:
                 return explanations
         return []

@@ -1,8 +1,8 @@
-"""The examples of each member of a sweep: weights and labels of its own.
+"""Data of each member of a sweep: example weights, labels and initial parameters.
 
-Members with other weights or labels still share features. Weights enter the gradient at
-the error signal of the output, in which everything below is linear, so members of a
-group still share each batch and the matrix product of their first layers.
+Members with different weights or labels still share features. Weights are applied to
+the error signal of the output, in which everything below is linear, so the members of a
+group still share batches and the matrix product of the first layers.
 """
 
 from collections.abc import Callable
@@ -121,12 +121,17 @@ def check(
     """
     if programs == (None, None):
         return
-    mapped = hparams, np.arange(points)  # so that the map has a length without any
+    mapped = (
+        hparams,
+        np.arange(points),
+    )  # gives lax.map a length if there are no hyperparameters
     is_bad = _traced.jitted(_find_bad, programs, hold_out)(constants, mapped, data)
     for message, bad in zip(_EXPECTED, is_bad, strict=True):
         if bad.any():
             point = {name: v[bad.argmax()].item() for name, v in hparams.items()}
-            raise ValueError(f"expected {message}, but it does not for hparams {point}")
+            raise ValueError(
+                f"expected {message}, which it does not for hparams {point}"
+            )
 
 
 def _find_bad(
@@ -197,7 +202,7 @@ def resolve_num_points(params: Params | None, points: int | None, seeds: int) ->
     ):
         if count not in (1, expected):
             raise ValueError(
-                f"expected params of 1 or {expected} {name}, got shape "
+                f"expected params with 1 or {expected} {name}, got shape "
                 f"{params[0].w.shape} of params[0].w"
             )
     return points

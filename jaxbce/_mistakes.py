@@ -1,10 +1,10 @@
-"""Names for the mistakes in a gradient that was derived by hand.
+"""Common mistakes in a gradient derived by hand, and their names.
 
 The derivation in `gradients.py` has three steps: δ at the output, δ of a layer from
 that of the next layer, and the contraction of activations and error signals. Each table
-below holds mistakes in one step, which are that step with something else put in:
-another mask, other weights, other labels. A leaf looks like a mistake if it equals what
-the mistake gives at every position where `check_gradients` compares gradients.
+below lists mistakes in one step: the same step with something else substituted, such as
+another mask, other weights or other labels. A leaf looks like a mistake if it equals
+the result of that mistake at every position where `check_gradients` compares gradients.
 
 Layers are numbered from 0, as in the names of the leaves: layer k has the input `h[k]`,
 the pre-activations `a[k]`, and their error signal δ.
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxbce import gradients
-from jaxbce.losses import output_delta
+from jaxbce.losses import label_weights, output_delta
 from jaxbce.network import Activations, Layer, Params, forward, sigmoid
 
 
@@ -33,7 +33,7 @@ class Step(NamedTuple):
       p: Weight of the positive class.
       s: Weights of the examples, `[N, 1]`.
       c: The same, divided by their sum if the loss is a mean.
-      is_mean: Whether it is.
+      is_mean: Whether the loss is a mean.
       k: The layer.
       next_delta: δ of layer k + 1, right or wrong; None at the output.
     """
@@ -77,18 +77,21 @@ class Step(NamedTuple):
     def output(self, **changes: Any) -> Any:
         """δ at the output, with other labels or weights."""
         s = self._replace(**changes)
-        return np.asarray(_output(s.a[-1], s.c * s.p * s.y, s.c * (1 - s.y)))
+        positive, negative = label_weights(s.y, s.p)
+        return np.asarray(_output(s.a[-1], s.c * positive, s.c * negative))
 
-    def back(self, on: Any = None, w: Any = None) -> Any:
-        """δ of layer k, with the mask on > 0 or other weights.
+    def back(self, mask_input: Any = None, w: Any = None) -> Any:
+        """δ of layer k, with the mask [mask_input > 0] or the weights w instead.
 
-        It is NaN, which equals nothing, if they do not have the right shape.
+        Shapes that do not fit give NaN, which equals nothing.
         """
         a, own = self.a[self.k], self.params[self.k + 1].w
-        on, w = a if on is None else np.asarray(on, float), own if w is None else w
-        if w.shape != own.shape or on.shape[1:] not in ((), (1,), a.shape[1:]):
+        mask_input = a if mask_input is None else np.asarray(mask_input, float)
+        w = own if w is None else w
+        if w.shape != own.shape or mask_input.shape[1:] not in ((), (1,), a.shape[1:]):
             return np.full_like(a, np.nan)
-        return np.asarray(_back(w, np.broadcast_to(on, a.shape), self.next_delta))
+        mask_input = np.broadcast_to(mask_input, a.shape)
+        return np.asarray(_back(w, mask_input, self.next_delta))
 
     def contract(self, delta: Any, h: Any = None) -> Layer:
         """The gradient of layer k, with another input; NaN if the shape is wrong."""
@@ -106,7 +109,10 @@ class Step(NamedTuple):
         return w - learning_rate * (grad if grad.shape == w.shape else np.nan)
 
     def without(self, example: int, *, mean: bool = False) -> Any:
-        """Factors that drop an example from the sum, or from it and then average."""
+        """Factors that drop an example.
+
+        With `mean` they also rescale the weights of the others to add up to 1.
+        """
         kept = np.ones_like(self.c)
         kept[example] = 0
         return kept / np.sum(kept * self.c) if mean else kept
@@ -116,9 +122,10 @@ _output = jax.jit(output_delta)
 
 
 @jax.jit
-def _back(w: Any, on: Any, delta: Any) -> Any:
+def _back(w: Any, mask_input: Any, delta: Any) -> Any:
     layer = Layer(w, w[0])  # of two layers, only the weights of the second are used
-    return gradients.pull_back((layer, layer), Activations((), (on, on)), delta)[0]
+    activations = Activations((), (mask_input, mask_input))
+    return gradients.pull_back((layer, layer), activations, delta)[0]
 
 
 @jax.jit
@@ -126,7 +133,7 @@ def _contract(h: Any, delta: Any) -> Layer:
     return gradients.contract((h,), (delta,))[0]
 
 
-# In the tables, {j} stands for each layer, and {t} for a number that is solved for.
+# In the tables, {j} stands for each layer, {t} for a number that is fitted to the leaf.
 Table = dict[str, Callable[..., Any]]
 
 # Factors of δ or of one leaf. The sum of c is 1 if the loss is a mean.
@@ -154,8 +161,8 @@ OUTPUT: Table = {
     "divided by N, not by the sum of sample_weight": lambda s: (
         s.output() * (np.mean(s.s) if s.is_mean else 1)
     ),
-    "times σ′(a) once more, as for squared errors": lambda s: s.output() * s.slope(),
-    "times 2σ′(a) once more, as for squared errors": lambda s: (
+    "multiplied by σ′(a), as for the squared error": lambda s: s.output() * s.slope(),
+    "multiplied by 2σ′(a), as for the squared error": lambda s: (
         s.output() * 2 * s.slope()
     ),
     "with ∂BCE/∂ŷ in place of ŷ − y": lambda s: s.output() / s.slope(),
@@ -167,14 +174,16 @@ OUTPUT: Table = {
 }
 # δ of a hidden layer, from that of the next one.
 BACK: Table = {
-    "without the relu mask": lambda s: s.back(on=1),
-    "with [a ≥ 0] in place of [a > 0]": lambda s: s.back(on=s.a[s.k] >= 0),
-    "with [a < 0] in place of [a > 0]": lambda s: s.back(on=-s.a[s.k]),
+    "without the relu mask": lambda s: s.back(mask_input=1),
+    "with [a ≥ 0] in place of [a > 0]": lambda s: s.back(mask_input=s.a[s.k] >= 0),
+    "with [a < 0] in place of [a > 0]": lambda s: s.back(mask_input=-s.a[s.k]),
     "with relu(a) in place of [a > 0]": lambda s: s.back() * s.a[s.k],
-    "with σ′(a) in place of [a > 0]": lambda s: s.back(on=1) * s.slope(),
-    "with [δ > 0] in place of [a > 0]": lambda s: s.back(on=s.back(on=1)),
-    "with [x > 0] in place of [a > 0]": lambda s: s.back(on=s.h[0]),
-    "with the relu mask of [{j}]": lambda s, j: s.back(on=s.a[j]),
+    "with σ′(a) in place of [a > 0]": lambda s: s.back(mask_input=1) * s.slope(),
+    "with [δ > 0] in place of [a > 0]": lambda s: s.back(
+        mask_input=s.back(mask_input=1)
+    ),
+    "with [x > 0] in place of [a > 0]": lambda s: s.back(mask_input=s.h[0]),
+    "with the relu mask of [{j}]": lambda s, j: s.back(mask_input=s.a[j]),
     "with w not transposed": lambda s: s.back(w=s.params[s.k + 1].w.T),
     "with the weights [{j}].w": lambda s, j: s.back(w=s.params[j].w),
     "with weights already updated, at a learning rate of {t:.4g}": (

@@ -36,10 +36,17 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from jaxbce import _validate, gradients
-from jaxbce._blocks import BlockSize, at_most, examples_per_block, sum_over_blocks
+from jaxbce._blocks import (
+    BlockSize,
+    at_most,
+    examples_per_block,
+    map_over_blocks,
+    sum_over_blocks,
+)
 from jaxbce._jit import jit
 from jaxbce._layouts import ROWS, drop_nonfinite, matmul, replicate, shard
 from jaxbce.gradients import Batch, check_batch
+from jaxbce.losses import label_weights
 from jaxbce.network import Activations, Params, forward, propagate, sigmoid
 
 
@@ -112,7 +119,7 @@ def kernel(
     outputs = params[-1].w.shape[1]
     skipped = 0 if variances is None else len(params) - variances.shape[0]
 
-    def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
+    def block(x: jax.Array) -> jax.Array:
         activations = forward(params, x)
         e = _logit_gradients(params, activations)
         total: Any = 0  # [B, n_L, M, n_L]
@@ -126,9 +133,9 @@ def kernel(
                 pairs = matmul(left, right.T).reshape(x.shape[0], outputs, -1)
                 pairs = pairs.reshape(*pairs.shape[:2], x2.shape[0], outputs)
             total += inputs[:, None, :, None] * pairs
-        return (), total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
+        return total.transpose(0, 2, 1, 3)  # [B, M, n_L, n_L]
 
-    return sum_over_blocks(block, jnp.ones(x.shape[0], x.dtype), (x,), block_size)[1]
+    return map_over_blocks(block, (x,), block_size)
 
 
 def jacobian(
@@ -178,7 +185,7 @@ def derivatives(
 
 def _label_weights(y: jax.Array, c: jax.Array, p: jax.Array) -> jax.Array:
     """`c ((1−y) + p y)`, `[N, n_L]`."""
-    return c[:, None] * sum(gradients.label_weights(y, p))
+    return c[:, None] * sum(label_weights(y, p))
 
 
 @jit(static_argnames=("reduction", "block_size"))
@@ -375,7 +382,7 @@ def ggn_eigenvalues(
             f"expected k to be an integer from 1 to {most}, the most eigenvalues that "
             f"can be nonzero, got {k}"
         )
-    batch = drop_saturated(params, batch)
+    batch, _ = drop_saturated(params, forward(params, batch.x), batch)
     size = examples_per_block(block_size, params, batch.x.shape[0])
     if k is None or num_logits < num_params or 5 * count >= num_params:
         gram = smaller_gram(params, batch, None, size)
@@ -460,13 +467,14 @@ def _flat_ggn_vp(params: Params, batch: Batch, block_size: BlockSize) -> Any:
     return product
 
 
-def drop_saturated(params: Params, batch: Batch) -> Batch:
-    """The batch with features and weight 0 for examples whose δ_L and S are 0."""
-    delta, s = derivatives(params, forward(params, batch.x), *batch[1:])
+def drop_saturated(
+    params: Params, activations: Activations, batch: Batch
+) -> tuple[Batch, jax.Array]:
+    """The batch with features and weight 0 for examples whose δ_L and S are 0; δ_L."""
+    delta, s = derivatives(params, activations, *batch[1:])
     saturated = jnp.all((delta == 0) & (s == 0), axis=1) & (batch.c != 0)  # [N]
-    return batch._replace(
-        x=jnp.where(saturated[:, None], 0, batch.x), c=jnp.where(saturated, 0, batch.c)
-    )
+    x, c = (jnp.where(saturated[:, None], 0, batch.x), jnp.where(saturated, 0, batch.c))
+    return batch._replace(x=x, c=c), delta
 
 
 def root_curvature(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Predictions of several networks, averaged."""
+"""Averaged predictions of several networks."""
 
 import math
 
@@ -13,7 +13,7 @@ from jaxbce._jit import jit
 from jaxbce.losses import softplus
 from jaxbce.network import Params, sigmoid
 
-_BLOCK_BYTES = 4 << 20  # of the activations of the networks that are computed together
+_BLOCK_BYTES = 4 << 20  # activations of the networks that are computed together
 
 
 @jit()
@@ -57,32 +57,31 @@ def ensemble_logits(params: Params, x: ArrayLike) -> jax.Array:
     members = jax.tree.map(
         lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[len(leading) :])), params
     )
-    rows = _blocks.examples_per_block("auto", one, n)
+    block_examples = _blocks.examples_per_block("auto", one, n)
     member_bytes = sum(layer.w.shape[1] for layer in one) * x.dtype.itemsize
 
-    def of_examples(weight: jax.Array, x: jax.Array) -> tuple[tuple[()], jax.Array]:
-        del weight
+    def mean_logits(x: jax.Array) -> jax.Array:
         size = 1
         if isinstance(x.shape[0], int):  # not symbolic, as in an exported program
             size = max(size, _BLOCK_BYTES // (x.shape[0] * member_bytes))
         blocks = -(-count // size)
         size = -(-count // blocks)
 
-        def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        def add_block(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
             chosen = jnp.minimum(i * size + jnp.arange(size), count - 1)
             is_new = chosen == i * size + jnp.arange(size)  # others are repeated
-            some = jax.tree.map(lambda leaf: leaf[chosen], members)
-            a = jax.vmap(network.logits, (0, None))(some, x)  # [size, N, n_L]
+            chosen_members = jax.tree.map(lambda leaf: leaf[chosen], members)
+            a = jax.vmap(network.logits, (0, None))(chosen_members, x)  # [size, N, n_L]
             log_p = -softplus(jnp.stack([-a, a]))  # of labels 1 and 0
             log_p = jnp.where(is_new[:, None, None], log_p, -jnp.inf)
             return jnp.logaddexp(total, logsumexp(log_p, axis=1)), None
 
         dtype = _validate.accumulation_dtype(x.dtype)
         zero = jnp.full((2, x.shape[0], one[-1].w.shape[1]), -jnp.inf, dtype)
-        (log_1, log_0), _ = lax.scan(add, zero, jnp.arange(blocks))
-        return (), log_1 - log_0
+        (log_1, log_0), _ = lax.scan(add_block, zero, jnp.arange(blocks))
+        return log_1 - log_0
 
-    return _blocks.sum_over_blocks(of_examples, jnp.ones(n, x.dtype), (x,), rows)[1]
+    return _blocks.map_over_blocks(mean_logits, (x,), block_examples)
 
 
 def ensemble_proba(params: Params, x: ArrayLike) -> jax.Array:

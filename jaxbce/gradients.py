@@ -38,7 +38,13 @@ from jaxbce import _validate
 from jaxbce._blocks import BlockSize, examples_per_block, sum_over_blocks
 from jaxbce._jit import jit
 from jaxbce._layouts import ROWS, Layout, drop_nonfinite, shard
-from jaxbce.losses import elementwise, output_delta, softplus, weighted
+from jaxbce.losses import (
+    elementwise,
+    label_weights,
+    output_delta,
+    softplus,
+    weighted,
+)
 from jaxbce.network import Activations, Layer, Params, propagate
 
 
@@ -92,11 +98,6 @@ def deltas(
     positive, negative = label_weights(y, p)  # [N, n_L]
     delta = output_delta(a_last, c * positive, c * negative)  # [N, n_L]
     return pull_back(params, activations, delta)
-
-
-def label_weights(y: jax.Array, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`p y` and `1 − y`, the weights of the two terms of ℓ, each `[N, n_L]`."""
-    return jnp.broadcast_to(pos_weight, y.shape) * y, 1 - y
 
 
 def pull_back(

@@ -1,12 +1,14 @@
 r"""The Laplace approximation: uncertainty, influence, leave-one-out and evidence.
 
 Near params θ, the posterior of a network with prior `θ_k ~ N(0, I/τ_k)` in layer k is
-approximated by a normal distribution with the inverse covariance
+approximated by a normal distribution with precision matrix
 
     H = Jᵀ S J + T        T = diag(τ_k)
 
-where the Gauss-Newton matrix `Jᵀ S J` replaces the Hessian of the summed loss Σ_i s_i
-ℓ_i (see `curvature.py`). The approximation is meant for θ that minimize
+J is the Jacobian of the logits, and S the diagonal matrix of the second derivatives of
+the loss with respect to the logits. The Gauss-Newton matrix `Jᵀ S J` replaces the
+Hessian of the summed loss Σ_i s_i ℓ_i (see `curvature.py`). The approximation is meant
+for θ that minimize
 
     Σ_i s_i ℓ_i + ½ Σ_k τ_k ‖θ_k‖²
 
@@ -30,9 +32,9 @@ posteriors, to which `jax.vmap` applies the other functions.
 
 The prior precision should be well above machine epsilon times the largest eigenvalue λ
 of the Gauss-Newton matrix: in float32, above 1e-5 λ. For a smaller τ use float64. Where
-rounding makes B indefinite, its diagonal is raised by as little as needed, so results
-stay finite. The absolute errors of the variances `K − VᵀV` are of the order of machine
-epsilon times K.
+rounding makes B indefinite, its diagonal is raised by at most about twice what is
+needed, so results stay finite. The absolute errors of the variances `K − VᵀV` are of
+the order of machine epsilon times K.
 """
 
 from typing import Literal, NamedTuple
@@ -43,11 +45,11 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from jaxbce import _validate, curvature, gradients
-from jaxbce._blocks import BlockSize, at_most, examples_per_block, sum_over_blocks
+from jaxbce._blocks import BlockSize, at_most, examples_per_block, map_over_blocks
 from jaxbce._jit import jit
 from jaxbce._layouts import replicate
 from jaxbce.gradients import Batch, check_batch
-from jaxbce.losses import elementwise
+from jaxbce.losses import elementwise, label_weights
 from jaxbce.network import Params, forward, sigmoid
 
 
@@ -56,11 +58,12 @@ class Posterior(NamedTuple):
 
     Attributes:
       params: The mode, a tuple of `Layer`.
-      x: Training features `[N, n_0]`; 0 for those that are not finite at weight 0.
+      x: Training features `[N, n_0]`; non-finite features of examples with weight 0
+        are replaced by 0.
       y: Training labels `[N, n_L]`.
       sample_weight: Weights s of the training examples, `[N]`.
       pos_weight: Weight p of the positive class, a scalar or `[n_L]`.
-      prior_precision: τ_k of the layers that are uncertain: `[L]`, or `[1]` for
+      prior_precision: τ_k of the layers that the posterior covers: `[L]`, or `[1]` for
         layers="last".
       factor: The lower triangular L, `[D, D]` with `D = min(N n_L, P)`.
     """
@@ -92,8 +95,9 @@ def posterior(
       H = J^\top S J + \mathrm{diag}(\tau_k)
 
     It is meant for params that minimize :math:`\sum_i s_i \ell_i + \frac12 \sum_k
-    \tau_k \|\theta_k\|^2`, but can be computed for any params. The loss is a sum, so a
-    network that was trained on the mean loss with weight decay λ has τ = N λ.
+    \tau_k \|\theta_k\|^2`, but can be computed for any params. The loss is a sum: a
+    network trained on the mean loss plus λ/2 ‖θ‖² has τ = N λ (λ Σ s with sample
+    weights).
 
     The cost is that of the kernel or the Jacobian of all examples, and of the Cholesky
     factorization of a matrix of size min(N n_L, P), for P parameters.
@@ -125,7 +129,7 @@ def posterior(
       >>> params = (jaxbce.Layer(w=jnp.zeros((1, 1)), b=jnp.zeros(1)),)
       >>> x, y = jnp.array([[1.0], [-1.0]]), jnp.array([[1.0], [0.0]])
       >>> posterior = jaxbce.laplace.posterior(params, x, y, 0.5)
-      >>> factor = posterior.factor  # of B = I + diag(x² σ(0) σ(0), σ(0) σ(0)) / 0.5
+      >>> factor = posterior.factor  # B = I + Σ_i diag(x_i², 1) σ(0)² / 0.5
       >>> bool(jnp.allclose(factor @ factor.T, 2 * jnp.eye(2), atol=1e-6))
       True
 
@@ -162,13 +166,17 @@ def _posterior(
 ) -> Posterior:
     batch = check_batch(params, x, y, sample_weight, pos_weight, "sum")
     size = examples_per_block(block_size, params, batch.x.shape[0])
-    counted = curvature.drop_saturated(params, batch)
-    gram = curvature.smaller_gram(params, counted, 1 / prior_precision, size)
+    activations = forward(params, batch.x)
+    contributing, _ = curvature.drop_saturated(params, activations, batch)
+    gram = curvature.smaller_gram(params, contributing, 1 / prior_precision, size)
     return Posterior(params, *batch, prior_precision, _cholesky_plus_identity(gram))
 
 
 def _cholesky_plus_identity(gram: jax.Array) -> jax.Array:
-    """The Cholesky factor of `I + gram`, finite for any finite gram."""
+    """The Cholesky factor of `I + gram`.
+
+    It is finite if gram is positive semidefinite up to rounding.
+    """
     return _cholesky(jnp.eye(gram.shape[0], dtype=gram.dtype) + gram)
 
 
@@ -176,8 +184,9 @@ def _cholesky_plus_identity(gram: jax.Array) -> jax.Array:
 def _cholesky(b: jax.Array) -> jax.Array:
     """The Cholesky factor L of b, whose diagonal is raised where b is indefinite.
 
-    It is raised by machine epsilon times its mean, doubled until the factorization
-    succeeds. If that mean is NaN, so is the factor.
+    The diagonal is raised by machine epsilon times its mean, and this is doubled until
+    the factorization succeeds or it exceeds the mean. If the mean is NaN, so is the
+    factor. The derivative ignores it.
     """
     identity, mean = jnp.eye(b.shape[0], dtype=b.dtype), jnp.trace(b) / b.shape[0]
     least = jnp.finfo(b.dtype).eps * mean
@@ -226,9 +235,8 @@ def _training(posterior: Posterior) -> _Training:
     params, *fields = posterior[:5]
     batch = Batch(*fields)
     activations = forward(params, batch.x)
-    delta, _ = curvature.derivatives(params, activations, *batch[1:])
-    counted = curvature.drop_saturated(params, batch)
-    x, root = curvature.root_curvature(params, counted)
+    contributing, delta = curvature.drop_saturated(params, activations, batch)
+    x, root = curvature.root_curvature(params, contributing)
     return _Training(*map(replicate, (activations.a[-1], x, delta, root)))
 
 
@@ -241,14 +249,17 @@ def _check(posterior: Posterior) -> None:
     _validate.params(posterior.params)
 
 
-def _is_of_examples(posterior: Posterior) -> bool:
-    """Whether the matrix that was factorized is the one of size N n_L."""
+def _uses_kernel(posterior: Posterior) -> bool:
+    """Whether the factor is of `I + √S K √S`, `[N n_L, N n_L]`, and not `[P, P]`."""
     layers = posterior.params[-posterior.prior_precision.shape[0] :]
     return posterior.factor.shape[0] != curvature.count_params(layers)
 
 
 def _examples_per_block(posterior: Posterior, n: int) -> BlockSize:
-    """The number of examples whose V takes no more memory than the factor."""
+    """At most as many examples as let V take the memory of the factor.
+
+    But it is at least 256 if n allows.
+    """
     size = examples_per_block("auto", posterior.params, n)
     if not isinstance(n, int):
         return n
@@ -258,37 +269,39 @@ def _examples_per_block(posterior: Posterior, n: int) -> BlockSize:
 def _v(
     posterior: Posterior, training: _Training, x: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`V_x`, `[D, B, n_L]`, for features `[B, n_0]`, and K of the training examples.
+    """`V_x`, `[D, B, n_L]`, and the kernel K between the training examples and x.
 
-    K is `[N, B, n_L, n_L]`, or None where the matrix of size P was factorized.
+    x has features `[B, n_0]`. K is `[N, B, n_L, n_L]`, or None where the matrix of size
+    P was factorized.
     """
     variances, k = 1 / posterior.prior_precision, None
-    if _is_of_examples(posterior):
+    if _uses_kernel(posterior):
         n = training.x.shape[0]
         k = curvature.kernel(posterior.params, training.x, x, variances, n)
-        right = training.root[:, None, :, None] * k
-        right = right.transpose(0, 2, 1, 3)  # [N, n_L, B, n_L]
+        rhs = training.root[:, None, :, None] * k
+        rhs = rhs.transpose(0, 2, 1, 3)  # [N, n_L, B, n_L]
     else:
         activations = forward(posterior.params, x)
         jacobian = curvature.jacobian(posterior.params, activations, variances)
-        right = jacobian.transpose(2, 0, 1)  # [P, B, n_L]
-    size, shape = posterior.factor.shape[0], right.shape[-2:]
-    v = solve_triangular(posterior.factor, right.reshape(size, -1), lower=True)
+        rhs = jacobian.transpose(2, 0, 1)  # [P, B, n_L]
+    size, shape = posterior.factor.shape[0], rhs.shape[-2:]
+    v = solve_triangular(posterior.factor, rhs.reshape(size, -1), lower=True)
     return v.reshape(size, *shape), k
 
 
 def _covariance(posterior: Posterior, x: jax.Array, v: jax.Array) -> jax.Array:
     """`J_x H⁻¹ J_xᵀ` of each example, `[B, n_L, n_L]`, given V_x."""
-    explained = jnp.einsum("dbo,dbp->bop", v, v)
-    if not _is_of_examples(posterior):
-        return explained
+    # VᵀV: the result, or with a kernel the part of K that the data explain.
+    product = jnp.einsum("dbo,dbp->bop", v, v)
+    if not _uses_kernel(posterior):
+        return product
     variances = 1 / posterior.prior_precision
 
-    def prior(x: jax.Array) -> jax.Array:
+    def prior_covariance(x: jax.Array) -> jax.Array:
         one = x[None]
         return curvature.kernel(posterior.params, one, one, variances, 1)[0, 0]
 
-    return _clip_diagonal(jax.vmap(prior)(x) - explained, 0)
+    return _clip_diagonal(jax.vmap(prior_covariance)(x) - product, 0)
 
 
 def _clip_diagonal(t: jax.Array, least: float) -> jax.Array:
@@ -302,12 +315,11 @@ def _covariance_in_blocks(
 ) -> jax.Array:
     """`J_x H⁻¹ J_xᵀ` of each example, `[M, n_L, n_L]`."""
 
-    def block(_: jax.Array, x: jax.Array) -> tuple[tuple, jax.Array]:
-        return (), _covariance(posterior, x, _v(posterior, training, x)[0])
+    def block(x: jax.Array) -> jax.Array:
+        return _covariance(posterior, x, _v(posterior, training, x)[0])
 
-    weight = jnp.ones(x.shape[0], posterior.factor.dtype)
     size = _examples_per_block(posterior, x.shape[0])
-    return sum_over_blocks(block, weight, (x,), size)[1]
+    return map_over_blocks(block, (x,), size)
 
 
 @jit()
@@ -320,7 +332,7 @@ def logit_covariance(posterior: Posterior, x: ArrayLike) -> jax.Array:
     It is that of the network linearized at params. The square roots of its diagonal are
     standard deviations of the logits: how uncertain the network is about an example,
     given the training data. Covariances between different examples are not returned.
-    Examples are processed in blocks, so temporary memory is constant in M.
+    Examples are processed in blocks, so temporary memory does not grow with M.
 
     Args:
       posterior: A `Posterior`.
@@ -361,10 +373,10 @@ def predict_proba(posterior: Posterior, x: ArrayLike) -> jax.Array:
       \hat y = \sigma\!\left(\frac{a}{\sqrt{1 + \pi v / 8}}\right)
 
     with the variance v of each logit. An uncertain logit moves its probability towards
-    one half and never across it, so accuracy is that of the network. The log-loss often
-    is not better: with layers="all" it is often worse than that of the network itself,
-    and with layers="last" about equal. Use it to find where the network is uncertain,
-    not to improve the log-loss.
+    one half and never across it, so accuracy is that of the network. The log-loss
+    rarely improves: it is often worse than the network's own with layers="all", and
+    about equal with layers="last". Use it to find where the network is uncertain, not
+    to improve the log-loss.
 
     Args:
       posterior: A `Posterior`.
@@ -407,11 +419,13 @@ def influence(posterior: Posterior, x2: ArrayLike, y2: ArrayLike) -> jax.Array:
       I_{ij} = \delta_j^\top\, (J_j H^{-1} J_i^\top)\, s_i \delta_i
       = \langle G_j, H^{-1} G_i \rangle
 
-    This is the first-order change of :math:`\ell_j`, the loss of example j of (x2, y2),
-    if training example i is removed and the network is trained again. All pairs are
-    computed at once. Positive entries belong to training examples that help: without
-    them the loss would be larger. The loss of j includes pos_weight and no sample
-    weight. The gradient of i includes both.
+    where :math:`G_j = J_j^\top \delta_j` and :math:`G_i = s_i J_i^\top \delta_i`. At a
+    minimum, this approximates to first order the change of :math:`\ell_j`, the loss of
+    example j of (x2, y2), when training example i is removed and the network is
+    retrained. The Gauss-Newton matrix replaces the Hessian, and with layers="last" only
+    the last layer is retrained. Positive entries belong to training examples that help:
+    without them the loss would be larger. The loss of j includes pos_weight and no
+    sample weight.
 
     Entries are exactly 0 for a training example of weight 0, and for examples whose
     δ_L is 0 (saturated and correctly classified).
@@ -448,31 +462,29 @@ def influence(posterior: Posterior, x2: ArrayLike, y2: ArrayLike) -> jax.Array:
     y2 = _validate.labels(y2, shape, dtype, name="y2")
     training = _training(posterior)
 
-    def projected(_: jax.Array, x: jax.Array, delta: jax.Array) -> tuple:
-        return (), jnp.einsum("dbo,bo->bd", _v(posterior, training, x)[0], delta)
+    def project(x: jax.Array, delta: jax.Array) -> jax.Array:
+        return jnp.einsum("dbo,bo->bd", _v(posterior, training, x)[0], delta)
 
-    def block(weight: jax.Array, x: jax.Array, y: jax.Array) -> tuple:
-        ones = jnp.ones_like(weight)
-        p = posterior.pos_weight
+    size = _examples_per_block(posterior, training.x.shape[0])
+    examples = (training.x, training.delta)
+    v_delta = map_over_blocks(project, examples, size)  # [N, D]
+
+    def block(x: jax.Array, y: jax.Array) -> jax.Array:
+        ones, p = jnp.ones(x.shape[0], dtype), posterior.pos_weight
         delta, _ = curvature.derivatives(params, forward(params, x), y, ones, p)
         x = jnp.where(jnp.all(delta == 0, axis=1)[:, None], 0, x)
         v, k = _v(posterior, training, x)
-        explained = jnp.einsum("dbo,bo->bd", v, delta) @ of_training.T  # [B, N]
+        product = jnp.einsum("dbo,bo->bd", v, delta) @ v_delta.T  # [B, N]
         if k is None:
-            return (), explained
-        return (), jnp.einsum("nbpo,bo,np->bn", k, delta, training.delta) - explained
+            return product
+        return jnp.einsum("nbpo,bo,np->bn", k, delta, training.delta) - product
 
-    n = training.x.shape[0]
-    size = _examples_per_block(posterior, n)
-    examples = (training.x, training.delta)
-    _, of_training = sum_over_blocks(projected, jnp.ones(n, dtype), examples, size)
     size = _examples_per_block(posterior, shape[0])
-    examples = (replicate(x2), replicate(y2))
-    return sum_over_blocks(block, jnp.ones(shape[0], dtype), examples, size)[1].T
+    return map_over_blocks(block, (replicate(x2), replicate(y2)), size).T
 
 
 class LeaveOneOut(NamedTuple):
-    """Each training example under the posterior of the others.
+    """Predictions for each training example without it.
 
     Attributes:
       logits: The logits of each example after one Newton step without it, `[N, n_L]`.
@@ -494,19 +506,19 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
     r"""Logits and loss of each training example without it, and its leverage.
 
     .. math::
-      a_i + \Sigma_i (I - S_i \Sigma_i)^{-1} s_i \delta_i, \qquad
-      \Sigma_i = J_i H^{-1} J_i^\top
+      a_i + Q_i (I - S_i Q_i)^{-1} s_i \delta_i, \qquad Q_i = J_i H^{-1} J_i^\top
 
     This is one Newton step of the objective without example i, from params that
     minimize the objective with it, in the network linearized at params. For one output
-    it is :math:`a_i + \Sigma_i s_i \delta_i / (1 - S_i \Sigma_i)`.
+    it is :math:`a_i + Q_i s_i \delta_i / (1 - S_i Q_i)`.
 
     Examples of weight 0, and those whose δ_L is 0 (saturated and correctly
-    classified), keep their logits. If N = 1, the posterior without the example is the
-    prior around params. Since τ > 0, no leverage is 1 in exact arithmetic. For P <= N
-    n_L, :math:`1 - S_i \Sigma_i` loses its digits where it comes near machine epsilon,
-    as for an example that alone determines a direction if τ is tiny. It is kept above
-    machine epsilon for one output. For such examples use float64.
+    classified), keep their logits. If N = 1, the covariance without the example is that
+    of the prior, T⁻¹, and from a minimum the step leads to θ = 0. Since τ > 0, every
+    eigenvalue of :math:`S_i Q_i` is below 1 in exact arithmetic. For P <= N n_L,
+    :math:`1 - S_i Q_i` loses its digits where it comes near machine epsilon, as for an
+    example that alone determines a direction if τ is tiny. It is kept above machine
+    epsilon for one output. For such examples use float64.
 
     Args:
       posterior: A `Posterior`.
@@ -533,15 +545,15 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
     _check(posterior)
     training = _training(posterior)
     root, delta = training.root, training.delta
-    # With R = √S and C = I − R Σ R:  Σ (I − S Σ)⁻¹ = Σ + (R Σ)ᵀ C⁻¹ R Σ
-    if _is_of_examples(posterior):  # from B⁻¹ = I − R J H⁻¹ Jᵀ R, without cancellation
+    # With R = √S and C = I − R Q R:  Q (I − S Q)⁻¹ = Q + (R Q)ᵀ C⁻¹ R Q
+    if _uses_kernel(posterior):  # from B⁻¹ = I − R J H⁻¹ Jᵀ R, without cancellation
         size = posterior.factor.shape[0]
         inverse = jnp.eye(size, dtype=root.dtype)
         inverse = solve_triangular(posterior.factor, inverse, lower=True)
         inverse = inverse.reshape(size, *root.shape)  # L⁻¹, [D, N, n_L]
         v, _ = _v(posterior, training, training.x)
-        covariance = _covariance(posterior, training.x, v)  # Σ, [N, n_L, n_L]
-        scaled = jnp.einsum("dno,dnp->nop", inverse, v)  # R Σ
+        covariance = _covariance(posterior, training.x, v)  # Q, [N, n_L, n_L]
+        scaled = jnp.einsum("dno,dnp->nop", inverse, v)  # R Q
         remainder = jnp.einsum("dno,dnp->nop", inverse, inverse)  # C
     else:
         covariance = _covariance_in_blocks(posterior, training, training.x)
@@ -549,12 +561,12 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
         identity = jnp.eye(root.shape[1], dtype=root.dtype)
         remainder = identity[None] - scaled * root[:, None, :]
         remainder = _clip_diagonal(remainder, float(jnp.finfo(root.dtype).eps))
-    right = jnp.einsum("nop,np->no", scaled, delta)
-    solved = jnp.linalg.solve(remainder, right[:, :, None])[:, :, 0]
+    rhs = jnp.einsum("nop,np->no", scaled, delta)
+    solved = jnp.linalg.solve(remainder, rhs[:, :, None])[:, :, 0]
     step = jnp.einsum("nop,np->no", covariance, delta)
     step += jnp.einsum("nop,no->np", scaled, solved)
     logits = training.logits + step
-    labels = gradients.label_weights(replicate(posterior.y), posterior.pos_weight)
+    labels = label_weights(replicate(posterior.y), posterior.pos_weight)
     return LeaveOneOut(
         logits=logits,
         loss=jnp.sum(elementwise(logits, *labels), axis=1),

@@ -106,9 +106,13 @@ def bce_with_logits(
     y = _validate.labels(y, logits.shape, dtype)
     outputs = logits.shape[-1] if logits.ndim else None
     p = _validate.pos_weight(pos_weight, outputs, dtype)
-    p = jnp.broadcast_to(p, logits.shape)
-    ell = elementwise(logits.astype(dtype), p * y, 1 - y)
+    ell = elementwise(logits.astype(dtype), *label_weights(y, p))
     return ell.astype(logits.dtype)
+
+
+def label_weights(y: jax.Array, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`p y` and `1 − y`, the weights of the two terms of ℓ, with the shape of y."""
+    return jnp.broadcast_to(pos_weight, y.shape) * y, 1 - y
 
 
 def elementwise(

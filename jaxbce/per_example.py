@@ -200,7 +200,7 @@ def inner_products(
     pos_weight: ArrayLike = 1.0,
     block_size: int | Literal["auto"] | None = "auto",
 ) -> jax.Array:
-    r"""Inner products between gradients of two sets of examples: their influence.
+    r"""Inner products between gradients of two sets of examples (Grad-Dot).
 
     .. math::
       \langle G_i, G_j \rangle = \sum_k (1 + h_{k-1,i} \cdot h_{k-1,j})\,

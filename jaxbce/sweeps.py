@@ -146,11 +146,14 @@ def sweep(
 ) -> SweepResult:
     r"""Trains a network for every point and seed, in one program over all devices.
 
-    Up to rounding, member (i, j) is the result of, with s = first_seed + j::
+    Up to rounding, and with s = first_seed + j, member (i, j) is the result of::
 
       key_params, key_fit = jax.random.split(jax.random.fold_in(key, s))
       params = init(key_params, (n_0, *hidden, n_L), dtype=dtype)
       fit(key_fit, params, x, y, optimizer=make_optimizer(point_i), ...)
+
+    `params`, if given, replace the call of `init`, and the result of
+    `make_sample_weight` multiplies `sample_weight`.
 
     Points of one seed share their initial weights and the order of examples, so they
     differ only in their hyperparameters. A member that diverges is frozen and does not
@@ -158,10 +161,12 @@ def sweep(
 
     The reported losses of all members are comparable: they use the given labels and the
     argument `pos_weight`, even if hyperparameters change the loss that members train
-    on.
+    on. `make_sample_weight` is the exception: the training loss has the member's
+    weights, and with validation="held_out" the validation loss is over the examples
+    that the member leaves out, weighted by `sample_weight`.
 
     The program is compiled once per shape of a group and per distinct computation of
-    the optimizer and penalty, as for `fit`. The shape depends on the number of members
+    the functions passed, as for `fit`. The shape depends on the number of members
     only if they do not fill a group. On CPU each JAX device uses one core. To use n
     cores, call `jax.config.update("jax_num_cpu_devices", n)` before any other use of
     JAX.
@@ -172,16 +177,18 @@ def sweep(
       y: Labels in [0, 1], `[N, n_L]`, real or boolean.
       hidden: Widths of the hidden layers; may be empty. None if params are given.
       make_optimizer: Builds any optax transformation from the hyperparameters of one
-        point, a dict of traced scalars. It is traced once per function, so that values
-        that it reads elsewhere, such as global variables, must not change.
+        point, a dict of traced scalars. Like the next three functions, it is traced
+        once, so values that it reads elsewhere, such as global variables, must not
+        change.
       make_penalty: Builds the penalty of `fit` from them, a function of params.
       make_sample_weight: Builds the weights of the examples for one point, `[N]`, which
         are multiplied by `sample_weight`. For example, `lambda hp: fold != hp["fold"]`
         for cross-validation, where `fold [N]` is the fold of each example;
         `jnp.arange(N) != hp["left_out"]` for leave-one-out; or a draw of
         `jax.random.poisson(jax.random.key(hp["draw"]), 1, (N,))` for the bootstrap.
-        Members still share features and batches. The features of all examples must be
-        finite. The training loss has the member's own weights.
+        Members still share features and batches, so a batch of `batch_size` examples
+        includes some of weight 0. The features of all examples whose `sample_weight` is
+        not 0 must be finite.
       make_labels: Builds the labels that a member trains on, `[N, n_L]`, from its
         hyperparameters and the given labels.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
@@ -199,7 +206,7 @@ def sweep(
       batch_size: Number of examples per batch; None is N.
       validation: Features `[M, n_0]`, labels `[M, n_L]` and optionally weights `[M]`;
         or "held_out", the examples to which `make_sample_weight` gives weight 0, which
-        differ between points.
+        differ between points. With "held_out" an evaluation costs two forward passes.
       evaluate_every: Number of steps between evaluations.
       patience: Number of steps without a better loss after which a member stops.
       min_delta: The least improvement that counts as better.
@@ -309,6 +316,8 @@ def prepare(
     data, evaluated = datasets(
         shapes, x, y, sample_weight, None if hold_out else validation, pos_weight
     )
+    if make_sample_weight is not None:  # the members' examples of weight 0 stay in x
+        _validate.finite("x", data.x, dtype)
     options = training.check_options(
         data, num_steps, batch_size, evaluate_every, patience, min_delta
     )

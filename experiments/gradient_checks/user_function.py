@@ -1,4 +1,4 @@
-"""A function of the user's own, by its name, with errors as one line."""
+"""Loads a user's function by name, and reports its errors in one line."""
 
 import functools
 import importlib
@@ -14,9 +14,9 @@ import experiments
 import jaxbce
 from experiments.support.cli import InputError
 
-# Frames of these files say little about a mistake in the user's own.
-_LIBRARIES = re.compile(r"<|.*[/\\](site|dist)-packages[/\\]")
-_FOLDERS = tuple(
+# Frames in these files do not show where the user's mistake is.
+_SKIPPED_PATHS = re.compile(r"<|.*[/\\](site|dist)-packages[/\\]")
+_SKIPPED_FOLDERS = tuple(
     f"{folder}{os.sep}"
     for folder in (
         sysconfig.get_path("stdlib"),
@@ -30,7 +30,8 @@ def load(name: str) -> Callable[..., Any]:
     """Imports `module:function`.
 
     Returns:
-      The function. What it raises is an `InputError` with the place.
+      The function. An exception that it raises becomes an `InputError` that names the
+      place.
 
     Raises:
       InputError: If there is no such module or function, or importing it fails.
@@ -67,8 +68,9 @@ def _describe(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if _LIBRARIES.match(frame.filename) or frame.filename.startswith(_FOLDERS):
+        path = frame.filename
+        if _SKIPPED_PATHS.match(path) or path.startswith(_SKIPPED_FOLDERS):
             continue
-        file = Path(frame.filename).name
+        file = Path(path).name
         return f"{text} ({file}, line {frame.lineno}: {frame.line})"
     return text

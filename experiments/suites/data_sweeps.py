@@ -54,9 +54,7 @@ def _options(fold: np.ndarray, batch_size: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def _case(
-    n: int, folds: int, points: int, batch_size: int, quantity: str, **fields: Any
-) -> Case:
+def _case(n: int, batch_size: int, quantity: str, **fields: Any) -> Case:
     return Case(
         suite="data_sweep",
         quantity=quantity,
@@ -73,9 +71,9 @@ def sweep_case(
 ) -> Case:
     """A sweep with weights, the same without them, and `vmap` of the plain loop.
 
-    In the plain loop a network either gathers its own examples once, before it trains,
-    or weights the examples of shared batches. Its own examples are in other batches
-    than those of jaxbce, and are compared only if each batch is all of them.
+    In the plain loop, a network either gathers its own examples once before training,
+    or weights the examples of shared batches. Batches of gathered examples differ from
+    jaxbce's, so their results are compared only if every batch is full.
     """
     fold, hparams = _folds(n, folds), _points(folds, points)
     members = folds * points
@@ -92,7 +90,8 @@ def sweep_case(
         weight = (jnp.asarray(fold) != hp["fold"]).astype(x.dtype)
         return x, y, weight / jnp.mean(weight)
 
-    loops = {  # batch size, examples per epoch, examples of a network
+    # Batch size, examples per epoch, function that returns a network's examples.
+    loops = {
         "vmap, own": (own_batch, own.shape[1], own_examples),
         "vmap, weights": (batch_size, n, weighted),
     }
@@ -143,10 +142,10 @@ def sweep_case(
         return calls
 
     def results(calls: dict[str, Call]) -> dict[str, Any]:
-        other_work = ("without weights", *(["vmap, own"] if batch_size < n else []))
-        return results_of(
-            {name: c for name, c in calls.items() if not name.startswith(other_work)}
-        )
+        other_work = {"without weights"}
+        if batch_size < n:
+            other_work |= {"vmap, own", "vmap, own, sharded"}
+        return results_of({k: c for k, c in calls.items() if k not in other_work})
 
     def exact() -> dict[str, Any]:
         with jax.enable_x64(True):
@@ -155,8 +154,9 @@ def sweep_case(
     epochs = training.sweep_epochs(members, n, batch_size, LAYERS)
     epochs = max(epochs, MIN_STEPS * batch_size // n)
     return _case(
-        *(n, folds, points, batch_size),
-        quantity=_name(n, folds, points),
+        n,
+        batch_size,
+        _name(n, folds, points),
         implementations=lambda: train("float32", epochs),
         results=results,
         tolerance=training.TOLERANCE,
@@ -217,8 +217,9 @@ def grid_search_case(
         return {JAXBCE: result.validation_loss[:, 0, -1], "plain JAX": losses}
 
     return _case(
-        *(n, folds, points, batch_size),
-        quantity=f"{_name(n, folds, points)}, held out",
+        n,
+        batch_size,
+        f"{_name(n, folds, points)}, held out",
         implementations=lambda: {
             JAXBCE: Call(by_sweep, units=steps * folds * points),
             "GridSearchCV": Call(by_grid_search, units=expected),

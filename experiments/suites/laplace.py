@@ -34,7 +34,7 @@ PRIOR_PRECISION = 0.5
 SMALL, LARGE = (256, (30, 32, 1)), (1000, (64, 128, 1))
 
 
-class Batch(NamedTuple):
+class Inputs(NamedTuple):
     """A network, training examples, and as many new examples."""
 
     params: Params
@@ -47,28 +47,28 @@ class Batch(NamedTuple):
 class Method(NamedTuple):
     """Functions of one implementation; the posterior is whatever the first returns."""
 
-    posterior: Callable[[Batch], Any]
+    posterior: Callable[[Inputs], Any]
     log_det: Callable[[Any], Any]
-    influence: Callable[[Any, Batch], jax.Array]
-    leave_one_out: Callable[[Any, Batch], jax.Array]
-    variances: Callable[[Any, Batch], jax.Array]
+    influence: Callable[[Any, Inputs], jax.Array]
+    leave_one_out: Callable[[Any, Inputs], jax.Array]
+    variances: Callable[[Any, Inputs], jax.Array]
 
 
-def _posterior(batch: Batch) -> laplace.Posterior:
-    return laplace.posterior(*batch[:3], PRIOR_PRECISION)
+def _posterior(inputs: Inputs) -> laplace.Posterior:
+    return laplace.posterior(*inputs[:3], PRIOR_PRECISION)
 
 
-def _influence(posterior: laplace.Posterior, batch: Batch) -> jax.Array:
-    return laplace.influence(posterior, batch.x2, batch.y2)
+def _influence(posterior: laplace.Posterior, inputs: Inputs) -> jax.Array:
+    return laplace.influence(posterior, inputs.x2, inputs.y2)
 
 
-def _leave_one_out(posterior: laplace.Posterior, batch: Batch) -> jax.Array:
-    del batch  # its training examples are in the posterior
+def _leave_one_out(posterior: laplace.Posterior, inputs: Inputs) -> jax.Array:
+    del inputs  # its training examples are in the posterior
     return laplace.leave_one_out(posterior).logits[:, 0]
 
 
-def _logit_variances(posterior: laplace.Posterior, batch: Batch) -> jax.Array:
-    return laplace.logit_covariance(posterior, batch.x2)[:, 0, 0]
+def _logit_variances(posterior: laplace.Posterior, inputs: Inputs) -> jax.Array:
+    return laplace.logit_covariance(posterior, inputs.x2)[:, 0, 0]
 
 
 def _log_det(posterior: laplace.Posterior) -> float:
@@ -100,15 +100,16 @@ def _gradients(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     return (_y_hat(params, x) - y[:, 0])[:, None] * _jacobian(params, x)
 
 
-def _dense_posterior(batch: Batch) -> jax.Array:
-    jacobian, y_hat = _jacobian(batch.params, batch.x), _y_hat(batch.params, batch.x)
+def _dense_posterior(inputs: Inputs) -> jax.Array:
+    params, x, *_ = inputs
+    jacobian, y_hat = _jacobian(params, x), _y_hat(params, x)
     identity = jnp.eye(jacobian.shape[1], dtype=jacobian.dtype)
     h = (jacobian.T * (y_hat * (1 - y_hat))) @ jacobian + PRIOR_PRECISION * identity
     return jnp.linalg.cholesky(h)
 
 
-def _dense_influence(factor: jax.Array, batch: Batch) -> jax.Array:
-    params, x, y, x2, y2 = batch
+def _dense_influence(factor: jax.Array, inputs: Inputs) -> jax.Array:
+    params, x, y, x2, y2 = inputs
     solved = cho_solve((factor, True), _gradients(params, x2, y2).T)
     return _gradients(params, x, y) @ solved
 
@@ -118,8 +119,8 @@ def _dense_variances(factor: jax.Array, params: Params, x: jax.Array) -> jax.Arr
     return jnp.sum(jnp.square(v), axis=0)
 
 
-def _dense_leave_one_out(factor: jax.Array, batch: Batch) -> jax.Array:
-    params, x, y, *_ = batch
+def _dense_leave_one_out(factor: jax.Array, inputs: Inputs) -> jax.Array:
+    params, x, y, *_ = inputs
     variance = _dense_variances(factor, params, x)
     y_hat = _y_hat(params, x)
     step = variance * (y_hat - y[:, 0]) / (1 - y_hat * (1 - y_hat) * variance)
@@ -139,94 +140,118 @@ METHODS = {
         log_det=_log_det_of_factor,
         influence=_dense_influence,
         leave_one_out=_dense_leave_one_out,
-        variances=lambda factor, batch: _dense_variances(
-            factor, batch.params, batch.x2
+        variances=lambda factor, inputs: _dense_variances(
+            factor, inputs.params, inputs.x2
         ),
     ),
 }
 
 
-def _all(method: Method, batch: Batch) -> Any:
-    posterior = method.posterior(batch)
+def _all(method: Method, inputs: Inputs) -> Any:
+    posterior = method.posterior(inputs)
     functions = method.influence, method.leave_one_out, method.variances
-    return tuple(function(posterior, batch) for function in functions)
+    return tuple(function(posterior, inputs) for function in functions)
 
 
-def _from_posterior(name: str, method: Method, batch: Batch) -> Call:
+def _from_posterior(name: str, method: Method, inputs: Inputs) -> Call:
     """A call that is given the posterior."""
-    posterior = jax.jit(method.posterior)(batch)
-    return compile_call(getattr(method, name), posterior, batch)
+    posterior = jax.jit(method.posterior)(inputs)
+    return compile_call(getattr(method, name), posterior, inputs)
 
 
-def _from_data(name: str, method: Method, batch: Batch) -> Call:
+def _from_data(name: str, method: Method, inputs: Inputs) -> Call:
     """A call that computes the posterior as well."""
 
-    def function(batch: Batch) -> Any:
-        return getattr(method, name)(method.posterior(batch), batch)
+    def function(inputs: Inputs) -> Any:
+        return getattr(method, name)(method.posterior(inputs), inputs)
 
-    return compile_call(function, batch)
+    return compile_call(function, inputs)
 
 
-# Builds the call of a method.
-QUANTITIES: dict[str, Callable[[Method, Batch], Call]] = {
-    "all of them": lambda method, batch: compile_call(
-        functools.partial(_all, method), batch
-    ),
-    "posterior": lambda method, batch: compile_call(method.posterior, batch)._replace(
-        result=method.log_det
-    ),
-    "influence": functools.partial(_from_posterior, "influence"),
-    "variances": functools.partial(_from_posterior, "variances"),
-    "posterior, influence": functools.partial(_from_data, "influence"),
-    "posterior, variances": functools.partial(_from_data, "variances"),
-}
+class Quantity(NamedTuple):
+    """How a quantity is measured.
+
+    Attributes:
+      build: Builds a method's call.
+      sizes: Numbers of examples and layer sizes.
+      libraries: Functions that build the calls of other libraries, by their names.
+    """
+
+    build: Callable[[Method, Inputs], Call]
+    sizes: tuple[tuple[int, tuple[int, ...]], ...]
+    libraries: dict[str, Callable[..., Call]]
+
+
 # The libraries are measured at the small size alone, to keep a run short.
-SIZES = {
-    "all of them": (SMALL, LARGE),
-    "posterior": (SMALL, LARGE),
-    "influence": (SMALL, LARGE),
-    "variances": (SMALL, LARGE),
-    "posterior, influence": (SMALL,),
-    "posterior, variances": (SMALL,),
-}
-LIBRARIES = {
-    "posterior, influence": {"dattri": torch_peers.hessian_influence},
-    "posterior, variances": {"laplace-torch": torch_peers.laplace_variances},
+QUANTITIES = {
+    "all of them": Quantity(
+        lambda method, inputs: compile_call(functools.partial(_all, method), inputs),
+        sizes=(SMALL, LARGE),
+        libraries={},
+    ),
+    "posterior": Quantity(
+        lambda method, inputs: compile_call(method.posterior, inputs)._replace(
+            result=method.log_det
+        ),
+        sizes=(SMALL, LARGE),
+        libraries={},
+    ),
+    "influence": Quantity(
+        functools.partial(_from_posterior, "influence"),
+        sizes=(SMALL, LARGE),
+        libraries={},
+    ),
+    "variances": Quantity(
+        functools.partial(_from_posterior, "variances"),
+        sizes=(SMALL, LARGE),
+        libraries={},
+    ),
+    "posterior, influence": Quantity(
+        functools.partial(_from_data, "influence"),
+        sizes=(SMALL,),
+        libraries={"dattri": torch_peers.hessian_influence},
+    ),
+    "posterior, variances": Quantity(
+        functools.partial(_from_data, "variances"),
+        sizes=(SMALL,),
+        libraries={"laplace-torch": torch_peers.laplace_variances},
+    ),
 }
 OTHER_WORK = ("dattri",)  # the influence by the Hessian in place of Jᵀ S J
 
 
-def arguments(n: int, layers: tuple[int, ...], key: jax.Array) -> Batch:
+def arguments(n: int, layers: tuple[int, ...], key: jax.Array) -> Inputs:
     """A random network and examples in float32."""
     key_params, *keys = jax.random.split(key, 5)
     x, x2 = (jax.random.normal(k, (n, layers[0])) for k in keys[:2])
     y, y2 = (
         jax.random.bernoulli(k, shape=(n, layers[-1])).astype(x.dtype) for k in keys[2:]
     )
-    return Batch(jaxbce.init(key_params, layers), x, y, x2, y2)
+    return Inputs(jaxbce.init(key_params, layers), x, y, x2, y2)
 
 
 def case(quantity: str, n: int, layers: tuple[int, ...], key: jax.Array) -> Case:
     """One quantity in `QUANTITIES` at one size, by jaxbce and its baselines."""
-    batch = arguments(n, layers, key)
-    libraries = LIBRARIES.get(quantity, {})
+    inputs = arguments(n, layers, key)
+    build, _, libraries = QUANTITIES[quantity]
     missing = missing_among(libraries)
 
-    def implementations(batch: Batch = batch) -> dict[str, Call]:
-        build = QUANTITIES[quantity]
-        calls = {name: build(method, batch) for name, method in METHODS.items()}
+    def implementations(inputs: Inputs = inputs) -> dict[str, Call]:
+        calls = {name: build(method, inputs) for name, method in METHODS.items()}
         for name, library in libraries.items():
             if name not in missing:
-                calls[name] = library(PRIOR_PRECISION, *batch)
+                calls[name] = library(PRIOR_PRECISION, *inputs)
         return calls
 
     def results(calls: dict[str, Call]) -> dict[str, Any]:
-        return results_of({n: c for n, c in calls.items() if n not in OTHER_WORK})
+        return results_of(
+            {name: call for name, call in calls.items() if name not in OTHER_WORK}
+        )
 
     def exact() -> dict[str, Any]:
         with jax.enable_x64(True):
-            batch_64 = jax.tree.map(lambda t: t.astype("float64"), batch)
-            return results(implementations(batch_64))
+            inputs_64 = jax.tree.map(lambda t: t.astype("float64"), inputs)
+            return results(implementations(inputs_64))
 
     return Case(
         suite="laplace",
@@ -243,8 +268,8 @@ def case(quantity: str, n: int, layers: tuple[int, ...], key: jax.Array) -> Case
 def cases(suite: str, quick: bool, key: jax.Array) -> Iterator[Case]:
     """All cases, or the first if `quick`."""
     del suite
-    for quantity, sizes in SIZES.items():
-        for n, layers in sizes:
-            yield case(quantity, n, layers, key)
+    for name, quantity in QUANTITIES.items():
+        for n, layers in quantity.sizes:
+            yield case(name, n, layers, key)
             if quick:
                 return

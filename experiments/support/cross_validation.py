@@ -1,7 +1,7 @@
-"""Cross-validation: networks of which each holds out one fold of the rows.
+"""Cross-validation, with one network per fold that it holds out.
 
-All networks have the same features, so that one program trains those of all folds. For
-this, the preprocessor is fitted on the rows of all folds together.
+All networks have the same features, so one program trains the networks of all folds.
+The preprocessor is therefore fitted on the rows of all folds together.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from experiments.support.datasets import Split
 def split(
     table: datasets.Table, seed: int, folds: int
 ) -> tuple[dict[str, Split], ColumnTransformer, np.ndarray]:
-    """Splits rows 80/20 into training and test rows, and the former into folds.
+    """Splits rows 80/20 into training and test rows, and the training rows into folds.
 
-    The test has the same rows as without folds.
+    The test set is the same as without folds.
 
     Returns:
       The splits "train" and "test", the preprocessor, which is fitted on the training
@@ -49,7 +49,7 @@ def split(
             if count < folds:
                 raise InputError(
                     f"--folds={folds}: target {target!r} has {count} rows of {value!r} "
-                    "that are not for the test"
+                    "outside the test set"
                 )
     group = None if table.group is None else table.group.iloc[train.rows]
     fold = splitting.assign_folds(train.y, folds, seed, group)
@@ -62,20 +62,23 @@ def split(
     return splits, preprocessor, fold
 
 
-def train_rows(fold: np.ndarray) -> int:
-    """Number of rows that the network with the largest fold is trained on."""
+def num_train_rows(fold: np.ndarray) -> int:
+    """Number of training rows of the network that holds out the largest fold."""
     return len(fold) - int(np.bincount(fold).max())
 
 
-def weigh(fold: np.ndarray) -> Callable[[dict[str, jax.Array]], jax.Array]:
-    """`make_sample_weight` for `jaxbce.sweep`, of a hyperparameter "fold"."""
+def leave_out_fold(fold: np.ndarray) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """Returns the `make_sample_weight` of `jaxbce.sweep` that leaves out a fold.
+
+    It gives weight 0 to the fold `hp["fold"]`.
+    """
     fold_of_row = np.asarray(fold, np.int32)
     return lambda hp: jnp.asarray(fold_of_row) != hp["fold"]
 
 
-def held_out(split: Split, chosen: np.ndarray) -> Split:
+def select_rows(split: Split, is_chosen: np.ndarray) -> Split:
     """The rows of a split that are chosen by booleans `[n]`."""
-    return Split(*(part[chosen] for part in split))
+    return Split(*(part[is_chosen] for part in split))
 
 
 def held_out_logits(params: Any, x: np.ndarray, fold: np.ndarray) -> np.ndarray:
@@ -105,13 +108,13 @@ def predict(
     Args:
       params: Parameters, leaves `[folds, ...]`.
       splits: What `split` returns.
-      fold: Likewise.
+      fold: The fold of each training row, `[N]`.
       pos_weight: Weight of label 1 that the networks were trained with, one per output.
 
     Returns:
       The splits "validation", whose rows are those of all folds, and "test"; and the
-      logits by model and split, `[n, n_L]`, corrected for `pos_weight`. Those of a fold
-      are by the networks that held it out, those of the test by all networks.
+      logits by model and split, `[n, n_L]`, corrected for `pos_weight`. Validation
+      logits come from the network that held out the row, test logits from the ensemble.
     """
     shift = metrics.prior_shift(pos_weight)
     validation, test = splits["train"], splits["test"]

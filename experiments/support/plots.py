@@ -20,6 +20,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from experiments.support import output
 from experiments.support.metrics import CALIBRATION_BINS, calibration_bins
+from experiments.support.retraining import GRAD_DOT, NEWTON
 
 DPI = 120
 MAX_NAME = 60  # characters of a name that are drawn
@@ -368,14 +369,14 @@ def leave_one_out(
       estimates: The same by quantity and method.
     """
     panels = (
-        ("own_logit", "one Newton step", "own logit"),
-        ("test_loss", "one Newton step", "test losses"),
-        ("test_loss", "Grad-Dot", "test losses"),
+        ("own_logit", NEWTON, "own logit"),
+        ("test_loss", NEWTON, "test losses"),
+        ("test_loss", GRAD_DOT, "test losses"),
     )
     figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.4), layout="constrained")
     for axis, (quantity, method, title) in zip(axes, panels, strict=True):
         x, y = truth[quantity].ravel(), estimates[quantity, method].ravel()
-        if method != "Grad-Dot":  # which has another unit
+        if method != GRAD_DOT:  # which has another unit
             axis.axline((0, 0), slope=1, color="0.7", ls=":")
         if quantity == "own_logit":
             axis.scatter(x, y, s=10, alpha=0.6)

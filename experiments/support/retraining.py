@@ -14,7 +14,11 @@ import jaxbce
 from experiments.support.cli import InputError
 from jaxbce import curvature
 
-STEPS_RATIO = 5  # steps of each phase of `minimize` per step of another network
+STEPS_RATIO = 5  # steps in each phase of `minimize`, as a multiple of num_steps
+
+# Names of estimates of the changes by retraining.
+NEWTON = "one Newton step"
+GRAD_DOT = "Grad-Dot"
 
 
 class Problem(NamedTuple):
@@ -35,9 +39,12 @@ class Problem(NamedTuple):
     tau: float
 
 
-def penalty(strength: float) -> Callable[[Any], jax.Array]:
-    """Half the strength times the sum of the squared parameters."""
-    return lambda params: strength / 2 * optax.tree.norm(params, squared=True)
+def gaussian_penalty(tau: float) -> Callable[[Any], jax.Array]:
+    """τ/2 times the sum of the squared parameters.
+
+    Biases are included (unlike `optimizers.l2_penalty`).
+    """
+    return lambda params: tau / 2 * optax.tree.norm(params, squared=True)
 
 
 def momentum(rate: float, num_steps: int) -> optax.GradientTransformation:
@@ -48,11 +55,11 @@ def momentum(rate: float, num_steps: int) -> optax.GradientTransformation:
 def minimize(
     problem: Problem, hidden: tuple[int, ...], num_steps: int, seed: int
 ) -> tuple[Any, float]:
-    """Trains near a minimum of the objective, by Adam and then with momentum.
+    """Trains to near a minimum of the objective, with Adam and then with momentum.
 
     Returns:
-      The parameters, and the learning rate with which to continue: 1 / the largest
-      eigenvalue of the mean loss's Gauss-Newton matrix and the penalty.
+      The parameters, and the learning rate with which to continue, 1 / (λ + τ/N), where
+      λ is the largest eigenvalue of the mean loss's Gauss-Newton matrix.
 
     Raises:
       InputError: If a network diverges, or the gradient is not finite.
@@ -60,7 +67,8 @@ def minimize(
     sizes = (problem.x.shape[1], *hidden, 1)
     params = jaxbce.init(jax.random.key(seed), sizes, dtype=problem.x.dtype)
     steps = STEPS_RATIO * num_steps
-    adam = optax.adam(optax.cosine_decay_schedule(0.01, steps))  # in any units
+    # Its steps do not depend on the scale of the loss.
+    adam = optax.adam(optax.cosine_decay_schedule(0.01, steps))
     params = _fit(params, problem, adam, steps)
     largest = curvature.ggn_eigenvalues(params, problem.x, problem.y, k=1)[0]
     rate = 1 / (float(largest) + problem.tau / len(problem.x))
@@ -84,10 +92,10 @@ def _fit(params: Any, problem: Problem, optimizer: Any, num_steps: int) -> Any:
         problem.x,
         problem.y,
         optimizer=optimizer,
-        penalty=penalty(problem.tau / len(problem.x)),  # the loss is a mean
+        penalty=gaussian_penalty(problem.tau / len(problem.x)),  # the loss is a mean
         num_steps=num_steps,
     )
-    _check_finite(trained.diverged_at)
+    _check_not_diverged(trained.diverged_at)
     return trained.params
 
 
@@ -117,11 +125,12 @@ def retrain(
         params=start,
         hparams={"left_out": left_out},
         make_optimizer=lambda hp: momentum(rate, num_steps),
-        make_penalty=lambda hp: penalty(problem.tau / (n - 1)),  # the mean is of n - 1
+        # The loss is the mean of n - 1 examples.
+        make_penalty=lambda hp: gaussian_penalty(problem.tau / (n - 1)),
         make_sample_weight=lambda hp: jnp.arange(n) != hp["left_out"],
         num_steps=num_steps,
     )
-    _check_finite(trained.diverged_at)
+    _check_not_diverged(trained.diverged_at)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, 0]), trained.params)
     evaluate_all = jax.vmap(_evaluate, (0, None, 0))
     found = jax.tree.map(np.asarray, evaluate_all(params, problem, left_out))
@@ -138,7 +147,7 @@ def retrain(
     )
 
 
-def _check_finite(diverged_at: Any) -> None:
+def _check_not_diverged(diverged_at: Any) -> None:
     if (np.asarray(diverged_at) >= 0).any():
         raise InputError("networks diverged; try a larger --prior_precision")
 
@@ -162,7 +171,7 @@ def _evaluate(params: Any, problem: Problem, left_out: jax.Array) -> dict[str, A
     value, grads = jaxbce.value_and_grad(
         params, x, y, sample_weight=weight, reduction="sum"
     )
-    decay, decay_grads = jax.value_and_grad(penalty(tau))(params)
+    decay, decay_grads = jax.value_and_grad(gaussian_penalty(tau))(params)
     grads = jax.tree.map(jnp.add, grads, decay_grads)
     return {
         "own_logit": a,

@@ -115,7 +115,7 @@ def assign_folds(
     """
     if group is not None and group.nunique() < folds:
         raise InputError(
-            f"--folds={folds}: only {group.nunique()} groups are not for the test"
+            f"--folds={folds}: only {group.nunique()} groups are outside the test set"
         )
     splitter = StratifiedKFold if group is None else StratifiedGroupKFold
     stratum, fold = _strata(y), np.zeros(len(y), int)

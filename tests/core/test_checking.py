@@ -404,8 +404,8 @@ PLANTED = {
     "divided by N, not by the sum of sample_weight": {
         "output": lambda n: n.s / len(n.x) * error(n)
     },
-    "times σ′(a) once more, as for squared errors": times(lambda n: slope(n.a[-1])),
-    "times 2σ′(a) once more, as for squared errors": times(
+    "multiplied by σ′(a), as for the squared error": times(lambda n: slope(n.a[-1])),
+    "multiplied by 2σ′(a), as for the squared error": times(
         lambda n: 2 * n.y_hat * (1 - n.y_hat)
     ),
     "with ∂BCE/∂ŷ in place of ŷ − y": times(lambda n: 1 / slope(n.a[-1])),
@@ -512,7 +512,7 @@ def test_a_mistake_made_in_every_layer_is_named_in_each(sizes, dtype):
 def test_two_mistakes_in_one_layer_are_both_named():
     both = times(lambda n: slope(n.a[-1]) * n.s / n.c)
     text = (
-        "times σ′(a) once more, as for squared errors and "
+        "multiplied by σ′(a), as for the squared error and "
         "summed over the examples, not averaged"
     )
     report = check(planted(**both), EQUAL_WIDTHS)

@@ -299,7 +299,7 @@ REFUSED: Any = {
     "negative": (
         {"make_sample_weight": lambda hp: 1 - 20 * hp["learning_rate"] * FOLD},
         ValueError,
-        r"finite weights >= 0, .* but it does not for hparams \{'learning_rate': 0.1",
+        r"finite weights >= 0, .* which it does not for hparams \{'learning_rate': 0.1",
     ),
     "all 0": (
         {"make_sample_weight": lambda hp: jnp.zeros(N)},
@@ -341,12 +341,12 @@ REFUSED: Any = {
     "points": (
         {"hidden": None, "params": STACKED},
         ValueError,
-        r"params of 1 or 2 points, got shape \(3, 2, 5, 4\)",
+        r"params with 1 or 2 points, got shape \(3, 2, 5, 4\)",
     ),
     "seeds": (
         {"hidden": None, "params": jax.tree.map(lambda t: t[:1], STACKED)},
         ValueError,
-        "params of 1 or 1 seeds",
+        "params with 1 or 1 seeds",
     ),
     "one axis": (
         {"hidden": None, "params": jax.tree.map(lambda t: t[0], STACKED)},
@@ -368,3 +368,13 @@ def test_a_bad_argument_is_refused_by_name(options, error, message):
     given = {"hparams": {"learning_rate": [0.0, 0.1]}} | SMALL | options
     with pytest.raises(error, match=message):
         jaxbce.sweep(KEY, x, y, **given)
+
+
+def test_features_must_be_finite_unless_all_members_give_them_weight_0():
+    x, y = data(dtype="float32")
+    x[3, 1] = np.nan
+    options = SMALL | FOLDS | {"hparams": {"learning_rate": [0.1], "fold": [3]}}
+    with pytest.raises(ValueError, match=r"expected x to be finite.* nan at x\[3, 1\]"):
+        jaxbce.sweep(KEY, x, y, **options)
+    found = jaxbce.sweep(KEY, x, y, sample_weight=np.arange(N) != 3, **options)
+    assert np.isfinite(found.train_loss).all()

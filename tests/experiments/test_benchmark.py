@@ -238,7 +238,7 @@ def test_held_out_losses_that_differ_are_a_mismatch(monkeypatch):
 def test_the_laplace_approximation_is_that_of_the_explicit_matrix(quantity):
     case = laplace.case(quantity, *SIZE, KEY)
     rows = measure(case._replace(exact=None, tolerance=1e-5))
-    libraries = {*laplace.LIBRARIES.get(quantity, ())} - {*case.missing}
+    libraries = {*laplace.QUANTITIES[quantity].libraries} - {*case.missing}
     assert {row["baseline"] for row in rows} == {"dense", *libraries}
     for row in rows:
         is_other_work = row["baseline"] in laplace.OTHER_WORK

@@ -105,12 +105,12 @@ ONE_SIDED = GROUPED._replace(y=(PATIENT.to_numpy() < 3)[:, None].astype(float))
 @pytest.mark.parametrize(
     ("table", "folds", "message"),
     [
-        (FEW, 11, "--folds=11: target 'moon' has 10 rows of 'lower' that are not for"),
+        (FEW, 11, "--folds=11: target 'moon' has 10 rows of 'lower' outside the test"),
         (MOONS, 10**9, "--folds=1000000000: target 'moon' has 400 rows of 'upper'"),
         (
             GROUPED._replace(group=PATIENT // 10),
             20,
-            "--folds=20: only 12 groups are not for the test",
+            "--folds=20: only 12 groups are outside the test set",
         ),
         (ONE_SIDED, 4, "--folds=4: a fold has only one label of target 'moon'"),
         (

@@ -112,7 +112,7 @@ def test_the_truth_is_training_without_the_row(saved_run, trained):
             problem.x[others],
             problem.y[others],
             optimizer=retraining.momentum(rate, 40),
-            penalty=retraining.penalty(1.0 / 29),
+            penalty=retraining.gaussian_penalty(1.0 / 29),
             num_steps=40,
         )
         (own, losses), (own_before, before) = (
@@ -131,7 +131,7 @@ def test_estimates_are_those_of_the_library(saved_run, trained):
     loo = laplace.leave_one_out(posterior)
     influence = laplace.influence(posterior, x_test, y_test)
     ell = jaxbce.bce_with_logits(jaxbce.logits(full, x), y)[:, 0]
-    step = leave_one_out.NEWTON
+    step, grad_dot = retraining.NEWTON, retraining.GRAD_DOT
     expected = {
         ("own_logit", step): (loo.logits - jaxbce.logits(full, x))[:, 0],
         ("own_loss", step): loo.loss - ell,
@@ -139,9 +139,7 @@ def test_estimates_are_those_of_the_library(saved_run, trained):
         ("own_loss", "self-influence"): per_example.scores(full, x, y).grand ** 2,
         ("test_loss", step): influence / (1 - loo.leverage)[:, None],
         ("test_loss", "influence"): influence,
-        ("test_loss", "Grad-Dot"): per_example.inner_products(
-            full, x, y, x_test, y_test
-        ),
+        ("test_loss", grad_dot): per_example.inner_products(full, x, y, x_test, y_test),
     }
     assert list(result["estimates"]) == list(expected)
     for name, values in expected.items():
