@@ -1,14 +1,17 @@
-"""`jax.jit` that keeps the signature of a function for type checkers.
+"""`jax.jit` that keeps the signature of a function, and names arguments in errors.
 
-To a checker, the result of `jax.jit` accepts any arguments, and what it returns is
-unknown. Only the annotations differ here: at run time the result is that of `jax.jit`.
+To a type checker, the result of `jax.jit` accepts any arguments, and what it returns is
+unknown. At run time it refuses a table of pandas without the name of the argument.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax
+
+from jaxbce import _validate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,4 +39,23 @@ def jit(
     *, static_argnames: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Jitted[P, R]]:
     """A decorator, `jax.jit` with these static arguments."""
-    return functools.partial(jax.jit, static_argnames=static_argnames)
+
+    def decorate(fun: Callable[P, R]) -> Jitted[P, R]:
+        jitted = jax.jit(fun, static_argnames=static_argnames)
+
+        @functools.wraps(fun)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return jitted(*args, **kwargs)
+            except (TypeError, ValueError):
+                bound = inspect.signature(fun).bind_partial(*args, **kwargs).arguments
+                _validate.arrays(
+                    {k: v for k, v in bound.items() if k not in static_argnames}
+                )
+                raise
+
+        decorated: Any = call
+        decorated.lower, decorated.trace = jitted.lower, jitted.trace
+        return decorated
+
+    return decorate

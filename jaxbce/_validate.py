@@ -9,7 +9,7 @@ what was expected and what was passed. Nothing is broadcast silently.
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +59,17 @@ def _array(
             got += f": use {name}{conversion}"
             break
     raise TypeError(f"expected {name} to be {expected}, got {got}")
+
+
+def arrays(arguments: Mapping[str, Any]) -> None:
+    """Checks that all leaves of the arguments are arrays or numbers."""
+    for name, value in arguments.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            if not isinstance(leaf, (bool, int, float, complex)):
+                # JAX refuses NumPy arrays of text or objects before it traces.
+                floating = False if isinstance(leaf, np.ndarray) else None
+                at = name + jax.tree_util.keystr(path)
+                _array(at, leaf, "an array", floating=floating)
 
 
 def _cast(value: Any, dtype: Any) -> jax.Array:

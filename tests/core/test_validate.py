@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse
 
 import jaxbce
-from jaxbce import _validate, curvature, per_example
+from jaxbce import _validate, curvature, laplace, per_example
 from jaxbce.network import Layer
 
 PARAMS: Any = (Layer(jnp.ones((3, 1)), jnp.zeros(1)),)
@@ -228,7 +228,7 @@ FOREIGN: Any = {
 @pytest.mark.parametrize(("convert", "message"), FOREIGN.values(), ids=FOREIGN)
 def test_arrays_of_other_libraries_are_named_with_their_conversion(convert, message):
     def refuses(name, call):
-        expected = f"expected {name} .* got .*{message.format(name)}"
+        expected = f"(?m)expected {name} .* got .*{message.format(name)}"
         with pytest.raises(TypeError, match=expected.replace("[", r"\[")):
             call()
 
@@ -239,6 +239,10 @@ def test_arrays_of_other_libraries_are_named_with_their_conversion(convert, mess
     refuses("y", lambda: check(PARAMS, X, convert(Y)))
     refuses("sample_weight", lambda: check(PARAMS, X, Y, sample_weight=convert(S)))
     refuses("x", lambda: _validate.matrix("x", convert(X), "[N, n_0]"))
+    refuses("x", lambda: jaxbce.loss(PARAMS, convert(X), Y))
+    refuses("y", lambda: jaxbce.per_example.norms(PARAMS, X, convert(Y)))
+    posterior = laplace.posterior(PARAMS, X, Y, 1.0)
+    refuses("x2", lambda: laplace.influence(posterior, convert(X), Y))
     w = convert(np.ones((3, 1)))
     refuses("params[0].w", lambda: _validate.params((Layer(w, jnp.zeros(1)),)))
     refuses("validation[0]", lambda: _validate.validation((convert(X), Y), PARAMS))
