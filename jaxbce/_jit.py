@@ -7,7 +7,7 @@ unknown. At run time it refuses a table of pandas without the name of the argume
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 
@@ -15,47 +15,47 @@ from jaxbce import _validate
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 
-class Jitted(Protocol[P, R_co]):
+class Jitted(Generic[P, R]):
     """A compiled function, with the signature of the original one."""
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    __qualname__: str
+
+    def __init__(self, fun: Callable[P, R], static_argnames: Sequence[str]):
+        functools.update_wrapper(self, fun)
+        self._jitted: Any = jax.jit(fun, static_argnames=static_argnames)
+        self._static_argnames = static_argnames
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the function, compiled for the shapes and dtypes of its arguments."""
-        ...
+        try:
+            return self._jitted(*args, **kwargs)
+        except (TypeError, ValueError):
+            arguments = inspect.signature(self).bind_partial(*args, **kwargs).arguments
+            for name in self._static_argnames:
+                arguments.pop(name, None)
+            _validate.arrays(arguments)
+            raise
+
+    def __repr__(self) -> str:
+        return f"<compiled function {self.__module__}.{self.__qualname__}>"
+
+    def __reduce__(self) -> str:  # pickled by name, as a function is
+        return self.__qualname__
 
     # These two also accept a jax.ShapeDtypeStruct in place of an array.
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function for these arguments."""
-        ...
+        return self._jitted.lower(*args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """Traces the function for these arguments."""
-        ...
+        return self._jitted.trace(*args, **kwargs)
 
 
 def jit(
     *, static_argnames: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Jitted[P, R]]:
     """A decorator, `jax.jit` with these static arguments."""
-
-    def decorate(fun: Callable[P, R]) -> Jitted[P, R]:
-        jitted = jax.jit(fun, static_argnames=static_argnames)
-
-        @functools.wraps(fun)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return jitted(*args, **kwargs)
-            except (TypeError, ValueError):
-                bound = inspect.signature(fun).bind_partial(*args, **kwargs).arguments
-                _validate.arrays(
-                    {k: v for k, v in bound.items() if k not in static_argnames}
-                )
-                raise
-
-        decorated: Any = call
-        decorated.lower, decorated.trace = jitted.lower, jitted.trace
-        return decorated
-
-    return decorate
+    return functools.partial(Jitted, static_argnames=static_argnames)

@@ -708,13 +708,17 @@ class _Batches(NamedTuple):
         empty = _varying(jnp.zeros((epochs, n), int))
         orders = _repeat(last - epoch + 1, draw, empty)
         t = first + jnp.arange(most, dtype=first.dtype)
-        begin = (t % per_epoch * size)[:, None]  # where in its epoch a batch begins
-        positions = jnp.minimum(begin, n - size) + jnp.arange(size, dtype=t.dtype)
-        indices = orders[(t // per_epoch - epoch)[:, None], positions]
+        begin = t % per_epoch * size  # where in its epoch a batch begins
+        rows = jax.vmap(lambda at: at + jnp.arange(size, dtype=t.dtype))
+        positions = rows(jnp.minimum(begin, n - size))  # [most, size]
+        indices = jax.vmap(lambda e, at: orders[e, at])(
+            t // per_epoch - epoch, positions
+        )
         if n % size == 0:
             return indices, jnp.full((most, size), 1 / size)
-        is_new = (positions >= begin).astype(float)
-        return indices, is_new / jnp.minimum(size, n - begin).astype(float)
+        is_new = (positions >= begin[:, None]).astype(float)
+        count = jnp.minimum(size, n - begin).astype(float)
+        return indices, is_new / count[:, None]
 
 
 def _repeat(count: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:

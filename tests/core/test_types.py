@@ -1,6 +1,7 @@
 """What a type checker sees of the package, in code that a user would write."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -143,8 +144,12 @@ def test_a_strict_checker_accepts_right_calls_and_rejects_wrong_ones(tmp_path):
     assert {lines[line] for _, line, _ in errors} == set(WRONG.splitlines())
 
 
-def test_compiled_functions_can_be_traced_and_lowered():
+def test_compiled_functions_can_be_traced_lowered_and_pickled():
     params = jaxbce.init(jax.random.key(0), (2, 1))
     shape = jax.ShapeDtypeStruct((4, 2), "float32")
     assert jaxbce.forward.trace(params, shape).lower().out_info.a[0].shape == (4, 1)
     assert jaxbce.forward.lower(params, shape).out_info.a[0].shape == (4, 1)
+    # jax.grad copies the attributes of a function.
+    assert not hasattr(jax.grad(jaxbce.loss), "trace")
+    assert pickle.loads(pickle.dumps(jaxbce.loss)) is jaxbce.loss
+    assert repr(jaxbce.loss) == "<compiled function jaxbce.gradients.loss>"
