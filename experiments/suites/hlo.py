@@ -4,7 +4,8 @@ Kernels are what a device starts one by one: fusions, library calls, and operati
 are not fused. The bytes of a kernel are those of its operands and results in the memory
 of the device, with the padding of their tiles. An array of which it only reads or
 writes a slice counts as the slice. Single numbers, and arrays in another memory space,
-such as the memory on the chip of a TPU, `S(1)` in a layout, cost nothing.
+such as the memory on the chip of a TPU, `S(1)` in a layout, cost nothing. What a TPU
+does with single numbers, outside fusions, is left to its scalar unit and not counted.
 """
 
 import functools
@@ -165,6 +166,9 @@ class Module:
         return Cost(*total)
 
     def _kernel(self, kernel: Instruction, shapes: dict[str, str]) -> Cost:
+        is_number = re.fullmatch(r"\w+\[[1,]*\]\{.*T\(.*", kernel.shape)
+        if is_number and kernel.opcode not in ("fusion", "custom-call", "reduce"):
+            return Cost()
         is_fused = kernel.opcode in ("fusion", "async-start")
         inner = self._reachable(kernel.called()[0]) if is_fused else [kernel]
         opcodes = [each.opcode for each in inner]
