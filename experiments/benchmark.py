@@ -393,10 +393,11 @@ def _compile_ahead_of_time(quick: bool, folder: Path | None) -> int:
     """Compiles for all targets, prints their tables, and writes ahead_of_time.json.
 
     Returns:
-      The exit status: 1 if a program does not compile.
+      The exit status: 1 if a program or the process of a target fails.
     """
-    rows, skipped = [], []
     targets = list(dict.fromkeys(_TARGET.value))
+    rows: list[Row] = []
+    errors = {target: line for target in targets if (line := missing(target))}
     document = {
         "versions": ahead_of_time.versions(),
         "configuration": {
@@ -405,25 +406,33 @@ def _compile_ahead_of_time(quick: bool, folder: Path | None) -> int:
             "quick": quick,
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         },
-        "skipped": skipped,
+        "skipped": list(errors),
         "rows": rows,
     }
-    print(", ".join(f"{k} {v}" for k, v in document["versions"].items()), flush=True)
+    print(", ".join(f"{k} {v}" for k, v in document["versions"].items()))
+    print("".join(f"{line}\n" for line in errors.values()), end="", flush=True)
+    status = 0
     for target in targets:
-        if line := missing(target):
-            skipped.append(target)
-            print(line, flush=True)
+        if target in errors:
             continue
-        found = ahead_of_time.run(
-            target, quick=quick, report=lambda row: print(report.compiled_line(row))
-        )
+        try:
+            found = ahead_of_time.run(
+                target,
+                quick=quick,
+                report=lambda row: print(report.compiled_line(row), flush=True),
+            )
+        except RuntimeError as error:
+            print(f"{target}: {error}", flush=True)
+            status = 1
+            continue
         rows += found
+        status |= any(row["error"] for row in found)
         print(f"\n{output.table(report.compiled_table(found))}\n", flush=True)
         if folder is not None:
             output.write_results(folder, AHEAD_OF_TIME, document, rows)
     if folder is not None and rows:
         print(f"Written to {folder}: {AHEAD_OF_TIME}.json, .csv")
-    return int(any(row["error"] for row in rows))
+    return status
 
 
 def main() -> int:
@@ -444,6 +453,8 @@ def main() -> int:
     status = 0
     if AHEAD_OF_TIME in configuration["suites"]:
         configuration["suites"].remove(AHEAD_OF_TIME)
+        if not configuration["suites"]:  # nothing needs an accelerator
+            jax.config.update("jax_platforms", "cpu")
         status = _compile_ahead_of_time(configuration["quick"], folder)
         if not configuration["suites"]:
             return status

@@ -29,6 +29,7 @@ _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
     *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
 )
+_FREE_CALLS = re.compile('"(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')
 
 
 class Instruction(NamedTuple):
@@ -151,7 +152,7 @@ class Module:
         shapes = {each.name: each.shape for each in instructions}
         total, times = [0] * len(Cost._fields), 1
         for each in instructions:
-            if each.opcode in _FREE or '"AllocateBuffer"' in each.attributes:
+            if each.opcode in _FREE or _FREE_CALLS.search(each.attributes):
                 continue
             if each.opcode == "while":
                 times, cost = self.trip_count(each) or 1, self.cost(self.body(each))
@@ -187,7 +188,11 @@ class Module:
             return array_bytes(kernel.shape)
         arrays = [shapes[name] for name in kernel.operands]
         if kernel.opcode.endswith("-start"):
-            return sum(map(array_bytes, arrays))
+            moved = [
+                array_bytes(a[0], anywhere=True) for a in _ARRAY.finditer(kernel.shape)
+            ]
+            most = min(filter(None, moved)) if "slice" in kernel.opcode else math.inf
+            return int(min(sum(map(array_bytes, arrays)), most))
         parameters, results = list(kernel.operands), [kernel]
         inner = [kernel]
         if kernel.opcode == "fusion":

@@ -132,6 +132,8 @@ def compiled_table(rows: list[Row]) -> list[Row]:
             return str(row[key] or "unknown")
         if key == "padding" and row["unit"] == "step":
             return f"{row[key]:.2f}"
+        if key == "calls" and row["program"] == "sweep":
+            return str(row[key])
         return str(row[key]) if key in _COUNTS else ""
 
     programs: dict[tuple[str, str], list[Row]] = {}
@@ -155,7 +157,7 @@ _COUNTS = {
     "hbm_bytes": "HBM MB",
     "temp_bytes": "temporary MB",
 }
-_OF_LOOPS = {"trip_count": "iterations", "padding": "padding"}
+_OF_LOOPS = {"trip_count": "iterations", "padding": "padding", "calls": "groups"}
 
 
 def _compiled_text(document: dict[str, Any]) -> str:
