@@ -151,13 +151,15 @@ def markdown(block: str, document: dict[str, Any]) -> str:
 def with_tables(text: str, document: dict[str, Any]) -> str:
     """Replaces the tables of a page between its `<!-- benchmark: NAME -->` marks.
 
+    A run of some suites replaces their tables alone, with its machine below each.
+
     Args:
       text: The page.
       document: The contents of a benchmark.json.
 
     Raises:
       ValueError: If the marks are not all in pairs, or the benchmark is not a finished
-        run of `--full` that has all suites of the page and no mismatch.
+        run of `--full` without a mismatch.
     """
     blocks = _BLOCK.findall(text)
     if not blocks or {len(blocks)} != {text.count(mark) for mark in _MARKS}:
@@ -168,12 +170,21 @@ def with_tables(text: str, document: dict[str, Any]) -> str:
         raise ValueError("not a run of --full")
     if document["mismatches"]:
         raise ValueError(f"{len(document['mismatches'])} of its cases do not agree")
-    for _, name, _ in blocks:
-        if name not in (*document["finished_suites"], "machine"):
-            raise ValueError(f"suite {name!r} is not finished")
-    return _BLOCK.sub(
-        lambda found: f"{found[1]}\n{markdown(found[2], document)}\n\n{found[3]}", text
-    )
+    names = {name for _, name, _ in blocks} - {"machine"}
+    suites = names.intersection(document["configuration"]["suites"])
+    for name in sorted(suites - {*document["finished_suites"]}):
+        raise ValueError(f"suite {name!r} is not finished")
+
+    def replace(found: re.Match[str]) -> str:
+        name = found[2]
+        if suites == names:
+            return f"{found[1]}\n{markdown(name, document)}\n\n{found[3]}"
+        if name not in suites:
+            return found[0]
+        machine = _machine_text(document)
+        return f"{found[1]}\n{markdown(name, document)}\n\n*{machine}*\n\n{found[3]}"
+
+    return _BLOCK.sub(replace, text)
 
 
 def draw(path: Path, rows: list[Row]) -> None:
