@@ -224,6 +224,8 @@ def _pipe_table(cells: list[Row]) -> str:
 def with_tables(text: str, document: dict[str, Any]) -> str:
     """Replaces the tables of a page between its `<!-- benchmark: NAME -->` marks.
 
+    A run of some suites replaces their tables alone, with its machine below each.
+
     Args:
       text: The page.
       document: The contents of a benchmark.json, or of an ahead_of_time.json, which
@@ -231,7 +233,7 @@ def with_tables(text: str, document: dict[str, Any]) -> str:
 
     Raises:
       ValueError: If the marks are not all in pairs, or the benchmark is not a finished
-        run of `--full` that has all suites of the page and no mismatch.
+        run of `--full` without a mismatch.
     """
     blocks = _BLOCK.findall(text)
     if not blocks or {len(blocks)} != {text.count(mark) for mark in _MARKS}:
@@ -239,28 +241,36 @@ def with_tables(text: str, document: dict[str, Any]) -> str:
             "the page's marks are not pairs <!-- benchmark: NAME --> and <!-- end -->"
         )
     if document["configuration"].get("suites") == [AHEAD_OF_TIME]:
-        return _replace(text, {AHEAD_OF_TIME: _compiled_text(document)})
+        compiled = _compiled_text(document)
+        return _BLOCK.sub(
+            lambda found: (
+                f"{found[1]}\n{compiled}\n\n{found[3]}"
+                if found[2] == AHEAD_OF_TIME
+                else found[0]
+            ),
+            text,
+        )
     if not document["configuration"]["full"]:
         raise ValueError("not a run of --full")
     if document["mismatches"]:
         raise ValueError(f"{len(document['mismatches'])} of its cases do not agree")
-    names = [name for _, name, _ in blocks if name != AHEAD_OF_TIME]
-    for name in names:
-        if name not in (*document["finished_suites"], "machine"):
-            raise ValueError(f"suite {name!r} is not finished")
-    return _replace(text, {name: markdown(name, document) for name in names})
+    names = {name for _, name, _ in blocks} - {"machine", AHEAD_OF_TIME}
+    suites = names.intersection(document["configuration"]["suites"])
+    for name in sorted(suites - {*document["finished_suites"]}):
+        raise ValueError(f"suite {name!r} is not finished")
 
+    def replace(found: re.Match[str]) -> str:
+        name = found[2]
+        if name == AHEAD_OF_TIME:
+            return found[0]
+        if suites == names:
+            return f"{found[1]}\n{markdown(name, document)}\n\n{found[3]}"
+        if name not in suites:
+            return found[0]
+        machine = _machine_text(document)
+        return f"{found[1]}\n{markdown(name, document)}\n\n*{machine}*\n\n{found[3]}"
 
-def _replace(text: str, contents: dict[str, str]) -> str:
-    """The page with these contents in its blocks; the others stay as they are."""
-    return _BLOCK.sub(
-        lambda found: (
-            f"{found[1]}\n{contents[found[2]]}\n\n{found[3]}"
-            if found[2] in contents
-            else found[0]
-        ),
-        text,
-    )
+    return _BLOCK.sub(replace, text)
 
 
 def draw(path: Path, rows: list[Row]) -> None:
