@@ -217,7 +217,7 @@ def test_a_compiled_program_of_this_version_is_read():
         return jax.lax.scan(lambda w, _: (w + x.T @ (x @ w), None), w, length=7)[0]
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((9, 5), (8, 9))]
-    module = Module(jax.jit(train).lower(*shapes).compile().as_text())
+    module = Module(str(jax.jit(train).lower(*shapes).compile().as_text()))
     loop = module.step_loop()
     assert loop is not None
     assert module.trip_count(loop) == 7
