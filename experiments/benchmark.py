@@ -4,6 +4,7 @@
     python -m experiments.benchmark --suite gradient --suite curvature
     python -m experiments.benchmark --full --output_dir results/benchmark
     python -m experiments.benchmark --write_tables results/benchmark/benchmark.json
+    python -m experiments.benchmark --suite ahead_of_time --target v5e --target h100
 
 Each row of the tables has one quantity at one size, by jaxbce and by one baseline, both
 measured in the same process. Their results must agree first; baselines marked † do
@@ -30,6 +31,11 @@ The suites:
     compile      from a new process to the first gradient; tracing and compilation
     scaling      how time grows with examples, widths, networks and batches
 
+One more suite is not among those that run by default, because it times nothing:
+
+    ahead_of_time  what the programs compiled for a GPU or TPU that is not attached do,
+                   vs plain JAX. `pip install '.[aot-gpu,aot-tpu]'` brings the compilers
+
 Expect about 1 for a plain gradient in cache and more beyond it, 1 to 2.5 for sweeps,
 and tens for per-example quantities against vmap, unless the network is tiny. The share
 of the limit is relative to the rate of large matrix products or copies on the same
@@ -48,6 +54,7 @@ import numpy as np
 from absl import flags
 
 from experiments.suites import (
+    ahead_of_time,
     batches,
     compilation,
     data_sweeps,
@@ -57,6 +64,7 @@ from experiments.suites import (
     training,
 )
 from experiments.suites.case import JAXBCE, Case
+from experiments.suites.targets import TARGETS, missing
 from experiments.support import cli, output, timing
 
 for _name in (*cli.COMMON, "cpu_devices"):
@@ -72,12 +80,20 @@ SUITES = {
     "compile": compilation,
     "scaling": scaling,
 }
+AHEAD_OF_TIME = report.AHEAD_OF_TIME
 PAGE = Path(__file__).with_name("BENCHMARKS.md")
 _SUITE = flags.DEFINE_multi_enum(
     "suite",
     list(SUITES),
-    list(SUITES),
-    "Suite to run; repeat for several. Default: all.",
+    [*SUITES, AHEAD_OF_TIME],
+    f"Suite to run; repeat for several. Default: all but {AHEAD_OF_TIME}.",
+)
+_TARGET = flags.DEFINE_multi_enum(
+    "target",
+    list(TARGETS),
+    list(TARGETS),
+    f"Device that --suite={AHEAD_OF_TIME} compiles for; repeat for several. Default: "
+    "all.",
 )
 _QUICK = flags.DEFINE_bool(
     "quick", False, "Run few sizes and 3 rounds: about two minutes on two cores."
@@ -105,8 +121,8 @@ _REPEATS = flags.DEFINE_integer(
 _WRITE_TABLES = flags.DEFINE_string(
     "write_tables",
     None,
-    "A benchmark.json of a --full run. Write its tables to experiments/BENCHMARKS.md "
-    "and measure nothing.",
+    "A benchmark.json of a --full run, or an ahead_of_time.json. Write its tables to "
+    "experiments/BENCHMARKS.md and measure nothing.",
 )
 
 Row = dict[str, Any]
@@ -268,6 +284,8 @@ def result_row(
 def write_tables(source: Path, page: Path) -> None:
     """Writes the tables of a benchmark.json to a page, between its marks.
 
+    An ahead_of_time.json is written likewise, to its own block.
+
     Raises:
       InputError: If the file is not a finished `--full` run without mismatches.
     """
@@ -287,6 +305,8 @@ def _configuration() -> dict[str, Any]:
     """The settings of this run, from the flags."""
     if _QUICK.value and _FULL.value:
         raise cli.InputError("--quick and --full exclude each other")
+    if flags.FLAGS["target"].present and AHEAD_OF_TIME not in _SUITE.value:
+        raise cli.InputError(f"--target needs --suite={AHEAD_OF_TIME}")
     rounds, repeats = (3, 1) if _QUICK.value else (7, 2) if _FULL.value else (5, 1)
     return {
         "suites": list(dict.fromkeys(_SUITE.value)),
@@ -369,10 +389,57 @@ def _measure_suite(
         print(f"\n{output.table(cells)}\n", flush=True)
 
 
+def _compile_ahead_of_time(quick: bool, folder: Path | None) -> int:
+    """Compiles for all targets, prints their tables, and writes ahead_of_time.json.
+
+    Returns:
+      The exit status: 1 if a program or the process of a target fails.
+    """
+    targets = list(dict.fromkeys(_TARGET.value))
+    rows: list[Row] = []
+    errors = {target: line for target in targets if (line := missing(target))}
+    document = {
+        "versions": ahead_of_time.versions(),
+        "configuration": {
+            "suites": [AHEAD_OF_TIME],
+            "targets": targets,
+            "quick": quick,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
+        "skipped": list(errors),
+        "rows": rows,
+    }
+    print(", ".join(f"{k} {v}" for k, v in document["versions"].items()))
+    print("".join(f"{line}\n" for line in errors.values()), end="", flush=True)
+    status = 0
+    for target in targets:
+        if target in errors:
+            continue
+        try:
+            found = ahead_of_time.run(
+                target,
+                quick=quick,
+                report=lambda row: print(report.compiled_line(row), flush=True),
+            )
+        except RuntimeError as error:
+            print(f"{target}: {error}", flush=True)
+            status = 1
+            continue
+        rows += found
+        status |= any(row["error"] for row in found)
+        print(f"\n{output.table(report.compiled_table(found))}\n", flush=True)
+        if folder is not None:
+            output.write_results(folder, AHEAD_OF_TIME, document, rows)
+    if folder is not None and rows:
+        print(f"Written to {folder}: {AHEAD_OF_TIME}.json, .csv")
+    return status
+
+
 def main() -> int:
     """Runs the suites, prints their tables, and writes them to --output_dir.
 
-    The exit status is 1 if the implementations of any case do not agree.
+    The exit status is 1 if the implementations of any case do not agree, or a program
+    does not compile ahead of time.
     """
     if _WRITE_TABLES.value is not None:
         write_tables(Path(_WRITE_TABLES.value), PAGE)
@@ -383,6 +450,14 @@ def main() -> int:
     configuration = _configuration()
     cli.use_devices()
     folder = cli.output_dir()
+    status = 0
+    if AHEAD_OF_TIME in configuration["suites"]:
+        configuration["suites"].remove(AHEAD_OF_TIME)
+        if not configuration["suites"]:  # nothing needs an accelerator
+            jax.config.update("jax_platforms", "cpu")
+        status = _compile_ahead_of_time(configuration["quick"], folder)
+        if not configuration["suites"]:
+            return status
 
     # Measurements.
     document = _new_document(configuration)
@@ -400,7 +475,7 @@ def main() -> int:
         print(f"Written to {folder}: benchmark.json, .csv, .png")
     for line in document["mismatches"]:
         print(f"WRONG: {line}")
-    return 1 if document["mismatches"] else 0
+    return 1 if document["mismatches"] else status
 
 
 if __name__ == "__main__":

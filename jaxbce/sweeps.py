@@ -417,12 +417,13 @@ def program(prepared: "PreparedSweep") -> tuple[Any, tuple[Any, ...]]:
 
     def shapes(spec: Any, tree: Any) -> Any:
         sharding = jax.sharding.NamedSharding(prepared.plan.mesh, spec)
-        return jax.tree.map(
-            lambda t: jax.ShapeDtypeStruct(
-                t.shape, jax.dtypes.canonicalize_dtype(t.dtype), sharding=sharding
-            ),
-            tree,
-        )
+
+        def shape(t: Any) -> jax.ShapeDtypeStruct:
+            aval: Any = jax.typeof(t)
+            options: Any = {"weak_type": aval.weak_type, "sharding": sharding}
+            return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **options)
+
+        return jax.tree.map(shape, tree)
 
     groups = prepared.groups[: prepared.plan.mesh.size]
     members = shapes(P(_AXIS), _members(groups, prepared))

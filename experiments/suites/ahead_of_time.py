@@ -226,7 +226,7 @@ def _counts(unit: str, compiled: Any, calls: int) -> Row:
             hlo.array_bytes(loop.shape, padded=padded, anywhere=True)
             for padded in (True, False)
         )
-        padding = padded / exact
+        padding = round(padded / exact, 4)
     return {
         "kernels": cost.kernels,
         "products": cost.products,
@@ -298,7 +298,7 @@ def run(
         if process.wait():
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"the process for {target} has failed: {last}")
+            raise RuntimeError(f"its process has failed: {last}")
     return rows
 
 

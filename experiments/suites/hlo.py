@@ -4,7 +4,8 @@ Kernels are what a device starts one by one: fusions, library calls, and operati
 are not fused. The bytes of a kernel are those of its operands and results in the memory
 of the device, with the padding of their tiles. An array of which it only reads or
 writes a slice counts as the slice. Single numbers, and arrays in another memory space,
-such as the memory on the chip of a TPU, `S(1)` in a layout, cost nothing.
+such as the memory on the chip of a TPU, `S(1)` in a layout, cost nothing. What a TPU
+does with single numbers, outside fusions, is left to its scalar unit and not counted.
 """
 
 import functools
@@ -28,6 +29,7 @@ _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
     *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
 )
+_FREE_CALLS = re.compile('"(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')
 
 
 class Instruction(NamedTuple):
@@ -150,7 +152,7 @@ class Module:
         shapes = {each.name: each.shape for each in instructions}
         total, times = [0] * len(Cost._fields), 1
         for each in instructions:
-            if each.opcode in _FREE or '"AllocateBuffer"' in each.attributes:
+            if each.opcode in _FREE or _FREE_CALLS.search(each.attributes):
                 continue
             if each.opcode == "while":
                 times, cost = self.trip_count(each) or 1, self.cost(self.body(each))
@@ -165,6 +167,9 @@ class Module:
         return Cost(*total)
 
     def _kernel(self, kernel: Instruction, shapes: dict[str, str]) -> Cost:
+        is_number = re.fullmatch(r"\w+\[[1,]*\]\{.*T\(.*", kernel.shape)
+        if is_number and kernel.opcode not in ("fusion", "custom-call", "reduce"):
+            return Cost()
         is_fused = kernel.opcode in ("fusion", "async-start")
         inner = self._reachable(kernel.called()[0]) if is_fused else [kernel]
         opcodes = [each.opcode for each in inner]
@@ -179,47 +184,57 @@ class Module:
 
     def _bytes(self, kernel: Instruction, shapes: dict[str, str]) -> int:
         """Bytes that a kernel reads and writes."""
+        operands = [shapes[name] for name in kernel.operands]
+        results = [found[0] for found in _ARRAY.finditer(kernel.shape)]
         if kernel.opcode.endswith("-done"):  # writes what its start reads
             return array_bytes(kernel.shape)
-        arrays = [shapes[name] for name in kernel.operands]
         if kernel.opcode.endswith("-start"):
-            return sum(map(array_bytes, arrays))
-        parameters, results = list(kernel.operands), [kernel]
-        inner = [kernel]
+            reads = sum(map(array_bytes, operands))
+            if "slice" not in kernel.opcode:
+                return reads
+            parts = (array_bytes(shape, anywhere=True) for shape in results)
+            return min(reads, *filter(None, parts))
+        # In a fusion: the instructions, the parameters in order, and the results.
+        inner, names, roots = [kernel], kernel.operands, [kernel]
         if kernel.opcode == "fusion":
             inner = self._computations[kernel.called()[0]]
-            names = {i.literal: i.name for i in inner if i.opcode == "parameter"}
-            parameters = [names[str(i)] for i in range(len(arrays))]
+            numbers = {i.literal: i.name for i in inner if i.opcode == "parameter"}
+            names = [numbers[str(i)] for i in range(len(operands))]
             by_name = {each.name: each for each in inner}
-            (root,) = (each for each in inner if each.is_root)
-            results = [root]
-            if root.opcode == "tuple":
-                results = [by_name[name] for name in root.operands]
-            shapes = {each.name: each.shape for each in inner}
-        total = 0
-        for array, name in zip(arrays, parameters, strict=True):
-            slices = [_slice_read(i, name) for i in inner if name in i.operands]
-            read = array_bytes(array)
-            if None not in slices:
-                read = min(read, array_bytes(str(slices), anywhere=True))
-            total += read
-        written = [found[0] for found in _ARRAY.finditer(kernel.shape)]
-        for array, result in zip(written, results, strict=False):
-            part = array_bytes(array)
-            if result.opcode == _UPDATE:
-                update = shapes[result.operands[1]]
-                part = min(part, array_bytes(update, anywhere=True))
-            total += part
-        return total
+            shapes = {name: each.shape for name, each in by_name.items()}
+            roots = [each for each in inner if each.is_root]
+            if roots[0].opcode == "tuple":
+                roots = [by_name[name] for name in roots[0].operands]
+        read = sum(
+            _bytes_read(shape, name, inner)
+            for shape, name in zip(operands, names, strict=True)
+        )
+        return read + sum(
+            _bytes_written(shape, root, shapes)
+            for shape, root in zip(results, roots, strict=False)
+        )
 
 
-def _slice_read(instruction: Instruction, name: str) -> str | None:
-    """Shape of what is read of an operand; None if it is all, "" if nothing."""
-    if instruction.operands.count(name) > 1 or instruction.operands[0] != name:
-        return None
-    if instruction.opcode in _SLICES:
-        return instruction.shape
-    return "" if instruction.opcode == _UPDATE else None
+def _bytes_read(shape: str, name: str, users: list[Instruction]) -> int:
+    """Bytes that these instructions read of an operand, of which some take slices."""
+    slices = []
+    for user in users:
+        if name not in user.operands:
+            continue
+        is_first = user.operands.index(name) == 0 and user.operands.count(name) == 1
+        if not is_first or user.opcode not in (*_SLICES, _UPDATE):
+            return array_bytes(shape)
+        if user.opcode in _SLICES:  # an update reads nothing of what it updates
+            slices.append(array_bytes(user.shape, anywhere=True))
+    return min(array_bytes(shape), sum(slices))
+
+
+def _bytes_written(shape: str, root: Instruction, shapes: dict[str, str]) -> int:
+    """Bytes of a result, of which only a part may be updated."""
+    if root.opcode != _UPDATE:
+        return array_bytes(shape)
+    part = array_bytes(shapes[root.operands[1]], anywhere=True)
+    return min(array_bytes(shape), part)
 
 
 def _instruction(line: str) -> Instruction:

@@ -11,9 +11,12 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from tabulate import tabulate
 
 from experiments.suites.case import JAXBCE
+from experiments.suites.targets import TARGETS
 from experiments.support import output
 
 Row = dict[str, Any]
+
+AHEAD_OF_TIME = "ahead_of_time"  # the suite that compiles and measures nothing
 
 _MARKS = "<!-- benchmark", "<!-- end"
 _BLOCK = re.compile(
@@ -107,6 +110,72 @@ def suite_table(suite: str, rows: list[Row]) -> list[Row]:
     return scaling_table(rows) if suite == "scaling" else table(rows)
 
 
+def compiled_line(row: Row) -> str:
+    """A row of the ahead_of_time suite as a line of progress."""
+    name = (
+        f"  {row['target']}: {row['program']}, {row['size']}, {row['implementation']}"
+    )
+    if row["error"]:
+        return f"{name}: does not compile: {row['error']}"
+    return f"{name}: {row['kernels']} kernels per {row['unit']}"
+
+
+def compiled_table(rows: list[Row]) -> list[Row]:
+    """Rows of one target, with jaxbce's counts and those of plain JAX in each cell."""
+
+    def text(key: str, row: Row) -> str:
+        if row["error"]:
+            return "fails"
+        if key.endswith("_bytes"):
+            return _number(row[key] / 1e6)
+        if key == "trip_count" and row["unit"] == "step":
+            return str(row[key] or "unknown")
+        if key == "padding" and row["unit"] == "step":
+            return f"{row[key]:.2f}"
+        if key == "calls" and row["program"] == "sweep":
+            return str(row[key])
+        return str(row[key]) if key in _COUNTS else ""
+
+    programs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        programs.setdefault((row["program"], row["size"]), []).append(row)
+    return [
+        {"program": program, "size": size, "per": both[0]["unit"]}
+        | {
+            heading: " / ".join(filter(None, (text(key, row) for row in both)))
+            for key, heading in (_COUNTS | _OF_LOOPS).items()
+        }
+        for (program, size), both in programs.items()
+    ]
+
+
+_COUNTS = {
+    "kernels": "kernels",
+    "products": "products",
+    "transposes": "transposes",
+    "copies": "copies",
+    "hbm_bytes": "HBM MB",
+    "temp_bytes": "temporary MB",
+}
+_OF_LOOPS = {"trip_count": "iterations", "padding": "padding", "calls": "groups"}
+
+
+def _compiled_text(document: dict[str, Any]) -> str:
+    """The tables of an ahead_of_time.json, each with the name of its target."""
+    rows, configuration = document["rows"], document["configuration"]
+    if configuration["quick"]:
+        raise ValueError("a run of --quick")
+    environment = document["environment"] | document["versions"]
+    names = ("jax", *document["versions"])
+    parts = [", ".join(f"{name} {environment[name]}" for name in names) + "."]
+    for target in configuration["targets"]:
+        cells = compiled_table([row for row in rows if row["target"] == target])
+        if not cells:
+            raise ValueError(f"there are no rows of target {target!r}")
+        parts.append(f"{TARGETS[target].device}:\n\n{_pipe_table(cells)}")
+    return "\n\n".join(parts)
+
+
 def _machine_text(document: dict[str, Any]) -> str:
     """The machine, versions, limits and settings of a run, as a paragraph."""
     environment, limits = document["environment"], document["limits"]
@@ -137,7 +206,11 @@ def markdown(block: str, document: dict[str, Any]) -> str:
     if not rows:
         raise ValueError(f"there are no rows of suite {block!r}")
     cells = suite_table(block, rows)
-    left = ("quantity", "size", "baseline", "scaling axis", "unit")
+    return _pipe_table(cells)
+
+
+def _pipe_table(cells: list[Row]) -> str:
+    left = ("quantity", "size", "baseline", "scaling axis", "unit", "program", "per")
     align = ["left" if name in left else "right" for name in cells[0]]
     return tabulate(
         cells,
@@ -151,29 +224,53 @@ def markdown(block: str, document: dict[str, Any]) -> str:
 def with_tables(text: str, document: dict[str, Any]) -> str:
     """Replaces the tables of a page between its `<!-- benchmark: NAME -->` marks.
 
+    A run of some suites replaces their tables alone, with its machine below each.
+
     Args:
       text: The page.
-      document: The contents of a benchmark.json.
+      document: The contents of a benchmark.json, or of an ahead_of_time.json, which
+        has the block of its name alone.
 
     Raises:
       ValueError: If the marks are not all in pairs, or the benchmark is not a finished
-        run of `--full` that has all suites of the page and no mismatch.
+        run of `--full` without a mismatch.
     """
     blocks = _BLOCK.findall(text)
     if not blocks or {len(blocks)} != {text.count(mark) for mark in _MARKS}:
         raise ValueError(
             "the page's marks are not pairs <!-- benchmark: NAME --> and <!-- end -->"
         )
+    if document["configuration"].get("suites") == [AHEAD_OF_TIME]:
+        compiled = _compiled_text(document)
+        return _BLOCK.sub(
+            lambda found: (
+                f"{found[1]}\n{compiled}\n\n{found[3]}"
+                if found[2] == AHEAD_OF_TIME
+                else found[0]
+            ),
+            text,
+        )
     if not document["configuration"]["full"]:
         raise ValueError("not a run of --full")
     if document["mismatches"]:
         raise ValueError(f"{len(document['mismatches'])} of its cases do not agree")
-    for _, name, _ in blocks:
-        if name not in (*document["finished_suites"], "machine"):
-            raise ValueError(f"suite {name!r} is not finished")
-    return _BLOCK.sub(
-        lambda found: f"{found[1]}\n{markdown(found[2], document)}\n\n{found[3]}", text
-    )
+    names = {name for _, name, _ in blocks} - {"machine", AHEAD_OF_TIME}
+    suites = names.intersection(document["configuration"]["suites"])
+    for name in sorted(suites - {*document["finished_suites"]}):
+        raise ValueError(f"suite {name!r} is not finished")
+
+    def replace(found: re.Match[str]) -> str:
+        name = found[2]
+        if name == AHEAD_OF_TIME:
+            return found[0]
+        if suites == names:
+            return f"{found[1]}\n{markdown(name, document)}\n\n{found[3]}"
+        if name not in suites:
+            return found[0]
+        machine = _machine_text(document)
+        return f"{found[1]}\n{markdown(name, document)}\n\n*{machine}*\n\n{found[3]}"
+
+    return _BLOCK.sub(replace, text)
 
 
 def draw(path: Path, rows: list[Row]) -> None:

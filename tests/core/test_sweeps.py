@@ -228,8 +228,9 @@ def test_memory_that_runs_out_halves_the_group_and_keeps_what_is_done(monkeypatc
 
     truth = jaxbce.sweep(KEY, x, y, hparams=rates(16), group_size=4, **SMALL)
     monkeypatch.setattr(sweeps, "_train", limited)
-    with pytest.warns(RuntimeWarning, match="a group of 4 members does not fit"):
+    with pytest.warns(RuntimeWarning, match="group of 4 members does not") as warned:
         found = jaxbce.sweep(KEY, x, y, hparams=rates(16), group_size=4, **SMALL)
+    assert warned[0].filename == __file__  # the line that calls sweep
     assert sizes == [4, 4, 2, 2]
     assert relative_error(found.params, truth.params) <= 1e-5
 
@@ -249,6 +250,46 @@ def test_a_group_of_several_seeds_is_halved_without_losing_one(monkeypatch):
     with pytest.warns(RuntimeWarning, match="a group of 6 members does not fit"):
         found = jaxbce.sweep(KEY, x, y, group_size=6, **options)
     assert relative_error(found.params, truth.params) <= 1e-5
+
+
+def test_a_prepared_sweep_has_the_program_and_arguments_that_sweep_runs(monkeypatch):
+    x, y = data(dtype="float32")
+    honest, calls = sweeps._train, []
+
+    def recorded(*args, plan):
+        calls.append((args, plan))
+        return honest(*args, plan=plan)
+
+    def adam(hp):
+        return optax.adam(hp["learning_rate"])
+
+    options = SMALL | {"hparams": rates(6), "make_optimizer": adam}
+    monkeypatch.setattr(sweeps, "_train", recorded)
+    result = jaxbce.sweep(KEY, x, y, group_size=3, **options)
+    prepared = sweeps.prepare(KEY, x, y, group_size=3, **options)
+    function, shapes = sweeps.program(prepared)
+    (args, plan), *others = calls
+    assert len(prepared.groups) == len(args[0]) * (1 + len(others))
+    assert plan == prepared.plan
+    for arg, shape in zip(*map(jax.tree.leaves, (args, shapes)), strict=True):
+        aval = jax.typeof(arg)
+        assert (aval.shape, aval.dtype) == (shape.shape, shape.dtype)
+        assert aval.weak_type == shape.weak_type
+    trained = function.lower(*shapes).compile()(*args)
+    losses = np.concatenate([np.ravel(group) for group in trained.train_loss])
+    np.testing.assert_array_equal(losses, np.ravel(result.train_loss)[: len(losses)])
+
+
+def test_a_device_that_is_only_compiled_for_limits_no_group():
+    class Device:
+        platform, process_index = "tpu", jax.process_index()
+
+        def memory_stats(self):
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: MemoryStats")
+
+    devices = np.array([Device()])
+    members = sweeps.max_members_per_device((30, 16, 1), "float32", 9, None, devices)
+    assert members == sweeps._MAX_MEMBERS_ELSEWHERE
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
