@@ -127,7 +127,8 @@ def fit(
         the examples, `[M]`.
       evaluate_every: Number of steps between evaluations. There is always one after the
         last step; None evaluates only there. Each evaluation costs a forward pass over
-        all examples.
+        all examples. On a GPU it should divide `num_steps`: otherwise the number of
+        steps is not a constant of the program, and the host waits for every step.
       patience: Stop at the first evaluation that is at least this many steps after the
         best one; None never stops. Nothing is computed after a stop, except under
         `vmap` while other networks continue.
