@@ -167,15 +167,18 @@ class Rows(NamedTuple):
 class Columns(NamedTuple):
     """Examples as columns: activations `[n_k, N]`, weights `[n_k, n_{k-1}]`.
 
-    Features have one more row of ones, so that the gradient of the first layer's biases
-    is a column of the same product as that of its weights, and are padded with zeros.
-    In bfloat16 that product rounds δ, which `Rows` sums in float32 for the biases.
+    Features may have one more row of ones, so that the gradient of the first layer's
+    biases is a column of the same product as that of its weights, and are then padded
+    with zeros. In bfloat16 that product rounds δ, which `Rows` sums in float32 for the
+    biases.
 
     Attributes:
       features: The number of features, n_0.
+      has_ones: Whether there is a row of ones.
     """
 
     features: int
+    has_ones: bool = True
 
     feature_axis = 0
 
@@ -188,6 +191,8 @@ class Columns(NamedTuple):
 
         Examples stay rows, so that those of a batch can be gathered quickly.
         """
+        if not self.has_ones:
+            return x
         n, n_in = x.shape
         extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
         added = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype), (n, extra))
@@ -217,7 +222,7 @@ class Columns(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """`δ_k h_{k-1}ᵀ`, like W_k, and `Σ_i δ_{k,i}`."""
         w = matmul(delta.astype(h.dtype), h.T)
-        if k == 1:  # the row of ones
+        if k == 1 and self.has_ones:
             return w[:, : self.features], w[:, self.features]
         return w, jnp.sum(delta, axis=1)
 
@@ -226,10 +231,13 @@ Layout = Rows | Columns
 ROWS = Rows()
 
 
-def for_training(batch_size: int, features: int) -> Layout:
-    """The layout in which a training loop carries its parameters, from shapes alone.
+def for_training(batch_size: int, features: int, platform: str) -> Layout:
+    """The layout in which a training loop carries its parameters, from static facts.
 
     On CPU, `Columns` was at least as fast for every shape measured, except for batches
-    of one example.
+    of one example. On a GPU the gradient of the biases, a column of a product, would be
+    read from memory with the whole product; a sum of its own is fused with the rest.
     """
-    return ROWS if batch_size == 1 else Columns(features)  # False if symbolic
+    if batch_size == 1:  # False if symbolic
+        return ROWS
+    return Columns(features, has_ones=platform != "gpu")

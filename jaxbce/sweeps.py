@@ -318,13 +318,19 @@ def prepare(
     )
     if make_sample_weight is not None:  # the members' examples of weight 0 stay in x
         _validate.finite("x", data.x, dtype)
-    options = training.check_options(
-        data, num_steps, batch_size, evaluate_every, patience, min_delta
-    )
 
     devices = np.array(jax.devices()) if mesh is None else mesh.devices.ravel()
     if jax.process_count() == 1:  # surplus devices would train copies of members
         devices = devices[:total]
+    options = training.check_options(
+        data,
+        num_steps,
+        batch_size,
+        evaluate_every,
+        patience,
+        min_delta,
+        platform=devices[0].platform,
+    )
     members_mesh = jax.sharding.Mesh(devices, (_AXIS,))
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key_data = jax.random.key_data(key) if is_typed else key

@@ -225,7 +225,7 @@ def _form(tree: Any) -> Any:
 
 
 class Options(NamedTuple):
-    """The arguments of `fit` on which its compiled program depends."""
+    """Arguments of `fit` on which its compiled program depends, and the platform."""
 
     num_steps: int
     batch_size: int | None
@@ -233,6 +233,7 @@ class Options(NamedTuple):
     patience: int | None
     min_delta: float
     callback: Callable[..., None] | None
+    platform: str
 
 
 def check_options(
@@ -243,8 +244,12 @@ def check_options(
     patience: int | None,
     min_delta: float,
     callback: Callable[..., None] | None = None,
+    platform: str | None = None,
 ) -> Options:
-    """Checks the static options, as `fit` documents them."""
+    """Checks the static options, as `fit` documents them.
+
+    The platform is that of the devices; None is JAX's default.
+    """
     num_steps = _validate.count("num_steps", num_steps, least=0)
     most = max(num_steps, 1)
     if batch_size is not None:
@@ -269,6 +274,7 @@ def check_options(
         patience=patience,
         min_delta=_validate.min_delta(min_delta, training.y.dtype),
         callback=callback,
+        platform=platform or jax.default_backend(),
     )
 
 
@@ -467,13 +473,15 @@ def run(
         for program, numbers in zip(programs, constants, strict=True)
     )
     may_skip = programs.step.tests_finiteness
-    num_steps, batch_size, evaluate_every, patience, min_delta, callback = options
+    num_steps, batch_size, evaluate_every, patience, min_delta, callback = options[:6]
     n, n_in = training.x.shape
     dtype = training.y.dtype
     # The loops carry the run in the layout, without its losses. The barrier makes a
     # run with one evaluation compile to the same arithmetic as a section of a longer
     # run.
-    layout = _layouts.for_training(batch_size or n, n_in) if by_hand else _layouts.ROWS
+    layout = _layouts.ROWS
+    if by_hand:
+        layout = _layouts.for_training(batch_size or n, n_in, options.platform)
     convert = layout.convert
     if not isinstance(start, FitResult):
         start = FitResult(

@@ -213,7 +213,7 @@ def problem(sizes: tuple[int, ...], rows: int = 37, seed: int = 0) -> Problem:
     return Problem(params, x, y, rng.random(rows) + 0.1)
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "block_size"))
+@functools.partial(jax.jit, static_argnames=("reduction", "block_size", "has_ones"))
 def _value_and_grad_in_columns(
     params: Params,
     x: Any,
@@ -223,11 +223,12 @@ def _value_and_grad_in_columns(
     pos_weight: Any = 1.0,
     reduction: Any = "mean",
     block_size: Any = "auto",
+    has_ones: bool = True,
 ) -> tuple[jax.Array, Params]:
     """`jaxbce.value_and_grad` with examples as columns, as training loops have them."""
     batch = gradients.check_batch(params, x, y, sample_weight, pos_weight, reduction)
     n, features = batch.x.shape
-    columns = Columns(features)
+    columns = Columns(features, has_ones)
     size = examples_per_block(block_size, params, n)
     form = gradients.Form(size, sample_weight is not None, columns)
     batch = batch._replace(x=columns.pad(batch.x))
@@ -237,6 +238,7 @@ def _value_and_grad_in_columns(
 
 # The derivation in each layout, as a function of rows.
 LAYOUTS = {"rows": jaxbce.value_and_grad, "columns": _value_and_grad_in_columns}
+WITHOUT_ONES = functools.partial(_value_and_grad_in_columns, has_ones=False)
 
 
 def loss_reference(

@@ -18,6 +18,7 @@ from tests.helpers import (
     LAYOUTS,
     NETWORKS,
     TOLERANCE,
+    WITHOUT_ONES,
     autodiff,
     loss_reference,
     member,
@@ -76,8 +77,21 @@ def test_value_and_gradient_are_autodiffs_in_float64(sizes, name, dtype, layout)
     assert value.dtype == (jnp.float32 if dtype == "bfloat16" else dtype)
 
 
+@pytest.mark.parametrize("name", ["mean", "everything"])
+def test_columns_need_no_row_of_ones(name):
+    p = problem((5, 6, 3, 2))
+    with jax.enable_x64(True):
+        found = WITHOUT_ONES(*p.arguments(np.float64), **options(p, OPTIONS[name]))
+    truth = autodiff(p, **OPTIONS[name])
+    assert relative_error(found, (truth.value, truth.params)) <= TOLERANCE["float64"]
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("layout", [ROWS, Columns(3)], ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [ROWS, Columns(3), Columns(3, has_ones=False)],
+    ids=[*LAYOUTS, "no ones"],
+)
 def test_bfloat16_activations_have_sums_and_deltas_in_float32(layout, outputs):
     def derivation(params, x):
         params = layout.convert(params)

@@ -779,7 +779,7 @@ def triple(honest):
     return lambda *args: jax.tree.map(lambda g: 3 * g, honest(*args))
 
 
-@pytest.mark.slow_ids("rows-")
+@pytest.mark.slow_ids("rows-", "ones-contract")
 @pytest.mark.parametrize(
     ("name", "corrupt", "factors"),
     [("pull_back", triple_all_but_the_last, (3, 1)), ("contract", triple, (3, 3))],
@@ -787,14 +787,21 @@ def triple(honest):
 )
 @pytest.mark.parametrize(
     ("rows", "layout"),
-    [(19, _layouts.Columns(5)), (1, _layouts.ROWS)],
-    ids=["columns", "rows"],
+    [
+        (19, _layouts.Columns(5)),
+        (1, _layouts.ROWS),
+        (18, _layouts.Columns(5, has_ones=False)),
+    ],
+    ids=["columns", "rows", "columns without ones"],
 )
 def test_training_follows_the_one_derivation(
     monkeypatch, rows, layout, name, corrupt, factors
 ):
     """Corrupting it corrupts `fit` and `sweep` in the same way as `value_and_grad`."""
-    assert _layouts.for_training(rows, 5) == layout
+    if layout == _layouts.Columns(5, has_ones=False):
+        assert _layouts.for_training(rows, 5, "gpu") == layout
+        monkeypatch.setattr(_layouts, "for_training", lambda *_: layout)
+    assert _layouts.for_training(rows, 5, "cpu") == layout
     sgd = optax.sgd(1.0)
     with jax.enable_x64(True):
         _, x, y = arguments(rows=19)
