@@ -197,6 +197,17 @@ def test_the_number_of_iterations_is_read_off_the_condition_or_unknown():
     assert module.trip_count(loop) == 7
 
 
+def test_buffers_that_are_only_allocated_are_not_kernels():
+    text = """ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f32[8,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %c = f32[8,128]{1,0} custom-call(%a, %b), custom_call_target="other_gemm"
+}
+"""
+    cost = Module(text).cost()
+    assert (cost.kernels, cost.products, cost.bytes) == (1, 1, 3 * 4096)
+
+
 def test_single_numbers_of_a_tpu_are_not_kernels():
     text = """ENTRY %main (a: s32[]) -> s32[] {
   %a = s32[]{:T(128)S(6)} parameter(0)
