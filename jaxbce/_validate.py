@@ -350,8 +350,10 @@ def prior_precision(value: Any, layers: int, dtype: Any) -> jax.Array:
             )
         for k, each in enumerate(value):
             scalar(f"{name}[{k}]", each)
+            finite(f"{name}[{k}]", each, dtype)
         return jnp.stack([jnp.asarray(each, dtype) for each in value])
     scalar(name, value)
+    finite(name, value, dtype)
     return jnp.broadcast_to(jnp.asarray(value, dtype), (layers,))
 
 
