@@ -588,6 +588,16 @@ def weights(name: str, value: Any, dtype: Any) -> None:
     bounds(name, value, "finite and >= 0", 0, largest)
 
 
+def some_weight(name: str, value: Any, dtype: Any) -> None:
+    """Checks that known weights are not all 0."""
+    least = float(jnp.finfo(dtype).smallest_normal)  # XLA may flush others to 0
+    if _is_known(value) and (largest := _range(value)[1]) < least:
+        raise ValueError(
+            f"expected at least one entry of {name} to be >= {least:.1e} "
+            f"(smaller ones count as 0), but the largest is {largest:.1e}"
+        )
+
+
 def label_values(name: str, y: Any, *, weight: Any = None) -> None:
     """Checks that known labels are in [0, 1], except at weight 0."""
     bounds(name, y, "in [0, 1]", 0, 1, weight=weight, hint=_label_hint)
@@ -636,12 +646,7 @@ def examples(
     if weight is not None:
         checked_weight = sample_weight(weight, n, dtype, weight_name)
         weights(weight_name, weight, dtype)
-        least = float(jnp.finfo(dtype).smallest_normal)  # XLA may flush others to 0
-        if _is_known(weight) and (largest := _range(weight)[1]) < least:
-            raise ValueError(
-                f"expected at least one entry of {weight_name} to be >= {least:.1e} "
-                f"(smaller ones count as 0), but the largest is {largest:.1e}"
-            )
+        some_weight(weight_name, weight, dtype)
     # What was passed, which may be in host memory or have a larger range.
     label_values(y_name, y, weight=weight)
     return checked_x, checked_y, checked_weight
