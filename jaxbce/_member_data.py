@@ -47,14 +47,16 @@ def trace(functions: Functions, hparams: Any, y: Any) -> tuple[Programs, Any]:
 
 
 def _weight(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
-    s = make(dict(hparams))
+    with _validate.calling("make_sample_weight", hparams):
+        s = make(dict(hparams))
     return _validate.returned_array(
         "make_sample_weight", s, (y.shape[0],), "[N]", y.dtype
     )
 
 
 def _labels(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
-    made = make(dict(hparams), y)
+    with _validate.calling("make_labels", hparams):
+        made = make(dict(hparams), y)
     return _validate.returned_array("make_labels", made, y.shape, "[N, n_L]", y.dtype)
 
 

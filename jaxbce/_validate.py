@@ -9,7 +9,7 @@ what was expected and what was passed. Nothing is broadcast silently.
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -155,7 +155,10 @@ def params(value: Any) -> Any:
         ):
             _array(name, leaf, f"an array {shape}", floating=True)
             if leaf.ndim != ndim:
-                raise ValueError(f"expected {name} of shape {shape}, got {leaf.shape}")
+                hint = "; for stacked networks use jax.vmap" * (leaf.ndim > ndim)
+                raise ValueError(
+                    f"expected {name} of shape {shape}, got {leaf.shape}{hint}"
+                )
         if 0 in layer.w.shape:
             raise ValueError(
                 f"expected {w} of shape [n_in, n_out], both >= 1, got {layer.w.shape}"
@@ -463,6 +466,17 @@ def function(
                 f"expected {name} to be hashable, because programs are compiled once "
                 f"per {name}, got {_type_name(value)} ({error})"
             ) from None
+
+
+@contextlib.contextmanager
+def calling(name: str, hparams: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to an exception which function of the user raised it."""
+    try:
+        yield
+    except Exception as error:
+        given = ", ".join(hparams) or "none"
+        error.add_note(f"while tracing {name} with the hyperparameters: {given}")
+        raise
 
 
 def precision(value: Any) -> contextlib.AbstractContextManager[Any]:

@@ -28,7 +28,18 @@ are taken as known.
 
 All functions are pure and work under `jit` and `vmap`. For networks stacked along a
 leading axis of params, `jax.vmap(posterior, (0, None, None, None))` returns stacked
-posteriors, to which `jax.vmap` applies the other functions.
+posteriors, to which `jax.vmap` applies the other functions. The parameters of a
+`SweepResult` have two leading axes, so they need two:
+
+    >>> import jax, jaxbce
+    >>> keys = jax.random.split(jax.random.key(0), (4, 5))  # points, seeds
+    >>> make = jax.vmap(jax.vmap(lambda key: jaxbce.init(key, (2, 3, 1))))
+    >>> x, y = jax.numpy.ones((8, 2)), jax.numpy.ones((8, 1))
+    >>> axes = (0, None, None, None)
+    >>> posterior = jax.vmap(jax.vmap(jaxbce.laplace.posterior, axes), axes)
+    >>> posteriors = posterior(make(keys), x, y, 0.5)
+    >>> jax.vmap(jax.vmap(jaxbce.laplace.log_evidence))(posteriors).shape
+    (4, 5)
 
 The prior precision should be well above machine epsilon times the largest eigenvalue λ
 of the Gauss-Newton matrix: in float32, above 1e-5 λ. For a smaller τ use float64. Where

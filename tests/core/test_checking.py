@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbce
-from jaxbce import _mistakes
+from jaxbce import _mistakes, gradients
 from jaxbce.network import Layer
 from tests.helpers import LAYOUTS, problem
 
@@ -266,8 +266,8 @@ def test_a_clamp_that_no_given_logit_reaches_is_rejected(clamp):
     def clamped(params, x, y):
         activations = jaxbce.forward(params, x)
         y_hat = jnp.clip(jax.nn.sigmoid(activations.a[-1]), clamp, 1 - clamp)
-        deltas = jaxbce.gradients.pull_back(params, activations, y_hat - y)
-        grads = jaxbce.gradients.contract(activations.h[:-1], deltas)
+        deltas = gradients.pull_back(params, activations, y_hat - y)
+        grads = gradients.contract(activations.h[:-1], deltas)
         grads = jax.tree.map(lambda g: g / len(x), grads)
         return jaxbce.loss(params, x, y), grads
 

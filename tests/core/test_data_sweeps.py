@@ -305,6 +305,24 @@ def test_weights_are_multiplied_without_overflow_or_underflow(own, common):
     # 1e-5: float32
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("make_optimizer", lambda hp: optax.sgd(hp["rate"])),
+        ("make_penalty", lambda hp: hp["rate"]),
+        ("make_sample_weight", lambda hp: hp["rate"] != FOLD),
+        ("make_labels", lambda hp, y: y * hp["rate"]),
+    ],
+)
+def test_an_error_in_a_function_has_a_note_that_names_it(name, function):
+    x, y = data(dtype="float32")
+    hparams = {"learning_rate": [0.1], "fold": [1]}
+    with pytest.raises(KeyError) as info:
+        jaxbce.sweep(KEY, x, y, hparams=hparams, **SMALL | {name: function})
+    note = info.value.__notes__[0]
+    assert re.fullmatch(f"while tracing {name} with .*: (learning_rate|fold), .*", note)
+
+
 # ------------------------------------------------------------------- what it refuses
 
 LEFT_OUT = {"make_sample_weight": lambda hp: jnp.arange(N) != hp["learning_rate"]}
@@ -313,6 +331,21 @@ STACKED = jax.tree.map(lambda leaf: np.stack([[leaf, leaf]] * 3), SHAPES)
 REFUSED: Any = {
     "function": ({"make_sample_weight": 3}, TypeError, "make_sample_weight .* got int"),
     "labels": ({"make_labels": 3}, TypeError, "make_labels to be None or .* got int"),
+    "no argument": (
+        {"make_sample_weight": lambda: jnp.ones(N)},
+        TypeError,
+        "make_sample_weight to be None or a function of a dict of .*too many",
+    ),
+    "two arguments": (
+        {"make_optimizer": lambda hp, y: optax.sgd(0.1)},
+        TypeError,
+        "make_optimizer to be a function of a dict of .*missing a required .*'y'",
+    ),
+    "penalty of params": (
+        {"make_penalty": lambda hp, params: 0.0},
+        TypeError,
+        "make_penalty to be None or a function of a dict of .*missing a required",
+    ),
     "no array": (
         {"make_sample_weight": lambda hp: 1.0},
         TypeError,

@@ -651,7 +651,7 @@ def test_a_posterior_does_not_hold_what_it_does_not_need():
         ),
         (
             lambda a, p: laplace.leave_one_out(jax.tree.map(lambda t: t[None], p)),
-            r"params\[0\].w of shape .* got \(1, 4, 3\)",
+            r"params\[0\].w of shape .* got \(1, 4, 3\); for stacked .* use jax.vmap",
         ),
         (lambda a, _: laplace.log_evidence(None), "posterior .* got NoneType"),  # pyright: ignore
     ],
