@@ -30,7 +30,7 @@ The suites:
     compile      from a new process to the first gradient; tracing and compilation
     scaling      how time grows with examples, widths, networks and batches
 
-Expect about 1 for a plain gradient in cache and more beyond it, 1 to 2.5 for sweeps,
+Expect about 1 for a plain gradient in cache and more beyond it, 1 to 3 for sweeps,
 and tens for per-example quantities against vmap, unless the network is tiny. The share
 of the limit is relative to the rate of large matrix products or copies on the same
 machine, which is measured first.
