@@ -36,7 +36,7 @@ One more suite is not among those that run by default, because it times nothing:
     ahead_of_time  what the programs compiled for a GPU or TPU that is not attached do,
                    vs plain JAX. `pip install '.[aot-gpu,aot-tpu]'` brings the compilers
 
-Expect about 1 for a plain gradient in cache and more beyond it, 1 to 2.5 for sweeps,
+Expect about 1 for a plain gradient in cache and more beyond it, 1 to 3 for sweeps,
 and tens for per-example quantities against vmap, unless the network is tiny. The share
 of the limit is relative to the rate of large matrix products or copies on the same
 machine, which is measured first.

@@ -15,8 +15,9 @@ rows. Each estimate is compared with it by Spearman's rank correlation and Pears
   self-influence   the squared norm of the row's own gradient.
 
 Correlations are over training rows; for test losses the table has their median and
-quartiles over test rows. Expect rank correlations above 0.95 for a row's own logit, and
-0.6 to 0.9 for single test losses, where Grad-Dot's are lower.
+quartiles over test rows. The column "size" is the mean absolute value of an estimate
+of a change, divided by that of the true change. Expect rank correlations above 0.95 for
+a row's own logit, and 0.6 to 0.9 for single test losses, where Grad-Dot's are lower.
 
 Minima of ReLU networks often lie where the input of a unit is exactly 0 for some rows.
 The gradient jumps there, so its norm, which is printed, does not go to 0. How little
@@ -260,7 +261,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Correlations over training rows of each estimate with the truth.
 
-    Test losses have two rows: the medians over test rows, and their mean loss.
+    Test losses have two rows: the medians over test rows, and their mean loss. The
+    "size" is the mean absolute estimate, divided by that of the truth. Estimates
+    without curvature have none, because their units are others.
     """
     found = []
     for (quantity, method), values in estimates.items():
@@ -273,7 +276,11 @@ def compare(
             row = {"quantity": name, "method": method, "rank_correlation": median}
             if a.ndim == 2:
                 row |= {"lower_quartile": lower, "upper_quartile": upper}
-            found.append(row | {"pearson": _quartiles(correlation(a, b))[1]})
+            row["pearson"] = _quartiles(correlation(a, b))[1]
+            # A gradient's inner products have other units than changes of a loss.
+            if method in (NEWTON, "influence") and np.any(a):
+                row["size"] = float(np.mean(np.abs(b)) / np.mean(np.abs(a)))
+            found.append(row)
     return found
 
 

@@ -192,13 +192,15 @@ class Plan:
         self.networks_per_point = seeds * folds
         if folds > 1 and self.networks_per_point > CHUNK_MEMBERS[1]:
             raise cli.InputError(
-                f"expected at most {CHUNK_MEMBERS[1]} networks per point (seeds times "
-                f"folds), got {self.networks_per_point}"
+                f"--seeds={seeds}, --folds={folds}: expected at most "
+                f"{CHUNK_MEMBERS[1]} networks per point (seeds times folds), got "
+                f"{self.networks_per_point}"
             )
         count = search.size() * self.networks_per_point * len(programs)
         if count > MAX_MEMBERS:
             raise cli.InputError(
-                f"expected at most {MAX_MEMBERS} networks (points times seeds times "
+                f"--seeds={seeds}: expected at most {MAX_MEMBERS} networks (points "
+                "times seeds times "
                 f"{'programs' if folds == 1 else 'folds times programs'}), got "
                 f"{count}"
             )
@@ -670,6 +672,11 @@ def _report_model(model: Row | None) -> None:
     hidden = ("model", "base_rate")
     rows = [{k: v for k, v in r.items() if k not in hidden} for r in model["metrics"]]
     print(output.table(rows, ".4f", metrics.HEADINGS))
+    if "seed" not in model:
+        print(
+            "\nvalidation: the rows of all folds, each predicted by the mean "
+            "probability of the networks\nthat held it out. test: that of all networks."
+        )
 
 
 def main() -> int:

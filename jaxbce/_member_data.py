@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxbce import _traced, _validate
+from jaxbce.gradients import rescale
 from jaxbce.network import Params
 from jaxbce.training import Dataset, relative_weight
 
@@ -46,14 +47,16 @@ def trace(functions: Functions, hparams: Any, y: Any) -> tuple[Programs, Any]:
 
 
 def _weight(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
-    s = make(dict(hparams))
+    with _validate.calling("make_sample_weight", hparams):
+        s = make(dict(hparams))
     return _validate.returned_array(
         "make_sample_weight", s, (y.shape[0],), "[N]", y.dtype
     )
 
 
 def _labels(make: Any, hparams: dict[str, Any], y: jax.Array) -> jax.Array:
-    made = make(dict(hparams), y)
+    with _validate.calling("make_labels", hparams):
+        made = make(dict(hparams), y)
     return _validate.returned_array("make_labels", made, y.shape, "[N, n_L]", y.dtype)
 
 
@@ -78,20 +81,33 @@ def examples(
     """
     if programs.sample_weight is not None:
         s = programs.sample_weight(constants[0], hparams, data.y)
-        common = jnp.ones_like(s) if data.weight is None else data.weight
-        data = data._replace(weight=relative_weight(common * s))
+        counted, held_out = _split(s, data.weight)
+        data = data._replace(weight=relative_weight(counted))
         train, *others = evaluated
         evaluated = (train._replace(weight=data.weight), *others)
         if hold_out:
-            weight = relative_weight(jnp.where(s == 0, common, 0))
+            weight = relative_weight(held_out)
             evaluated = (evaluated[0], train._replace(weight=weight))
     if programs.labels is not None:
         data = data._replace(y=programs.labels(constants[1], hparams, data.y))
     return data, evaluated
 
 
+def _split(s: jax.Array, common: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Weights of the examples of a member, and of those to which it gives weight 0.
+
+    Args:
+      s: The result of `make_sample_weight`, `[N]`.
+      common: Weights that all members share, with mean 1; None is all ones.
+    """
+    common = jnp.ones_like(s) if common is None else common
+    # Both factors have a moderate largest entry, so the product does not overflow.
+    return rescale(s) * common, jnp.where(s == 0, common, 0)
+
+
 _EXPECTED = (  # of each point, in the order of the results of `_find_bad`
-    "make_sample_weight to return finite weights >= 0, not all of them 0",
+    "make_sample_weight to return finite weights >= 0, not all of them 0 (times "
+    "sample_weight)",
     'make_sample_weight to return some weights of 0 for validation="held_out"',
     "make_labels to return labels in [0, 1]",
 )
@@ -141,14 +157,15 @@ def _find_bad(
 
     def point(mapped: Any) -> tuple[jax.Array, ...]:
         hparams, _ = mapped
-        common = True if data.weight is None else data.weight > 0
-        s, y = jnp.float32(1), jnp.zeros(())
+        s, y = jnp.ones_like(data.y[:, 0]), jnp.zeros(())
         if programs.sample_weight is not None:
             s = programs.sample_weight(constants[0], hparams, data.y)
         if programs.labels is not None:
             y = programs.labels(constants[1], hparams, data.y)
-        is_weight = jnp.all((s >= 0) & jnp.isfinite(s)) & jnp.any((s > 0) & common)
-        is_held_out = jnp.any((s == 0) & common) | (not hold_out)
+        least = jnp.finfo(s.dtype).smallest_normal  # XLA may flush others to 0
+        counted, held_out = _split(s, data.weight)
+        is_weight = jnp.all((s >= 0) & jnp.isfinite(s)) & jnp.any(counted >= least)
+        is_held_out = jnp.any(held_out >= least) | (not hold_out)
         is_label = jnp.all((y >= 0) & (y <= 1))
         return ~is_weight, ~is_held_out, ~is_label
 

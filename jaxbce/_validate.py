@@ -9,7 +9,7 @@ what was expected and what was passed. Nothing is broadcast silently.
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -155,7 +155,10 @@ def params(value: Any) -> Any:
         ):
             _array(name, leaf, f"an array {shape}", floating=True)
             if leaf.ndim != ndim:
-                raise ValueError(f"expected {name} of shape {shape}, got {leaf.shape}")
+                hint = "; for stacked networks use jax.vmap" * (leaf.ndim > ndim)
+                raise ValueError(
+                    f"expected {name} of shape {shape}, got {leaf.shape}{hint}"
+                )
         if 0 in layer.w.shape:
             raise ValueError(
                 f"expected {w} of shape [n_in, n_out], both >= 1, got {layer.w.shape}"
@@ -350,8 +353,10 @@ def prior_precision(value: Any, layers: int, dtype: Any) -> jax.Array:
             )
         for k, each in enumerate(value):
             scalar(f"{name}[{k}]", each)
+            finite(f"{name}[{k}]", each, dtype)
         return jnp.stack([jnp.asarray(each, dtype) for each in value])
     scalar(name, value)
+    finite(name, value, dtype)
     return jnp.broadcast_to(jnp.asarray(value, dtype), (layers,))
 
 
@@ -461,6 +466,17 @@ def function(
                 f"expected {name} to be hashable, because programs are compiled once "
                 f"per {name}, got {_type_name(value)} ({error})"
             ) from None
+
+
+@contextlib.contextmanager
+def calling(name: str, hparams: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to an exception which function of the user raised it."""
+    try:
+        yield
+    except Exception as error:
+        given = ", ".join(hparams) or "none"
+        error.add_note(f"while tracing {name} with the hyperparameters: {given}")
+        raise
 
 
 def precision(value: Any) -> contextlib.AbstractContextManager[Any]:
@@ -586,6 +602,16 @@ def weights(name: str, value: Any, dtype: Any) -> None:
     bounds(name, value, "finite and >= 0", 0, largest)
 
 
+def some_weight(name: str, value: Any, dtype: Any) -> None:
+    """Checks that known weights are not all 0."""
+    least = float(jnp.finfo(dtype).smallest_normal)  # XLA may flush others to 0
+    if _is_known(value) and (largest := _range(value)[1]) < least:
+        raise ValueError(
+            f"expected at least one entry of {name} to be >= {least:.1e} "
+            f"(smaller ones count as 0), but the largest is {largest:.1e}"
+        )
+
+
 def label_values(name: str, y: Any, *, weight: Any = None) -> None:
     """Checks that known labels are in [0, 1], except at weight 0."""
     bounds(name, y, "in [0, 1]", 0, 1, weight=weight, hint=_label_hint)
@@ -634,12 +660,7 @@ def examples(
     if weight is not None:
         checked_weight = sample_weight(weight, n, dtype, weight_name)
         weights(weight_name, weight, dtype)
-        least = float(jnp.finfo(dtype).smallest_normal)  # XLA may flush others to 0
-        if _is_known(weight) and (largest := _range(weight)[1]) < least:
-            raise ValueError(
-                f"expected at least one entry of {weight_name} to be >= {least:.1e} "
-                f"(smaller ones count as 0), but the largest is {largest:.1e}"
-            )
+        some_weight(weight_name, weight, dtype)
     # What was passed, which may be in host memory or have a larger range.
     label_values(y_name, y, weight=weight)
     return checked_x, checked_y, checked_weight

@@ -28,6 +28,12 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.0**-4}
 TAIL_TOLERANCES = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2.0**-7}
 TAIL_LOGITS = (5.0, 10.0, 15.0, 20.0, 40.0, 80.0)
 
+# Where the largest logit has this absolute value and all labels disagree with the
+# logits, a clamp of ŷ changes the gradient, but ŷ − y keeps its digits.
+_LARGE_LOGIT = 20.0
+_LARGE = "large"  # the name of this position
+_SINGLE = (1e-9, 1e-6)  # relative errors that suggest float32
+
 _COMPLEX_STEP = 1e-30
 _DIFFERENCE_STEP = 1e-6
 _DIFFERENCE_TOLERANCE = 1e-6  # far above h² times a third derivative
@@ -43,7 +49,8 @@ class Comparison(NamedTuple):
     Attributes:
       leaf: "value", or the path of the leaf, such as "[0].w".
       reference: "autodiff", "complex step" or "differences".
-      point: "given", "random 1" to "random 3", or "kink k" for hidden layer k.
+      point: "given", "random 1" to "random 3", "kink k" for hidden layer k, or "large"
+        for large logits.
       error: Relative error; inf if the leaves cannot be compared.
       tolerance: The largest error that passes.
       reason: Description of the mistake, if the comparison did not pass.
@@ -160,7 +167,9 @@ def check_gradients(
     The gradient is compared at the given params and at three random perturbations of
     them. For each hidden layer it is also compared on the kink of the relus, where
     relu′(0) = 0 is expected: the first example and the biases up to that layer are set
-    to 0. The references are
+    to 0. With autodiff alone it is also compared at large logits, where a clamp of ŷ
+    shows: the last layer is scaled so that the largest is 20, and every label disagrees
+    with its logit. The references are
 
     * autodiff: `jax.grad` in float64 of a plain implementation of the loss;
     * complex step: Im L(θ + ihv) / h with h = 1e-30, in complex128;
@@ -183,7 +192,7 @@ def check_gradients(
       params: A tuple of `Layer` of any supported dtype.
       x: Features `[N, n_0]`.
       y: Labels in [0, 1], `[N, n_L]`.
-      sample_weight: Weights >= 0 of the examples, `[N]`; None is all ones.
+      sample_weight: Weights >= 0 of the examples, `[N]`, not all 0; None is all ones.
       pos_weight: Weight >= 0 of the positive class, a scalar or `[n_L]`.
       reduction: "mean" or "sum".
       dtype: The dtype in which fun is run. The references always use float64.
@@ -246,12 +255,17 @@ def check_gradients(
     # Rounded to the dtype first, so that fun and the references use the same numbers.
     given = _Position("given", *_round((params, x, y), dtype))
     worst: dict[tuple[str, str], Comparison] = {}
-    checked = []
+    checked, wrong = [], set()
     for position in _positions(given, rng, dtype):
         value, grads = run(position, **options)
-        checked.append((position, grads))
+        if position.name != _LARGE:
+            checked.append((position, grads))
         for c in _compare(position, value, grads, options, tolerance, least_share, rng):
             previous = worst.setdefault((c.leaf, c.reference), c)
+            if position.name == _LARGE and not previous.passed:
+                continue  # the leaf is wrong at any logits
+            if not c.passed and position.name != _LARGE:
+                wrong.add(c.leaf)
             if c.error / c.tolerance > previous.error / previous.tolerance:
                 worst[c.leaf, c.reference] = c
     tail = [
@@ -260,8 +274,11 @@ def check_gradients(
         for logit in (size, -size)
     ]
     comparisons = tuple(worst.values())
-    wrong = {c.leaf for c in comparisons if not c.passed} - {"value"}
+    wrong -= {"value"}
     mistakes = _name_mistakes(checked, wrong, options, tolerance, least_share)
+    for c in reversed(comparisons):
+        if not c.passed and c.leaf not in wrong | {"value"}:
+            mistakes[c.leaf] = "is wrong only at large logits, as with ŷ clamped"
     return Report(comparisons, tuple(tail), mistakes)
 
 
@@ -310,6 +327,7 @@ def _options(
     if sample_weight is not None:
         _validate.sample_weight(sample_weight, n, jnp.float32)
         _validate.weights("sample_weight", sample_weight, dtype)
+        _validate.some_weight("sample_weight", sample_weight, dtype)
         options["sample_weight"] = _double(sample_weight)
     if np.ndim(pos_weight) or pos_weight != 1:
         options["pos_weight"] = _double(pos_weight)
@@ -341,6 +359,18 @@ def _positions(
             for i, layer in enumerate(perturbed)
         )
         yield given._replace(name=f"kink {k}", params=params, x=x)
+    a = _logits(perturbed, given.x)
+    if largest := np.max(np.abs(a)):
+        *hidden, last = perturbed
+        last = jax.tree.map(lambda leaf: leaf * (_LARGE_LOGIT / largest), last)
+        params, y = _round(((*hidden, last), np.where(a > 0, 0.0, 1.0)), dtype)
+        yield given._replace(name=_LARGE, params=params, y=y)
+
+
+def _logits(params: Any, x: np.ndarray) -> np.ndarray:
+    for w, b in params[:-1]:
+        x = np.maximum(x @ w + b, 0)
+    return x @ params[-1].w + params[-1].b
 
 
 def _compare(
@@ -352,14 +382,19 @@ def _compare(
     least_share: float,
     rng: np.random.Generator,
 ) -> Iterator[Comparison]:
-    """The comparisons at one position: the value, then each leaf and reference."""
+    """The comparisons at one position: the value, then each leaf and reference.
+
+    At large logits only the leaves are compared, and with autodiff alone: a value from
+    ŷ loses digits there, and the logits are too steep for differences.
+    """
     with jax.enable_x64(True):
         true_value, true_grads = jax.tree.map(
             _double, _loss_and_autodiff(*position[1:], **options)
         )
     error = _relative(abs(value - true_value), abs(true_value))
-    reason = f"expected {true_value:.6g}, got {value:.6g}"
-    yield Comparison("value", "autodiff", position.name, error, tolerance, reason)
+    if position.name != _LARGE:
+        reason = _expected(true_value, value) + _suspect_float32(error, tolerance)
+        yield Comparison("value", "autodiff", position.name, error, tolerance, reason)
 
     true_leaves, _ = jax.tree.flatten_with_path(true_grads)
     if len(grads) != len(true_leaves):
@@ -374,7 +409,13 @@ def _compare(
             yield Comparison(leaf, "autodiff", position.name, np.inf, tolerance, reason)
             continue
         scale = max(np.linalg.norm(truth), least_share * whole_norm)
+        error = _relative(np.linalg.norm(g - truth), scale)
         reason = _diagnose(g, truth, float(tolerance * scale))
+        if position.name == _LARGE:
+            yield Comparison(leaf, "autodiff", position.name, error, tolerance, reason)
+            continue
+        if reason:
+            reason += _suspect_float32(error, tolerance)
         with np.errstate(invalid="ignore"):  # where g is infinite
             v = rng.normal(size=g.shape)
             v *= np.copysign(1 / np.linalg.norm(v), np.sum(v * g))
@@ -489,12 +530,30 @@ def _diagnose(g: np.ndarray, truth: np.ndarray, allowed: float) -> str:
     if np.linalg.norm(g - truth) <= allowed:
         return ""
     factor = np.sum(g * truth) / (np.sum(truth**2) or 1)
-    if factor and np.linalg.norm(g - factor * truth) <= allowed:
+    # A factor multiplies the rounding as well.
+    if factor and np.linalg.norm(g - factor * truth) <= allowed * max(1, abs(factor)):
+        if abs(factor - 1) < 1e-5:
+            sign = "+" if factor > 1 else "-"
+            return f"is 1 {sign} {abs(factor - 1):.2g} times what it should be"
         return f"is {factor:.6g} times what it should be"
     if g.shape == g.T.shape and np.linalg.norm(g.T - truth) <= allowed:
         return "is transposed"
     index = tuple(map(int, np.unravel_index(np.argmax(abs(g - truth)), g.shape)))
-    return f"expected {truth[index]:.6g} at {list(index)}, got {g[index]:.6g}"
+    return _expected(truth[index], g[index], f" at {list(index)}")
+
+
+def _expected(truth: float, got: float, where: str = "") -> str:
+    """Both numbers, with as many digits as tell them apart."""
+    pairs = ((f"{truth:.{n}g}", f"{got:.{n}g}") for n in range(6, 18))
+    first, second = next((pair for pair in pairs if len(set(pair)) > 1), (truth, got))
+    return f"expected {first}{where}, got {second}"
+
+
+def _suspect_float32(error: float, tolerance: float) -> str:
+    low, high = _SINGLE
+    if tolerance < low <= error <= high:
+        return "; looks as if computed in float32"
+    return ""
 
 
 def _tail_position(given: _Position, logit: float) -> _Position:

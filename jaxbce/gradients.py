@@ -164,7 +164,8 @@ def check_batch(
     s = shard(_validate.sample_weight(sample_weight, n, dtype), like=x)
     s = rescale(s) if is_mean else s
     c = s / jnp.sum(s) if is_mean else s
-    return Batch(drop_nonfinite(s == 0, x), y, c, p)
+    x, y = drop_nonfinite(s == 0, x), drop_nonfinite(s == 0, y)
+    return Batch(x, y, c, p)
 
 
 def rescale(s: jax.Array) -> jax.Array:
@@ -200,8 +201,9 @@ def value_and_grad(
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
       sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones. Examples
-        of weight 0 are ignored, even if their loss is infinite. The mean is NaN if all
-        weights are 0, or so small that XLA flushes them to 0 (below 1.2e-38).
+        of weight 0 are ignored, even if their loss is infinite or their label is NaN.
+        The mean is NaN if all weights are 0, or so small that XLA flushes them to 0
+        (below 1.2e-38).
       pos_weight: Weight p >= 0 of the positive class: a scalar or `[n_L]`.
       reduction: "mean" or "sum" over examples; outputs are always summed.
       block_size: The largest number of examples per block. Temporary memory grows with

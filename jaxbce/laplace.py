@@ -28,7 +28,18 @@ are taken as known.
 
 All functions are pure and work under `jit` and `vmap`. For networks stacked along a
 leading axis of params, `jax.vmap(posterior, (0, None, None, None))` returns stacked
-posteriors, to which `jax.vmap` applies the other functions.
+posteriors, to which `jax.vmap` applies the other functions. The parameters of a
+`SweepResult` have two leading axes, so they need two:
+
+    >>> import jax, jaxbce
+    >>> keys = jax.random.split(jax.random.key(0), (4, 5))  # points, seeds
+    >>> make = jax.vmap(jax.vmap(lambda key: jaxbce.init(key, (2, 3, 1))))
+    >>> x, y = jax.numpy.ones((8, 2)), jax.numpy.ones((8, 1))
+    >>> axes = (0, None, None, None)
+    >>> posterior = jax.vmap(jax.vmap(jaxbce.laplace.posterior, axes), axes)
+    >>> posteriors = posterior(make(keys), x, y, 0.5)
+    >>> jax.vmap(jax.vmap(jaxbce.laplace.log_evidence))(posteriors).shape
+    (4, 5)
 
 The prior precision should be well above machine epsilon times the largest eigenvalue λ
 of the Gauss-Newton matrix: in float32, above 1e-5 λ. For a smaller τ use float64. Where
@@ -102,15 +113,19 @@ def posterior(
     The cost is that of the kernel or the Jacobian of all examples, and of the Cholesky
     factorization of a matrix of size min(N n_L, P), for P parameters.
     Examples of weight 0, or whose δ_L and S are 0 (saturated and correctly classified),
-    contribute exactly 0, whatever their features. Other features that are not finite
-    make the result not finite.
+    contribute exactly 0 to all values, whatever their features. Other features that are
+    not finite make the result not finite.
+
+    Results can be differentiated with respect to `prior_precision`, and with respect to
+    params if all features are finite. Derivatives with respect to `sample_weight` and
+    `pos_weight` are not defined at 0.
 
     Args:
       params: A tuple of `Layer`.
       x: Features `[N, n_0]`, floating, N >= 1; cast to the parameters' dtype.
       y: Labels in [0, 1], `[N, n_L]`, real or boolean; soft labels allowed.
-      prior_precision: Precision τ > 0: a scalar, or one per layer of params, a tuple of
-        scalars or `[L]`. For layers="last" only the last of them is used.
+      prior_precision: Precision τ > 0, finite: a scalar, or one per layer of params, a
+        tuple of scalars or `[L]`. For layers="last" only the last of them is used.
       layers: "all", or "last" for a posterior of the last layer's weights and biases,
         given the other layers.
       sample_weight: Weights s >= 0 of the examples, `[N]`; None is all ones.
@@ -188,7 +203,8 @@ def _cholesky(b: jax.Array) -> jax.Array:
     the factorization succeeds or it exceeds the mean. If the mean is NaN, so is the
     factor. The derivative ignores it.
     """
-    identity, mean = jnp.eye(b.shape[0], dtype=b.dtype), jnp.trace(b) / b.shape[0]
+    identity = jnp.eye(b.shape[0], dtype=b.dtype)
+    mean = jnp.sum(jnp.diagonal(b) / b.shape[0])  # without overflow of the sum
     least = jnp.finfo(b.dtype).eps * mean
 
     def is_indefinite(jitter_and_factor: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -567,10 +583,11 @@ def leave_one_out(posterior: Posterior) -> LeaveOneOut:
     step += jnp.einsum("nop,no->np", scaled, solved)
     logits = training.logits + step
     labels = label_weights(replicate(posterior.y), posterior.pos_weight)
+    leverage = jnp.einsum("noo,no->n", scaled, root)
     return LeaveOneOut(
         logits=logits,
         loss=jnp.sum(elementwise(logits, *labels), axis=1),
-        leverage=jnp.einsum("noo,no->n", scaled, root),
+        leverage=leverage.clip(0, root.shape[1]),  # rounding exceeds it for tiny τ
     )
 
 
@@ -582,9 +599,9 @@ def log_evidence(posterior: Posterior) -> jax.Array:
       -\sum_i s_i \ell_i - \frac12 \sum_k \tau_k \|\theta_k\|^2 - \frac12 \log\det B
 
     It can be differentiated with respect to the prior precisions, for example to choose
-    one per layer by gradient ascent, and with respect to params. With soft labels,
-    weights or pos_weight the likelihood is a weighted one. For layers="last" the sum
-    over k, and B, are those of the last layer.
+    one per layer by gradient ascent, and with respect to params; see `posterior`. With
+    soft labels, weights or pos_weight the likelihood is a weighted one. For
+    layers="last" the sum over k, and B, are those of the last layer.
 
     Args:
       posterior: A `Posterior`.

@@ -190,7 +190,9 @@ def sweep(
         includes some of weight 0. The features of all examples whose `sample_weight` is
         not 0 must be finite.
       make_labels: Builds the labels that a member trains on, `[N, n_L]`, from its
-        hyperparameters and the given labels.
+        hyperparameters and the given labels, which it gets as floats. Without
+        `validation`, `best_params` and `patience` follow the loss of the given labels:
+        use `params` instead, or pass a validation set.
       hparams: A dict with the hyperparameters of all points, arrays `[points]`: the
         result of `grid`, or random values; empty for one point. The sweep itself uses
         three names: `init_scale` multiplies the initial weights, `pos_weight` is passed
@@ -206,7 +208,8 @@ def sweep(
       batch_size: Number of examples per batch; None is N.
       validation: Features `[M, n_0]`, labels `[M, n_L]` and optionally weights `[M]`;
         or "held_out", the examples to which `make_sample_weight` gives weight 0, which
-        differ between points. With "held_out" an evaluation costs two forward passes.
+        differ between points. Every point must then have some of them. With "held_out"
+        an evaluation costs two forward passes.
       evaluate_every: Number of steps between evaluations.
       patience: Number of steps without a better loss after which a member stops.
       min_delta: The least improvement that counts as better.
@@ -289,13 +292,13 @@ def prepare(
     num_seeds = _validate.count("num_seeds", num_seeds)
     first_seed = _validate.count("first_seed", first_seed, least=0)
     expected = "a function of a dict of hyperparameters"
-    _validate.function("make_optimizer", make_optimizer, expected)
+    _validate.function("make_optimizer", make_optimizer, expected, arguments=1)
+    expected = f"None or {expected}"
     if make_penalty is not None:
-        _validate.function("make_penalty", make_penalty, f"None or {expected}")
+        _validate.function("make_penalty", make_penalty, expected, arguments=1)
     if make_sample_weight is not None:
-        _validate.function(
-            "make_sample_weight", make_sample_weight, f"None or {expected}"
-        )
+        name = "make_sample_weight"
+        _validate.function(name, make_sample_weight, expected, arguments=1)
     if make_labels is not None:
         expected = "None or a function of hyperparameters and labels"
         _validate.function("make_labels", make_labels, expected, arguments=2)
@@ -824,14 +827,16 @@ def _step(
     """`take_step` for a member."""
     optimizer, penalty = _optimizer(make_optimizer, hparams), None
     if make_penalty is not None:
-        penalty = make_penalty(dict(hparams))
+        with _validate.calling("make_penalty", hparams):
+            penalty = make_penalty(dict(hparams))
         expected = "a function of params"
         _validate.function("the result of make_penalty", penalty, expected)
     return training.take_step(optimizer, penalty, None, *arrays)
 
 
 def _optimizer(make_optimizer: Any, hparams: dict[str, Any]) -> Any:
-    optimizer = make_optimizer(dict(hparams))
+    with _validate.calling("make_optimizer", hparams):
+        optimizer = make_optimizer(dict(hparams))
     _validate.optimizer(optimizer, "the result of make_optimizer")
     return optimizer
 

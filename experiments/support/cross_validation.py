@@ -49,7 +49,7 @@ def split(
             if count < folds:
                 raise InputError(
                     f"--folds={folds}: target {target!r} has {count} rows of {value!r} "
-                    "outside the test set"
+                    f"outside the test set, so at most {count} folds"
                 )
     group = None if table.group is None else table.group.iloc[train.rows]
     fold = splitting.assign_folds(train.y, folds, seed, group)

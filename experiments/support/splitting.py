@@ -115,7 +115,8 @@ def assign_folds(
     """
     if group is not None and group.nunique() < folds:
         raise InputError(
-            f"--folds={folds}: only {group.nunique()} groups are outside the test set"
+            f"--folds={folds}: only {group.nunique()} groups are outside the test set, "
+            f"so at most {group.nunique()} folds"
         )
     splitter = StratifiedKFold if group is None else StratifiedGroupKFold
     stratum, fold = _strata(y), np.zeros(len(y), int)

@@ -234,15 +234,16 @@ def need_columns(source: str, table: pd.DataFrame, names: Iterable[str]) -> None
         title = f"; is row {is_header.idxmax()} the header?" if is_header.any() else ""
         raise InputError(
             f"{source}: no column{'s' * (len(missing) > 1)} "
-            f"{', '.join(map(repr, missing))}{meant}; its columns are "
+            f"{listed(missing, 20)}{meant}; its columns are "
             f"{listed(table.columns, 20)}{title}"
         )
 
 
 def listed(values: Iterable[Any], most: int = 5) -> str:
-    """The first few values, by their `repr`."""
+    """The first few values, by their `repr`, and how many others there are."""
     shown = list(map(repr, values))
-    return ", ".join(shown[:most]) + ", ..." * (len(shown) > most)
+    others = f" and {len(shown) - most} more" * (len(shown) > most)
+    return ", ".join(shown[:most]) + others
 
 
 def warn(source: str, text: str) -> None:

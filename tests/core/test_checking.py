@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbce
-from jaxbce import _mistakes
+from jaxbce import _mistakes, gradients
 from jaxbce.network import Layer
 from tests.helpers import LAYOUTS, problem
 
@@ -102,6 +102,7 @@ MUTANTS = {
     "a bias scaled by 1.001": at(0, b=lambda b: b * 1.001),
     "everything scaled by 1.001": scaled(1.001),
     "sum for mean": scaled(37),
+    "everything scaled by 1 + 1e-11": scaled(1 + 1e-11),
     "a flipped sign": scaled(-1),
     "a leaf with a flipped sign": at(2, b=lambda b: -b),
     "a dropped row": dropped_row,
@@ -241,11 +242,70 @@ def test_three_oracles_look_at_every_leaf():
         ("a wrong shape", r"expected shape (5, 1), got (5,)"),
         ("a missing layer", "expected 6 leaves, got 4"),
         ("one entry off", " at [2, 3], got "),
+        ("everything scaled by 1 + 1e-11", "is 1 + 1e-11 times what it should be"),
+        ("float32 inside", "; looks as if computed in float32"),
     ],
 )
 def test_the_reason_names_the_mistake(name, reason):
     reasons = [c.reason for c in check(MUTANTS[name]).comparisons if not c.passed]
     assert any(reason in r for r in reasons), reasons
+    for r in reasons:
+        if found := re.fullmatch(r"expected (\S+)(?: at .*)?, got ([^\s;]+)(;.*)?", r):
+            assert found[1] != found[2], r
+
+
+def test_every_leaf_of_a_sum_in_place_of_the_mean_has_the_factor():
+    """The rounding that it multiplies may exceed the tolerance."""
+
+    def summed(g):
+        return 1797 * g * (1 + 2e-14 * (-1.0) ** jnp.arange(g.size).reshape(g.shape))
+
+    p = problem((3, 1), rows=1797)
+    report = check(changed(lambda grads, *_: jax.tree.map(summed, grads)), p)
+    leaves = [c for c in report.comparisons if c.leaf != "value"]
+    assert {c.reason for c in leaves} == {"is 1797 times what it should be"}
+
+
+@pytest.mark.parametrize("clamp", [0.1, 0.01, 1e-7])
+def test_a_clamp_that_no_given_logit_reaches_is_rejected(clamp):
+    def clamped(params, x, y):
+        activations = jaxbce.forward(params, x)
+        y_hat = jnp.clip(jax.nn.sigmoid(activations.a[-1]), clamp, 1 - clamp)
+        deltas = gradients.pull_back(params, activations, y_hat - y)
+        grads = gradients.contract(activations.h[:-1], deltas)
+        grads = jax.tree.map(lambda g: g / len(x), grads)
+        return jaxbce.loss(params, x, y), grads
+
+    small = problem((4, 3, 2))
+    small = small._replace(params=jax.tree.map(lambda t: t / 8, small.params))
+    assert np.abs(jaxbce.logits(small.params, small.x)).max() < 1
+    report = check(clamped, small)
+    wrong = {c.leaf: c.point for c in report.comparisons if not c.passed}
+    assert set(wrong.values()) == {"large"}
+    text = "is wrong only at large logits, as with ŷ clamped"
+    assert report.mistakes == dict.fromkeys(wrong, text)
+    assert set(wrong) == {"[0].w", "[0].b", "[1].w", "[1].b"}
+    # Unclamped, ŷ − y passes.
+    clamp = 0.0
+    one = problem((4, 3, 1), rows=1)  # all logits are large
+    *hidden, last = one.params
+    opposite = one._replace(params=(*hidden, jax.tree.map(np.negative, last)))
+    for p in (small, one, opposite):
+        report = check(clamped, p)
+        assert report.passed, str(report)
+        assert not report.tail_passed
+
+
+def test_automatic_differentiation_of_logarithms_passes():
+    def naive(params, x, y):
+        y_hat = jax.nn.sigmoid(jaxbce.logits(params, x))
+        ell = -y * jnp.log(y_hat) - (1 - y) * jnp.log(1 - y_hat)
+        return jnp.mean(jnp.sum(ell, axis=1))
+
+    for p in (SQUARE, problem((4, 3, 1), rows=1)):
+        report = check(jax.value_and_grad(naive), p)
+        assert report.passed, str(report)
+        assert not report.tail_passed
 
 
 def test_the_tail_has_a_verdict_of_its_own():
@@ -312,6 +372,7 @@ def test_a_function_of_numpy_alone_can_be_checked():
         ({"reduction": "max"}, ValueError, "reduction .* got 'max'"),
         ({"dtype": "float16"}, TypeError, "dtype to be bfloat16, .* got float16"),
         ({"sample_weight": jnp.ones(3)}, ValueError, r"sample_weight of .* got \(3,\)"),
+        ({"sample_weight": jnp.zeros(37)}, ValueError, "one entry of sample_weight"),
     ],
 )
 def test_rejects(change, error, match):

@@ -273,6 +273,56 @@ def test_an_example_of_weight_0_adds_nothing_even_if_it_overflows():
     assert found.train_loss[1, 0, -1] > 1e20
 
 
+@pytest.mark.parametrize(
+    ("own", "common"),
+    [
+        ([0, 0, 1e-25, 1e-25], [1, 1, 1e-25, 1e-25]),  # the product underflows
+        ([3e38, 3e38, 3e38, 0], [1, 4, 2, 1]),  # it overflows
+        ([1e-30, 1, 1e-30, 0], [1, 1e-30, 1, 1]),
+    ],
+)
+def test_weights_are_multiplied_without_overflow_or_underflow(own, common):
+    x, y = (t[:4] for t in data(dtype="float32"))
+    product = np.float64(own) * np.float64(common)
+    options: Any = {
+        "hidden": (4,),
+        "hparams": {},
+        "make_optimizer": lambda hp: optax.sgd(0.1),
+        "num_steps": 2,
+    }
+    found = jaxbce.sweep(
+        KEY,
+        x,
+        y,
+        make_sample_weight=lambda hp: jnp.array(own, jnp.float32),
+        sample_weight=np.float32(common),
+        **options,
+    )
+    truth = jaxbce.sweep(
+        KEY, x, y, sample_weight=np.float32(product / product.max()), **options
+    )
+    np.testing.assert_allclose(found.train_loss, truth.train_loss, rtol=1e-5)
+    # 1e-5: float32
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("make_optimizer", lambda hp: optax.sgd(hp["rate"])),
+        ("make_penalty", lambda hp: hp["rate"]),
+        ("make_sample_weight", lambda hp: hp["rate"] != FOLD),
+        ("make_labels", lambda hp, y: y * hp["rate"]),
+    ],
+)
+def test_an_error_in_a_function_has_a_note_that_names_it(name, function):
+    x, y = data(dtype="float32")
+    hparams = {"learning_rate": [0.1], "fold": [1]}
+    with pytest.raises(KeyError) as info:
+        jaxbce.sweep(KEY, x, y, hparams=hparams, **SMALL | {name: function})
+    note = info.value.__notes__[0]
+    assert re.fullmatch(f"while tracing {name} with .*: (learning_rate|fold), .*", note)
+
+
 # ------------------------------------------------------------------- what it refuses
 
 LEFT_OUT = {"make_sample_weight": lambda hp: jnp.arange(N) != hp["learning_rate"]}
@@ -281,6 +331,21 @@ STACKED = jax.tree.map(lambda leaf: np.stack([[leaf, leaf]] * 3), SHAPES)
 REFUSED: Any = {
     "function": ({"make_sample_weight": 3}, TypeError, "make_sample_weight .* got int"),
     "labels": ({"make_labels": 3}, TypeError, "make_labels to be None or .* got int"),
+    "no argument": (
+        {"make_sample_weight": lambda: jnp.ones(N)},
+        TypeError,
+        "make_sample_weight to be None or a function of a dict of .*too many",
+    ),
+    "two arguments": (
+        {"make_optimizer": lambda hp, y: optax.sgd(0.1)},
+        TypeError,
+        "make_optimizer to be a function of a dict of .*missing a required .*'y'",
+    ),
+    "penalty of params": (
+        {"make_penalty": lambda hp, params: 0.0},
+        TypeError,
+        "make_penalty to be None or a function of a dict of .*missing a required",
+    ),
     "no array": (
         {"make_sample_weight": lambda hp: 1.0},
         TypeError,
@@ -305,6 +370,38 @@ REFUSED: Any = {
         {"make_sample_weight": lambda hp: jnp.zeros(N)},
         ValueError,
         "not all of them 0",
+    ),
+    "inf": (
+        {"make_sample_weight": lambda hp: jnp.ones(N).at[3].set(jnp.inf)},
+        ValueError,
+        "finite weights",
+    ),
+    "all that counts is 0": (
+        {
+            "make_sample_weight": lambda hp: jnp.arange(N) == 3,
+            "sample_weight": np.arange(N) != 3,
+        },
+        ValueError,
+        "not all of them 0 .times sample_weight.",
+    ),
+    "a product of 0": (
+        {
+            "make_sample_weight": lambda hp: (
+                jnp.zeros(N).at[:2].set(jnp.array([1, 1e-30]))
+            ),
+            "sample_weight": np.array([0, 1e-30, 1, *[0] * (N - 3)], np.float32),
+        },
+        ValueError,
+        "not all of them 0 .times sample_weight.",
+    ),
+    "held out of weight 0": (
+        {
+            "make_sample_weight": lambda hp: jnp.arange(N) != 3,
+            "sample_weight": np.arange(N) != 3,
+            "validation": "held_out",
+        },
+        ValueError,
+        "some weights of 0 for validation=.held_out",
     ),
     "label 2": (
         {"make_labels": lambda hp, y: y + 10 * hp["learning_rate"]},

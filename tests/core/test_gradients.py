@@ -412,9 +412,7 @@ def test_infinite_logits_give_finite_gradients(block_size, layout):
 
 @IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("block_size", [None, 2])
-def test_rows_of_weight_zero_count_for_nothing_whatever_their_features(
-    block_size, layout
-):
+def test_rows_of_weight_zero_count_for_nothing_whatever_their_data(block_size, layout):
     p = problem((3, 4, 1), rows=6)
     params, x, y = p.arguments(np.float32)
     truth = jaxbce.value_and_grad(params, x[2:], y[2:])
@@ -424,7 +422,8 @@ def test_rows_of_weight_zero_count_for_nothing_whatever_their_features(
         counted, _ = LAYOUTS[layout](params, worse, y, sample_weight=np.ones(6, "f"))
         assert not np.isfinite(counted)
         options = {"sample_weight": s, "block_size": block_size}
-        found = LAYOUTS[layout](params, worse, y, **options)
+        unknown = np.concatenate([np.full_like(y[:2], np.nan), y[2:]])
+        found = LAYOUTS[layout](params, worse, unknown, **options)
         assert relative_error(found, truth) <= 1e-6
 
 

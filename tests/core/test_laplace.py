@@ -327,13 +327,14 @@ def test_saturated_examples_in_float32_agree_with_float64(rows):
 
 
 @ROWS
-def test_an_example_of_weight_0_is_ignored_whatever_its_features(rows):
+def test_an_example_of_weight_0_is_ignored_whatever_its_features_and_label(rows):
     with jax.enable_x64(True):
         params, x, y, *others, s = small_case(rows)
         s[0] = 0
         truth = everything(params, x, y, *others, s)
         for feature in (1e200, 1.7e308, np.inf, np.nan):
-            found = everything(params, x.at[0].set(feature), y, *others, s)
+            extreme, label = x.at[0].set(feature), y.at[0].set(np.nan)
+            found = everything(params, extreme, label, *others, s)
             assert not found["influence"][0].any()
             assert found["leave_one_out"].leverage[0] == 0
             mine, theirs = (
@@ -415,7 +416,44 @@ def test_results_are_finite_for_any_precision(rows):
         assert all(np.isfinite(leaf).all() for leaf in leaves)
         leverage = np.asarray(found["leave_one_out"].leverage)
         assert np.min(leverage) >= 0
-        assert np.max(leverage) <= 1 + 1e-4
+        assert np.max(leverage) <= 1
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["by examples", "by parameters"])
+def test_leverage_is_between_0_and_the_number_of_outputs(rows):
+    params, x, y = problem((1, 2), rows=rows).arguments(np.float32)
+
+    def leverage(tau):
+        return laplace.leave_one_out(laplace.posterior(params, x, y, tau)).leverage
+
+    found = np.asarray(jax.vmap(leverage)(jnp.geomspace(1e-30, 1e-6, 100)))
+    assert np.min(found) >= 0
+    assert np.max(found) <= 2
+    assert np.any(found > 1)
+
+
+def test_a_matrix_whose_trace_overflows_is_factorized():
+    b = 1.2e38 * jnp.ones((3, 3)).at[0, 1].set(1.001).at[1, 0].set(1.001)  # indefinite
+    assert np.isfinite(laplace._cholesky(b)).all()
+
+
+def test_a_query_with_one_saturated_output_keeps_its_features():
+    """Its δ is 0 in one output, and 1 in the other."""
+    with jax.enable_x64(True):
+        params, x, y = problem((3, 2), rows=9).arguments()
+        x2 = 1e4 * x[:1]
+        right = (jaxbce.logits(params, x2) > 0).astype(y.dtype)
+        posterior = laplace.posterior(params, x, y, 0.7)
+        covariance = dense(params, x, y, 0.7, np.ones(9), p=1)
+        delta = delta_reference(np.asarray(jaxbce.logits(params, x)), np.asarray(y), 1)
+        j, j2 = covariance.jacobian, np.asarray(jacobian_reference(params, x2))[0]
+        for wrong in (0, 1):
+            y2 = right.at[0, wrong].set(1 - right[0, wrong])
+            delta2 = np.asarray(right - y2)[0]
+            g = np.einsum("nop,no->np", j, delta)
+            truth = g @ covariance.inverse @ (delta2 @ j2)
+            found = laplace.influence(posterior, x2, y2)[:, 0]
+            assert relative_error(found, truth) <= EXACT
 
 
 def test_variances_are_not_negative_where_they_are_a_small_difference():
@@ -563,6 +601,14 @@ def test_a_posterior_does_not_hold_what_it_does_not_need():
             r"prior_precision\[0\] to be a number > 0, got nan",
         ),
         (
+            lambda a, _: laplace.posterior(*a, prior_precision=np.inf),
+            "prior_precision to be finite in float32, got inf",
+        ),
+        (
+            lambda a, _: laplace.posterior(*a, prior_precision=(1.0, 1e39)),
+            r"prior_precision\[1\] to be finite in float32, got 1e\+39",
+        ),
+        (
             lambda a, _: laplace.posterior(*a, prior_precision=(1.0, 1.0, 1.0)),
             r"prior_precision .* of shape \(2,\), got an array of shape \(3,\)",
         ),
@@ -605,7 +651,7 @@ def test_a_posterior_does_not_hold_what_it_does_not_need():
         ),
         (
             lambda a, p: laplace.leave_one_out(jax.tree.map(lambda t: t[None], p)),
-            r"params\[0\].w of shape .* got \(1, 4, 3\)",
+            r"params\[0\].w of shape .* got \(1, 4, 3\); for stacked .* use jax.vmap",
         ),
         (lambda a, _: laplace.log_evidence(None), "posterior .* got NoneType"),  # pyright: ignore
     ],

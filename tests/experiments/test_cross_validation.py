@@ -105,12 +105,17 @@ ONE_SIDED = GROUPED._replace(y=(PATIENT.to_numpy() < 3)[:, None].astype(float))
 @pytest.mark.parametrize(
     ("table", "folds", "message"),
     [
-        (FEW, 11, "--folds=11: target 'moon' has 10 rows of 'lower' outside the test"),
+        (
+            FEW,
+            11,
+            "--folds=11: target 'moon' has 10 rows of 'lower' outside the test "
+            "set, so at most 10 folds",
+        ),
         (MOONS, 10**9, "--folds=1000000000: target 'moon' has 400 rows of 'upper'"),
         (
             GROUPED._replace(group=PATIENT // 10),
             20,
-            "--folds=20: only 12 groups are outside the test set",
+            "--folds=20: only 12 groups are outside the test set, so at most 12 folds",
         ),
         (ONE_SIDED, 4, "--folds=4: a fold has only one label of target 'moon'"),
         (
@@ -239,7 +244,9 @@ def test_chunks_keep_the_networks_of_a_point_together(trained, monkeypatch, tmp_
     again = sweep.run(divided, tmp_path)["members"]
     pd.testing.assert_frame_equal(again, found, check_exact=True)
     monkeypatch.setattr(sweep, "CHUNK_MEMBERS", (1, 5))
-    with pytest.raises(InputError, match=r"at most 5 networks per point \(.*\), got 6"):
+    with pytest.raises(
+        InputError, match=r"^--seeds=2, --folds=3: .* at most 5 .*, got 6"
+    ):
         plan()
 
 
@@ -248,6 +255,7 @@ def test_the_model_of_a_sweep_with_folds_is_the_ensemble(swept):
     assert (status, err) == (0, "")
     assert "24 networks, of which 0 diverged" in out
     assert "Mean ± standard error of 6 networks per point" in out
+    assert "validation: the rows of all folds, each predicted by the mean prob" in out
     table = out[out.index("networks, of") :]
     assert max(map(len, table.splitlines()[:-1])) <= 100
     document = json.loads((folder / "top.json").read_text())

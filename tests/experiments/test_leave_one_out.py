@@ -202,6 +202,17 @@ def test_correlations_are_those_of_scipy():
     assert (row["quantity"], mean_row["quantity"]) == ("test_loss", "mean_test_loss")
     np.testing.assert_allclose(mean_row["rank_correlation"], spearman(*means))
     np.testing.assert_allclose(mean_row["pearson"], pearson(*means))
+    assert "size" not in row
+
+
+def test_the_size_is_relative_to_the_true_changes():
+    truth = np.array([[1.0, -1.0], [4.0, 2.0], [0.0, 4.0]])
+    for method in (leave_one_out.NEWTON, "influence"):
+        row, mean_row = leave_one_out.compare(
+            {"test_loss": truth}, {("test_loss", method): np.abs(truth) / 2}
+        )
+        assert row["size"] == 0.5
+        assert mean_row["size"] == (0.5 + 1.5 + 1) / (0 + 3 + 2)
 
 
 def test_a_constant_has_no_correlation():

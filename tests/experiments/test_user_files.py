@@ -56,6 +56,7 @@ MANY = "a,label\n" + "".join(f"word{i},{i % 2}\n" for i in range(101))
 BAD_FILES = {
     "missing column": (CSV, "c", "no column 'c'; its columns are 'a', 'b', 'label'"),
     "missing columns": (CSV, "c,d", "no columns 'c', 'd'; its columns"),
+    "many missing": (CSV, ",".join("cdefghijklmnopqrstuvwxyz"), "'v' and 4 more; its"),
     "other case": (CSV, "LABEL", "no column 'LABEL' (did you mean 'label'?); its col"),
     "typing error in a name": (CSV, "lable", "'lable' (did you mean 'label'?); its"),
     "infinite": (CSV.replace("4", "inf"), "label", "not a number: 'inf'  1  2  --na_"),
