@@ -8,6 +8,7 @@ members into groups that fit in cache and memory, and distributes them over devi
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import warnings
@@ -250,11 +251,21 @@ def sweep(
       >>> result.train_loss.shape, (result.diverged_at >= 0).all(axis=1).tolist()
       ((3, 3, 1), [False, False, True])
     """
-    prepared = prepare(**locals())  # all arguments, by their names
+    prepared = _prepare(**locals())  # all arguments, by their names
     return _run(prepared, callback)
 
 
-def prepare(
+def prepare(*args: Any, **kwargs: Any) -> "PreparedSweep":
+    """What `sweep` would run, given its arguments. It uses no device.
+
+    The mesh may therefore be of devices to compile for that are not attached.
+    """
+    call = inspect.signature(sweep).bind(*args, **kwargs)
+    call.apply_defaults()
+    return _prepare(**call.arguments)
+
+
+def _prepare(
     *,
     key: Any,
     x: Any,
@@ -283,10 +294,7 @@ def prepare(
     callback: Any,
     precision: Any,
 ) -> "PreparedSweep":
-    """Checks the arguments of `sweep` and traces its functions; uses no device.
-
-    The mesh may therefore be of devices to compile for that are not attached.
-    """
+    """Checks the arguments of `sweep` and traces its functions."""
     # Check the arguments.
     _validate.key(key)
     num_seeds = _validate.count("num_seeds", num_seeds)

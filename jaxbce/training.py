@@ -682,9 +682,11 @@ class _Batches(NamedTuple):
             batches = self._draw(first, count, chunk)
 
             def step(i: jax.Array, carry: Any) -> Any:
-                indices, weight = (
-                    lax.dynamic_index_in_dim(t, i, keepdims=False) for t in batches
+                indices, weight = jax.tree.map(
+                    lambda t: lax.dynamic_index_in_dim(t, i, keepdims=False), batches
                 )
+                if weight is None:  # a constant is faster than rows of constants
+                    weight = jnp.full(self.size, 1 / self.size)
                 return body(first + i, indices, weight, carry)
 
             return _repeat(count, step, carry)
@@ -699,11 +701,11 @@ class _Batches(NamedTuple):
 
     def _draw(
         self, first: jax.Array, count: Any, most: int
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The examples of `count` steps and their weights, both `[most, size]`.
 
         A short last batch is padded at its start with examples of the previous batch,
-        which get weight 0.
+        which get weight 0. The weights are None if no batch is short.
         """
         n, size = self.n, self.size
         per_epoch = -(-n // size)
@@ -714,20 +716,20 @@ class _Batches(NamedTuple):
             order = jax.random.permutation(jax.random.fold_in(self.key, epoch + i), n)
             return lax.dynamic_update_index_in_dim(orders, order, i, 0)
 
+        def some(batches: jax.Array) -> jax.Array:  # of the epochs
+            return lax.dynamic_slice_in_dim(batches, first % per_epoch, most)
+
         empty = _varying(jnp.zeros((epochs, n), int))
         orders = _repeat(last - epoch + 1, draw, empty)
-        t = first + jnp.arange(most, dtype=first.dtype)
-        begin = t % per_epoch * size  # where in its epoch a batch begins
-        rows = jax.vmap(lambda at: at + jnp.arange(size, dtype=t.dtype))
-        positions = rows(jnp.minimum(begin, n - size))  # [most, size]
-        indices = jax.vmap(lambda e, at: orders[e, at])(
-            t // per_epoch - epoch, positions
-        )
-        if n % size == 0:
-            return indices, jnp.full((most, size), 1 / size)
-        is_new = (positions >= begin[:, None]).astype(float)
-        count = jnp.minimum(size, n - begin).astype(float)
-        return indices, is_new / count[:, None]
+        full = n // size * size
+        batches = orders[:, :full].reshape(epochs, -1, size)
+        weight = None
+        if full < n:
+            batches = jnp.concatenate([batches, orders[:, None, n - size :]], axis=1)
+            weights = np.full((per_epoch, size), 1 / size)
+            weights[-1] = np.where(np.arange(size) < full + size - n, 0, 1 / (n - full))
+            weight = some(jnp.tile(jnp.asarray(weights, float), (epochs, 1)))
+        return some(batches.reshape(-1, size)), weight
 
 
 def _repeat(count: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:

@@ -8,7 +8,6 @@ from any real accelerator.
 import contextlib
 import functools
 import importlib.metadata
-import inspect
 import json
 import os
 import subprocess
@@ -157,7 +156,7 @@ def prepare_sweep(
     points: int, seeds: int, optimizer: str, device: Any
 ) -> sweeps.PreparedSweep:
     """The sweep of learning rates, in the groups that jaxbce forms on the device."""
-    call = inspect.signature(jaxbce.sweep).bind(
+    return sweeps.prepare(
         jax.random.key(0),
         *_data(),
         hidden=LAYERS[1:-1],
@@ -168,8 +167,6 @@ def prepare_sweep(
         batch_size=BATCH_SIZE,
         mesh=jax.sharding.Mesh(np.array([device]), ("devices",)),
     )
-    call.apply_defaults()
-    return sweeps.prepare(**call.arguments)
 
 
 def _sweep(points: int, seeds: int, optimizer: str) -> Program:

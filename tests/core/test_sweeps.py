@@ -282,7 +282,7 @@ def test_a_prepared_sweep_has_the_program_and_arguments_that_sweep_runs(monkeypa
 
 def test_a_device_that_is_only_compiled_for_limits_no_group():
     class Device:
-        platform, process_index = "tpu", jax.process_index()
+        platform, process_index = "gpu", jax.process_index()
 
         def memory_stats(self):
             raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: MemoryStats")

@@ -520,17 +520,17 @@ def test_the_number_of_steps_between_evaluations_is_known(
 ):
     # A GPU would read an unknown one back to the host at every step.
     params, x, y = arguments(dtype="float32")
-    options = {"optimizer": optax.sgd(0.1), "num_steps": num_steps}
+    options: Any = {"optimizer": optax.sgd(0.1), "num_steps": num_steps}
     options |= {"batch_size": batch_size, "evaluate_every": 7}
     run = jax.jit(lambda *a: jaxbce.fit(KEY, *a, **options)).lower(params, x, y)
-    text = run.compile().as_text()
+    text = str(run.compile().as_text())
     assert bool(re.search(r'known_trip_count":{"n":"7"}', text)) == is_known
 
 
 def test_orders_drawn_a_few_epochs_at_a_time_are_the_same(monkeypatch):
     params, x, y = arguments(dtype="float32")
-    options = {"optimizer": optax.adam(0.01), "num_steps": 60, "evaluate_every": 30}
-    options |= {"batch_size": 7}
+    options: Any = {"optimizer": optax.adam(0.01), "num_steps": 60}
+    options |= {"batch_size": 7, "evaluate_every": 30}
     whole = fit(params, x, y, **options)
     monkeypatch.setattr(training, "_ORDERS", 1)  # 5 steps of 6 per epoch, so 2 orders
     monkeypatch.setattr(training, "_MIN_INDICES", 1)
@@ -547,8 +547,9 @@ def test_orders_drawn_a_few_epochs_at_a_time_are_the_same(monkeypatch):
 @pytest.mark.parametrize("precision", [None, "highest"])
 def test_precision_is_that_of_every_matrix_product(precision):
     params, x, y = arguments(dtype="float32")
-    options = {"optimizer": optax.sgd(0.1), "num_steps": 2, "precision": precision}
-    run = jax.jit(lambda *a: jaxbce.fit(KEY, *a, **options)).lower(params, x, y)
+    options: Any = {"optimizer": optax.sgd(0.1), "num_steps": 2}
+    options |= {"precision": precision}
+    run = jax.jit(lambda *a: fit(*a, **options)).lower(params, x, y)
     products = re.findall("dot_general.*", run.as_text())
     assert products
     exact = [product for product in products if "HIGHEST" in product]
