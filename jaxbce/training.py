@@ -232,6 +232,7 @@ class Options(NamedTuple):
     patience: int | None
     min_delta: float
     callback: Callable[..., None] | None
+    is_fused: bool = False  # whether one kernel takes all steps; only for `sweep`
 
 
 def check_options(
@@ -466,7 +467,7 @@ def run(
         for program, numbers in zip(programs, constants, strict=True)
     )
     may_skip = programs.step.tests_finiteness
-    num_steps, batch_size, evaluate_every, patience, min_delta, callback = options
+    num_steps, batch_size, evaluate_every, patience, min_delta, callback, _ = options
     n, n_in = training.x.shape
     dtype = training.y.dtype
     # The loops carry the run in the layout, without its losses. The barrier makes a
@@ -492,6 +493,12 @@ def run(
     padded = layout.pad(x)
     full = training.batch()._replace(x=padded)
     form = Form(block_size, relative_weight is not None, layout)
+    fused = None
+    if options.is_fused:
+        from jaxbce import _fused  # slow to import
+
+        step_arguments = programs.step, constants[1], hparams, start.params
+        fused = _fused.prepare(*step_arguments, start.opt_state, training, batch_size)
 
     def take(t: jax.Array, batch: Batch, run: FitResult) -> FitResult:
         """Takes step t, on a batch."""
@@ -529,7 +536,13 @@ def run(
         # a constant of the program.
         is_static = num_steps % evaluate_every == 0
         steps = evaluate_every if is_static else end - begin
-        if batch_size is None:
+        batches = _Batches(key, n, batch_size or n)
+        if fused is not None:
+            carried = *convert((run.params, run.opt_state)), run.diverged_at
+            carried = fused.fold(batches, begin, steps, evaluate_every, carried)
+            params, state = convert(carried[:2])
+            run = run._replace(params=params, opt_state=state, diverged_at=carried[2])
+        elif batch_size is None:
             run = _repeat(steps, lambda i, run: take(begin + i, full, run), run)
         else:
 
@@ -543,7 +556,6 @@ def run(
                 labels = _layouts.take(y, indices)
                 return take(t, Batch(features, labels, c, p), run)
 
-            batches = _Batches(key, n, batch_size)
             run = batches.fold(batch, begin, steps, evaluate_every, run)
         losses = [
             gradients.weighted_loss(
@@ -577,7 +589,7 @@ def run(
         run, losses = lax.cond(
             _all_across_vmap(stopped),
             lambda run: unchanged,
-            lambda run: _select(stopped, unchanged, advance(begin, end, run)),
+            lambda run: _keep(stopped, unchanged, advance(begin, end, run), fused),
             run,
         )
         if callback is not None:
@@ -663,7 +675,31 @@ class _Batches(NamedTuple):
           most: The largest value of `steps`.
           carry: The initial carry.
         """
-        chunks = -(-most // max(1, self._chunk_steps()))
+
+        def chunk(first: Any, count: Any, batch_of: Any, _: int, carry: Any) -> Any:
+            def step(i: jax.Array, carry: Any) -> Any:
+                indices, weight = batch_of(first + i)
+                return body(first + i, indices, weight, carry)
+
+            return _repeat(count, step, carry)
+
+        return self.fold_chunks(chunk, begin, steps, most, self._chunk_steps(), carry)
+
+    def fold_chunks(
+        self,
+        body: Callable[..., Any],
+        begin: jax.Array,
+        steps: int | jax.Array,
+        most: int,
+        most_per_chunk: int,
+        carry: Any,
+    ) -> Any:
+        """Folds `body(first, count, batch_of, chunk, carry)` over chunks of steps.
+
+        `batch_of` maps the number of a step to `(indices, weight)`. A chunk has `count`
+        steps, at most `chunk`, which is static.
+        """
+        chunks = -(-most // max(1, most_per_chunk))
         chunk = -(-most // chunks)
         is_static = isinstance(steps, int) and steps % chunk == 0
 
@@ -671,11 +707,8 @@ class _Batches(NamedTuple):
             first = begin + j * chunk
             count = chunk if is_static else jnp.minimum(chunk, steps - j * chunk)
             orders = self._orders(first, count, chunk)
-
-            def step(i: jax.Array, carry: Any) -> Any:
-                return body(first + i, *self._batch(first, first + i, orders), carry)
-
-            return _repeat(count, step, carry)
+            batch_of = functools.partial(self._batch, first, orders=orders)
+            return body(first, count, batch_of, chunk, carry)
 
         if chunks == 1:
             return take_chunk(0, carry)
@@ -747,6 +780,18 @@ def _(size: int, batched: list[bool], stopped: jax.Array) -> tuple[jax.Array, bo
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _keep(stopped: jax.Array, unchanged: Any, advanced: Any, fused: Any) -> Any:
+    """What a run that has stopped keeps.
+
+    A kernel counts the steps of all networks, as long as those that have stopped count
+    on. Nothing reads their optimizer's state.
+    """
+    kept, losses = _select(stopped, unchanged, advanced)
+    if fused is not None:
+        kept = kept._replace(opt_state=advanced[0].opt_state)
+    return kept, losses
 
 
 def _varying(tree: Any) -> Any:
