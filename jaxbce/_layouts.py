@@ -10,6 +10,7 @@ matrix product, `[G n_1, n_0] [n_0, N]`, and so are their gradients. The later l
 are batched products over the networks. A single network is no slower in this layout.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -127,6 +128,10 @@ class Rows(NamedTuple):
         """Converts an array with examples as rows to this layout."""
         return t
 
+    def total(self, t: jax.Array) -> jax.Array:
+        """The sum of `t [N, 1]` over examples."""
+        return jnp.sum(t)
+
     def affine(
         self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
     ) -> jax.Array:
@@ -191,16 +196,15 @@ class Columns(NamedTuple):
 
         Examples stay rows, so that those of a batch can be gathered quickly.
         """
-        if not self.has_ones:
-            return x
-        n, n_in = x.shape
-        extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
-        added = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype), (n, extra))
-        return jnp.concatenate([x, shard(added, like=x)], 1)
+        return _with_ones(x) if self.has_ones else x
 
     def arrange(self, t: jax.Array) -> jax.Array:
         """Converts an array with examples as rows to this layout."""
         return t.T
+
+    def total(self, t: jax.Array) -> jax.Array:
+        """The sum of `t [1, N]` over examples."""
+        return jnp.sum(t)
 
     def affine(
         self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
@@ -227,7 +231,83 @@ class Columns(NamedTuple):
         return w, jnp.sum(delta, axis=1)
 
 
-Layout = Rows | Columns
+class Lanes(NamedTuple):
+    """Many networks, one per vector lane: activations `[n_k, N, G]` of G networks.
+
+    Weights are `[n_k, n_{k-1}, G]` and biases `[n_k, G]`. The networks share features,
+    which are `[N, n_0]` as in `Columns.pad`, so the first layers of all networks are
+    one matrix product. The later layers are elementwise products and sums. Kernels that
+    train many networks on chip use this layout; G is a multiple of the lanes.
+
+    Attributes:
+      features: The number of features, n_0.
+    """
+
+    features: int
+
+    feature_axis = 0
+
+    def convert(self, tree: Any) -> Any:
+        """Converts parameters `[G, ...]` of many networks, in either direction."""
+        return jax.tree.map(jnp.transpose, tree)
+
+    def pad(self, x: jax.Array) -> jax.Array:
+        """Features `[N, n_0]`, then a column of ones for the bias, then zeros."""
+        return _with_ones(x)
+
+    def arrange(self, t: jax.Array) -> jax.Array:
+        """Returns features and labels unchanged: labels are given as `[n_L, N, G]`."""
+        return t
+
+    def total(self, t: jax.Array) -> jax.Array:
+        """The sums of `t [1, N, G]` over examples, `[1, G]`."""
+        return jnp.sum(t, axis=1)
+
+    def affine(
+        self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
+    ) -> jax.Array:
+        """`a_k = W_k h_{k-1} + b_k`, `[n_k, N, G]`, in float32 like its factors."""
+        del dtype
+        if h.ndim == 2:  # the features, which all networks share
+            a = _split_lanes(matmul(h[:, : w.shape[1]], _join_lanes(w)), w.shape[0])
+        else:
+            a = jnp.stack([jnp.sum(h * w_o[:, None], axis=0) for w_o in w])
+        return a + b[:, None]
+
+    def back(self, delta: jax.Array, w: jax.Array) -> jax.Array:
+        """`W_kᵀ δ_k`, `[n_{k-1}, N, G]`."""
+        terms = [d[None] * w_o[:, None] for d, w_o in zip(delta, w, strict=True)]
+        return functools.reduce(jnp.add, terms)
+
+    def gradient(
+        self, k: int, h: jax.Array, delta: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`δ_k h_{k-1}ᵀ`, like W_k, and `Σ_i δ_{k,i}`."""
+        if k == 1:  # with the column of ones
+            w = _split_lanes(matmul(h.T, _join_lanes(delta)), delta.shape[0])
+            return w[:, : self.features], w[:, self.features]
+        w = jnp.stack([jnp.sum(h * d[None], axis=1) for d in delta])
+        return w, jnp.sum(delta, axis=1)
+
+
+def _join_lanes(t: jax.Array) -> jax.Array:
+    """`[n, N, G]` as a matrix `[N, n G]`."""
+    return jnp.concatenate(list(t), axis=1)
+
+
+def _split_lanes(t: jax.Array, n: int) -> jax.Array:
+    """The inverse of `_join_lanes`."""
+    return jnp.stack(jnp.split(t, n, axis=1))
+
+
+def _with_ones(x: jax.Array) -> jax.Array:
+    n, n_in = x.shape
+    extra = -(-(n_in + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE - n_in
+    added = jnp.broadcast_to(jnp.eye(1, extra, dtype=x.dtype), (n, extra))
+    return jnp.concatenate([x, shard(added, like=x)], 1)
+
+
+Layout = Rows | Columns | Lanes
 ROWS = Rows()
 
 

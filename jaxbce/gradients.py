@@ -340,7 +340,7 @@ def _forward(
 
 def _weighted_sum(c: jax.Array, ell: jax.Array, layout: Layout) -> jax.Array:
     ell = jnp.sum(ell, axis=layout.feature_axis, keepdims=True)
-    return jnp.sum(weighted(c, ell))
+    return layout.total(weighted(c, ell))
 
 
 def grad(

@@ -141,6 +141,7 @@ def sweep(
     dtype: DTypeLike | None = None,
     keep_params: bool = True,
     group_size: int | Literal["auto"] = "auto",
+    kernel: Literal["auto", "xla", "fused"] = "auto",
     mesh: jax.sharding.Mesh | None = None,
     callback: Callable[[int], None] | None = None,
     precision: str | None = None,
@@ -223,6 +224,14 @@ def sweep(
         not depend on their size.
       group_size: The largest number of members that a device trains at a time; "auto"
         chooses from the shapes and the memory of the device.
+      kernel: How members take the steps between two evaluations. "xla" compiles them as
+        for `fit`. "fused" takes all of them in one kernel, in which parameters and the
+        states of optimizers stay on chip: for TPU, with one hidden layer and float32.
+        Optimizers must be elementwise, such as `optax.sgd`, `adamw`, `rmsprop` or
+        `lion` with any schedule, and penalties are not supported. Results differ by
+        rounding. On CPU the kernel is interpreted, which is slow and meant for tests;
+        GPUs are not supported. "auto" is "xla", because no device has measured the
+        other.
       mesh: The devices to use, with any axes; None is all devices of all processes.
       callback: Called on the host with the number of members that are done, whenever
         each device has trained a group.
@@ -293,6 +302,7 @@ def _prepare(
     mesh: Any,
     callback: Any,
     precision: Any,
+    kernel: Any,
 ) -> "PreparedSweep":
     """Checks the arguments of `sweep` and traces its functions."""
     # Check the arguments.
@@ -348,6 +358,8 @@ def _prepare(
     key_impl = str(jax.random.key_impl(key)) if is_typed else None
 
     # Trace the user's functions.
+    if _is_fused(kernel, devices, sizes, dtype, make_penalty):
+        options = options._replace(is_fused=True)
     hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
     spec = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), data)
     if "pos_weight" in hp:
@@ -509,6 +521,29 @@ def _holds_out(validation: Any, make_sample_weight: Any) -> bool:
         )
     if make_sample_weight is None:
         raise ValueError('expected make_sample_weight with validation="held_out"')
+    return True
+
+
+def _is_fused(
+    kernel: Any, devices: np.ndarray, sizes: tuple[int, ...], dtype: Any, penalty: Any
+) -> bool:
+    """Whether members are trained in one kernel, which is checked to be possible."""
+    if kernel not in ("auto", "xla", "fused"):
+        raise ValueError(
+            f'expected kernel to be "auto", "xla" or "fused", got {kernel!r}'
+        )
+    if kernel != "fused":
+        return False
+    from jaxbce import _fused  # slow to import
+
+    _fused.check_network(sizes[:-1], dtype)
+    if penalty is not None:
+        raise ValueError('expected make_penalty to be None for kernel="fused"')
+    if (platform := devices[0].platform) not in _fused.PLATFORMS:
+        raise ValueError(
+            f'expected devices to be TPUs (or CPUs, for tests) for kernel="fused", got '
+            f"{platform}"
+        )
     return True
 
 

@@ -234,6 +234,7 @@ class Options(NamedTuple):
     min_delta: float
     callback: Callable[..., None] | None
     platform: str
+    is_fused: bool = False  # whether one kernel takes all steps; only for `sweep`
 
 
 def check_options(
@@ -501,6 +502,12 @@ def run(
     padded = layout.pad(x)
     full = training.batch()._replace(x=padded)
     form = Form(block_size, relative_weight is not None, layout)
+    fused = None
+    if options.is_fused:
+        from jaxbce import _fused  # slow to import
+
+        step_arguments = programs.step, constants[1], hparams, start.params
+        fused = _fused.prepare(*step_arguments, start.opt_state, training, batch_size)
 
     def take(t: jax.Array, batch: Batch, run: FitResult) -> FitResult:
         """Takes step t, on a batch."""
@@ -538,7 +545,13 @@ def run(
         # a constant of the program.
         is_static = num_steps % evaluate_every == 0
         steps = evaluate_every if is_static else end - begin
-        if batch_size is None:
+        batches = _Batches(key, n, batch_size or n)
+        if fused is not None:
+            carried = *convert((run.params, run.opt_state)), run.diverged_at
+            carried = fused.fold(batches, begin, steps, evaluate_every, carried)
+            params, state = convert(carried[:2])
+            run = run._replace(params=params, opt_state=state, diverged_at=carried[2])
+        elif batch_size is None:
             run = _repeat(steps, lambda i, run: take(begin + i, full, run), run)
         else:
 
@@ -552,7 +565,6 @@ def run(
                 labels = _layouts.take(y, indices)
                 return take(t, Batch(features, labels, c, p), run)
 
-            batches = _Batches(key, n, batch_size)
             run = batches.fold(batch, begin, steps, evaluate_every, run)
         losses = [
             gradients.weighted_loss(
@@ -586,7 +598,7 @@ def run(
         run, losses = lax.cond(
             _all_across_vmap(stopped),
             lambda run: unchanged,
-            lambda run: _select(stopped, unchanged, advance(begin, end, run)),
+            lambda run: _keep(stopped, unchanged, advance(begin, end, run), fused),
             run,
         )
         if callback is not None:
@@ -672,14 +684,9 @@ class _Batches(NamedTuple):
           most: The largest value of `steps`.
           carry: The initial carry.
         """
-        chunks = -(-most // max(1, self._chunk_steps()))
-        chunk = -(-most // chunks)
-        is_static = isinstance(steps, int) and steps % chunk == 0
 
-        def take_chunk(j: jax.Array | int, carry: Any) -> Any:
-            first = begin + j * chunk
-            count = chunk if is_static else jnp.minimum(chunk, steps - j * chunk)
-            batches = self._draw(first, count, chunk)
+        def chunk(first: Any, count: Any, draw: Any, _: int, carry: Any) -> Any:
+            batches = draw()
 
             def step(i: jax.Array, carry: Any) -> Any:
                 indices, weight = jax.tree.map(
@@ -690,6 +697,32 @@ class _Batches(NamedTuple):
                 return body(first + i, indices, weight, carry)
 
             return _repeat(count, step, carry)
+
+        return self.fold_chunks(chunk, begin, steps, most, self._chunk_steps(), carry)
+
+    def fold_chunks(
+        self,
+        body: Callable[..., Any],
+        begin: jax.Array,
+        steps: int | jax.Array,
+        most: int,
+        most_per_chunk: int,
+        carry: Any,
+    ) -> Any:
+        """Folds `body(first, count, draw, chunk, carry)` over chunks of steps.
+
+        A chunk has `count` steps, at most `chunk`, which is static, and `draw()` is the
+        result of `_draw` for them.
+        """
+        chunks = -(-most // max(1, most_per_chunk))
+        chunk = -(-most // chunks)
+        is_static = isinstance(steps, int) and steps % chunk == 0
+
+        def take_chunk(j: jax.Array | int, carry: Any) -> Any:
+            first = begin + j * chunk
+            count = chunk if is_static else jnp.minimum(chunk, steps - j * chunk)
+            draw = functools.partial(self._draw, first, count, chunk)
+            return body(first, count, draw, chunk, carry)
 
         if chunks == 1:
             return take_chunk(0, carry)
@@ -757,6 +790,18 @@ def _(size: int, batched: list[bool], stopped: jax.Array) -> tuple[jax.Array, bo
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _keep(stopped: jax.Array, unchanged: Any, advanced: Any, fused: Any) -> Any:
+    """What a run that has stopped keeps.
+
+    A kernel counts the steps of all networks, as long as those that have stopped count
+    on. Nothing reads their optimizer's state.
+    """
+    kept, losses = _select(stopped, unchanged, advanced)
+    if fused is not None:
+        kept = kept._replace(opt_state=advanced[0].opt_state)
+    return kept, losses
 
 
 def _varying(tree: Any) -> Any:
