@@ -4,7 +4,7 @@
     python -m experiments.benchmark --suite gradient --suite curvature
     python -m experiments.benchmark --full --output_dir results/benchmark
     python -m experiments.benchmark --write_tables results/benchmark/benchmark.json
-    python -m experiments.benchmark --suite ahead_of_time --target v5e --target h100
+    python -m experiments.benchmark --suite ahead_of_time --accelerator v5e
 
 Each row of the tables has one quantity at one size, by jaxbce and by one baseline, both
 measured in the same process. Their results must agree first; baselines marked † do
@@ -88,8 +88,8 @@ _SUITE = flags.DEFINE_multi_enum(
     [*SUITES, AHEAD_OF_TIME],
     f"Suite to run; repeat for several. Default: all but {AHEAD_OF_TIME}.",
 )
-_TARGET = flags.DEFINE_multi_enum(
-    "target",
+_ACCELERATOR = flags.DEFINE_multi_enum(
+    "accelerator",
     list(TARGETS),
     list(TARGETS),
     f"Device that --suite={AHEAD_OF_TIME} compiles for; repeat for several. Default: "
@@ -305,8 +305,8 @@ def _configuration() -> dict[str, Any]:
     """The settings of this run, from the flags."""
     if _QUICK.value and _FULL.value:
         raise cli.InputError("--quick and --full exclude each other")
-    if flags.FLAGS["target"].present and AHEAD_OF_TIME not in _SUITE.value:
-        raise cli.InputError(f"--target needs --suite={AHEAD_OF_TIME}")
+    if flags.FLAGS["accelerator"].present and AHEAD_OF_TIME not in _SUITE.value:
+        raise cli.InputError(f"--accelerator needs --suite={AHEAD_OF_TIME}")
     rounds, repeats = (3, 1) if _QUICK.value else (7, 2) if _FULL.value else (5, 1)
     return {
         "suites": list(dict.fromkeys(_SUITE.value)),
@@ -395,7 +395,7 @@ def _compile_ahead_of_time(quick: bool, folder: Path | None) -> int:
     Returns:
       The exit status: 1 if a program or the process of a target fails.
     """
-    targets = list(dict.fromkeys(_TARGET.value))
+    targets = list(dict.fromkeys(_ACCELERATOR.value))
     rows: list[Row] = []
     errors = {target: line for target in targets if (line := missing(target))}
     document = {

@@ -319,8 +319,8 @@ def test_a_missing_compiler_is_a_line_and_the_others_are_used(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite=ahead_of_time", "--target=v4"), "v4"),
-        (("--target=v5e",), "--target needs --suite=ahead_of_time"),
+        (("--suite=ahead_of_time", "--accelerator=v4"), "v4"),
+        (("--accelerator=v5e",), "--accelerator needs --suite=ahead_of_time"),
     ],
 )
 def test_a_bad_target_is_one_line_and_status_2(arguments, message):
@@ -334,7 +334,7 @@ def test_a_process_that_fails_is_a_line(monkeypatch):
     monkeypatch.setattr(ahead_of_time, "__name__", "experiments.suites.no_such_module")
     v5e = targets.TARGETS["v5e"]._replace(module="json")
     monkeypatch.setitem(targets.TARGETS, "v5e", v5e)
-    finished = run_command("benchmark", "--suite=ahead_of_time", "--target=v5e")
+    finished = run_command("benchmark", "--suite=ahead_of_time", "--accelerator=v5e")
     assert finished.status == 1
     assert "v5e: its process has failed: " in finished.out
     assert "No module named experiments.suites.no_such_module" in finished.out
@@ -410,7 +410,7 @@ def python_with_compilers(tmp_path_factory):
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 def test_every_program_compiles(python_with_compilers, target, tmp_path):
     command = [python_with_compilers, "-m", "experiments.benchmark", "--quick"]
-    command += ["--suite=ahead_of_time", f"--target={target}"]
+    command += ["--suite=ahead_of_time", f"--accelerator={target}"]
     done = subprocess.run(
         [*command, f"--output_dir={tmp_path}"],
         cwd=ROOT,
