@@ -176,6 +176,7 @@ FEW: Any = {
 }
 
 
+@pytest.mark.slow_ids("own weights")
 @pytest.mark.parametrize("case", FEW.values(), ids=FEW)
 def test_members_are_runs_of_fit(case):
     case = Case(points=3, steps=9, **case)
@@ -272,6 +273,7 @@ def test_what_the_kernel_cannot_do_is_an_error(arguments, message):
         )
 
 
+@pytest.mark.slow_ids("sgd", "momentum", "nesterov", "rmsprop", "lion", "adamw")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_split_steps_are_those_of_the_optimizer(make):
     networks = 4
@@ -353,6 +355,7 @@ def test_split_steps_are_those_of_the_optimizer(make):
     assert relative_error(mine, theirs) < TOLERANCE["float32"]
 
 
+@pytest.mark.slow_ids("1")
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_the_derivation_for_many_networks_is_that_for_one(outputs):
     networks, lanes = 4, Lanes(5)

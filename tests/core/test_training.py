@@ -511,6 +511,7 @@ def test_it_lowers_for_accelerators(platform, batch_size):
     assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.slow_ids("None")
 @pytest.mark.parametrize("batch_size", [None, 8])
 @pytest.mark.parametrize(
     ("num_steps", "is_known"), [(21, True), (20, False)], ids=["equal", "ragged"]
@@ -780,7 +781,7 @@ def triple(honest):
     return lambda *args: jax.tree.map(lambda g: 3 * g, honest(*args))
 
 
-@pytest.mark.slow_ids("rows-", "ones-contract")
+@pytest.mark.slow_ids("rows-", "ones-")
 @pytest.mark.parametrize(
     ("name", "corrupt", "factors"),
     [("pull_back", triple_all_but_the_last, (3, 1)), ("contract", triple, (3, 3))],
