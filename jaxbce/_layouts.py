@@ -157,7 +157,8 @@ class Rows(NamedTuple):
         del k
         b = jnp.sum(delta, axis=0)
         d = delta.astype(h.dtype)
-        if d.dtype != delta.dtype and d.shape[1] == 1:  # XLA may store the products
+        if d.dtype != delta.dtype and d.shape[1] == 1:
+            # XLA may store the products; in bfloat16 they take half the memory.
             return jnp.sum(h * d, axis=0, dtype=delta.dtype)[:, None], b
         n, n_out, n_in = h.shape[0], d.shape[1], h.shape[1]
         chunks = next((chunks for chunks in (2, 3, 5, 7) if n % chunks == 0), 1)

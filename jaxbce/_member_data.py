@@ -137,10 +137,8 @@ def check(
     """
     if programs == (None, None):
         return
-    mapped = (
-        hparams,
-        np.arange(points),
-    )  # gives lax.map a length if there are no hyperparameters
+    # The indices give lax.map a length if there are no hyperparameters.
+    mapped = hparams, np.arange(points)
     is_bad = _traced.jitted(_find_bad, programs, hold_out)(constants, mapped, data)
     for message, bad in zip(_EXPECTED, is_bad, strict=True):
         if bad.any():

@@ -274,7 +274,7 @@ def _uses_kernel(posterior: Posterior) -> bool:
 def _examples_per_block(posterior: Posterior, n: int) -> BlockSize:
     """At most as many examples as let V take the memory of the factor.
 
-    But it is at least 256 if n allows.
+    It is at least 256 if n allows.
     """
     size = examples_per_block("auto", posterior.params, n)
     if not isinstance(n, int):

@@ -265,7 +265,7 @@ def sweep(
 
 
 def prepare(*args: Any, **kwargs: Any) -> "PreparedSweep":
-    """What `sweep` would run, given its arguments. It uses no device.
+    """Prepares a sweep, given the arguments of `sweep`. It uses no device.
 
     The mesh may therefore be of devices to compile for that are not attached.
     """

@@ -793,10 +793,10 @@ def _select(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _keep(stopped: jax.Array, unchanged: Any, advanced: Any, fused: Any) -> Any:
-    """What a run that has stopped keeps.
+    """Selects the state of a run before or after a section, if it has stopped or not.
 
-    A kernel counts the steps of all networks, as long as those that have stopped count
-    on. Nothing reads their optimizer's state.
+    With a kernel, all networks share the counters in the states of their optimizers, so
+    the counters of a stopped run advance as well. Nothing reads them.
     """
     kept, losses = _select(stopped, unchanged, advanced)
     if fused is not None:

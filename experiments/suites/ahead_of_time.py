@@ -210,7 +210,7 @@ def programs(quick: bool = False) -> Iterator[Program]:
 
 
 def _counts(unit: str, compiled: Any, calls: int) -> Row:
-    """What the compiled program does per call, or per step of its training loop."""
+    """Counts of a compiled program per call, or per step of its training loop."""
     module = hlo.Module(compiled.as_text())
     cost, trip_count, padding = module.cost(), None, None
     if unit == "step":

@@ -1,4 +1,4 @@
-"""What a compiled program does, read off the text of its HLO.
+"""Counts of the kernels and bytes of a compiled program, from the text of its HLO.
 
 Kernels are what a device starts one by one: fusions, library calls, and operations that
 are not fused. The bytes of a kernel are those of its operands and results in the memory
@@ -49,7 +49,7 @@ class Instruction(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a computation takes; a loop of unknown length counts as one iteration.
+    """Cost of a computation; a loop of unknown length counts as one iteration.
 
     Attributes:
       kernels: Number of kernels.
