@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from scipy import stats
 from scipy.special import expit
 from sklearn.calibration import calibration_curve
@@ -384,6 +384,47 @@ def leave_one_out(
             axis.hexbin(x, y, gridsize=60, bins="log", mincnt=1, cmap="viridis_r")
         axis.set(xlabel="change by retraining", ylabel=method, title=title)
     figure.suptitle("Changes when a training row is left out")
+    _save(figure, path)
+
+
+def double_descent(
+    path: Path,
+    rows: list[dict[str, Any]],
+    published: Mapping[int, float],
+    noise: float,
+) -> None:
+    """Draws training and test error over width, with the published test errors.
+
+    Args:
+      path: The file to write.
+      rows: As `experiments.double_descent` makes them.
+      published: Test errors by width; those between the widths of the rows are drawn.
+      noise: Probability with which a training label was replaced.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    widths = [row["width"] for row in rows]
+    for name in ("train", "test"):
+        means = [100 * row[f"{name}_error"] for row in rows]
+        errors = [100 * (row[f"{name}_error_se"] or 0.0) for row in rows]
+        axis.errorbar(
+            widths, means, errors, marker="o", ms=3, capsize=3, label=f"{name} error"
+        )
+    drawn = [width for width in published if widths[0] <= width <= widths[-1]]
+    if drawn:
+        errors = [100 * published[width] for width in drawn]
+        label = "test error, published (softmax, one seed)"
+        axis.plot(drawn, errors, color="0.6", ls="--", marker=".", label=label)
+    axis.set(
+        xlabel="units in each of two hidden layers",
+        xscale="log",
+        ylabel="error (%), mean ± s.e.",
+        ylim=(0, None),
+        title=f"MNIST-1D, {100 * noise:g}% of the training labels random",
+    )
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda width, _: f"{width:g}"))
+    axis.minorticks_off()
+    _legend(figure, axis)
     _save(figure, path)
 
 

@@ -250,6 +250,7 @@ def test_help_shows_the_defaults_of_the_command(command):
 EXPECTED_DEFAULTS = {
     "benchmark": {},
     "compare_gradients": {"dtype": "float64"},
+    "double_descent": {"dtype": "float32", "seeds": "8", "noise": "0.15"},
     "leave_one_out": {"dtype": "float64", "num_steps": "2000", "num_rows": "300"},
     "trainability": {"dtype": "float32", "num_steps": "200"},
 }

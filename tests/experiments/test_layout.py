@@ -10,6 +10,7 @@ EXPERIMENTS = ROOT / "experiments"
 COMMANDS = {
     "benchmark",
     "compare_gradients",
+    "double_descent",
     "find_mislabeled",
     "leave_one_out",
     "private",
