@@ -1,4 +1,4 @@
-"""Pictures of networks, sweeps, trainability, private training and labels."""
+"""Pictures of networks, sweeps, trainability, grokking, private training, labels."""
 
 import functools
 import math
@@ -8,9 +8,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from scipy import stats
@@ -487,6 +489,82 @@ def trainability(
     )
     with output.atomic_write(path) as partial:
         figure.savefig(partial, dpi=dpi)
+
+
+def grokking(
+    path: Path,
+    curves: Any,
+    points: list[dict[str, Any]],
+    reference: tuple[int, float],
+    accuracy: float,
+) -> None:
+    """Draws curves of accuracy and loss, and when networks memorize and generalize.
+
+    Args:
+      path: The file to write.
+      curves: Table with one row per network and evaluation, as `experiments.grokking`
+        makes it.
+      points: When the networks of each combination do, likewise.
+      reference: Number of rows and weight decay of the networks whose curves are drawn.
+      accuracy: From which on a network has memorized, or generalized.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
+    chosen = (curves["rows"] == reference[0]) & (curves["weight_decay"] == reference[1])
+    for axis, score in zip(axes[0], ("accuracy", "loss"), strict=True):
+        for i, name in enumerate(("train", "test")):
+            for _, curve in curves[chosen].groupby("seed"):
+                values = curve[f"{name}_{score}"]
+                axis.plot(curve["epoch"], values, color=f"C{i}", alpha=0.7, label=name)
+        setting = f"{reference[0]} rows, weight decay {reference[1]:g}"
+        axis.set(xlabel="epoch", title=f"{score.capitalize()}, {setting}")
+    axes[0, 0].axhline(accuracy, color="0.6", ls=":", label=f"{accuracy:.0%}")
+    axes[0, 1].set(yscale="log", ylabel="nats")
+    table = pd.DataFrame(points)
+    epochs = table[["memorized_epoch", "generalized_epoch"]].to_numpy(float)
+    known = epochs[epochs > 0]
+    low, high = (known.min(), known.max()) if len(known) else (1.0, 1.0)
+    norm = LogNorm(low, max(high, 2 * low), clip=True)
+    drawn = [
+        _draw_times(axis, table, event, norm, reference)
+        for axis, event in zip(axes[1], ("memorized", "generalized"), strict=True)
+    ]
+    colorbar = figure.colorbar(drawn[0], ax=axes[1].tolist(), label="epoch")
+    colorbar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    colorbar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    colorbar.minorticks_off()
+    _legend(figure, axes[0, 0])
+    _save(figure, path)
+
+
+def _draw_times(
+    axis: Any, table: Any, event: str, norm: Any, reference: tuple[int, float]
+) -> Any:
+    """Draws the median epochs of an event as colored cells with numbers."""
+    by_rows = {"index": "weight_decay", "columns": "rows"}
+    epochs = table.pivot(**by_rows, values=f"{event}_epoch").astype(float)
+    counts = table.pivot(**by_rows, values=event)
+    networks = table.pivot(**by_rows, values="networks")
+    colors = plt.get_cmap("viridis_r").with_extremes(bad="0.85")
+    drawn = axis.imshow(epochs, norm=norm, cmap=colors, origin="lower", aspect="auto")
+    for i, j in np.ndindex(epochs.shape):
+        epoch, count, total = (t.to_numpy()[i, j] for t in (epochs, counts, networks))
+        text = "never" if np.isnan(epoch) else f"{epoch:g}"
+        if 0 < count < total:
+            text += f"\n{count} of {total}"
+        is_dark = not np.isnan(epoch) and norm(epoch) > 0.5
+        color = "white" if is_dark else "black"
+        axis.text(j, i, text, ha="center", va="center", color=color)
+    place = epochs.columns.get_loc(reference[0]), epochs.index.get_loc(reference[1])
+    corner = place[0] - 0.5, place[1] - 0.5
+    axis.add_patch(Rectangle(corner, 1, 1, fill=False, color="C3", lw=2))
+    axis.set_xticks(range(len(epochs.columns)), epochs.columns)
+    axis.set_yticks(range(len(epochs.index)), [f"{v:g}" for v in epochs.index])
+    axis.set(
+        xlabel="training rows",
+        ylabel="weight decay",
+        title=f"{event.capitalize()} at epoch (median over seeds)",
+    )
+    return drawn
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

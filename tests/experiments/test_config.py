@@ -251,6 +251,7 @@ EXPECTED_DEFAULTS = {
     "benchmark": {},
     "compare_gradients": {"dtype": "float64"},
     "double_descent": {"dtype": "float32", "seeds": "8", "noise": "0.15"},
+    "grokking": {"dtype": "float32", "epochs": "600", "seeds": "3"},
     "leave_one_out": {"dtype": "float64", "num_steps": "2000", "num_rows": "300"},
     "trainability": {"dtype": "float32", "num_steps": "200"},
 }

@@ -12,6 +12,7 @@ COMMANDS = {
     "compare_gradients",
     "double_descent",
     "find_mislabeled",
+    "grokking",
     "leave_one_out",
     "private",
     "sweep",
