@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbce import _elementwise, _kernel, _traced
+from jaxbce import _elementwise, _kernel, _traced, _validate
 from jaxbce._kernel import Inputs
 from jaxbce.gradients import Batch
 from jaxbce.network import Params
@@ -167,6 +167,24 @@ def check_network(widths: tuple[int, ...], dtype: Any) -> None:
         raise ValueError(
             f'expected parameters of float32 for kernel="fused", got {dtype}'
         )
+
+
+def resolve_precision(precision: str | None) -> str | None:
+    """The precision of a run in a kernel, given the argument of `sweep`.
+
+    Mosaic has products of the default and of the highest precision, so all between
+    become the highest.
+    """
+    with _validate.precision(precision):
+        name: Any = jax.config.jax_default_matmul_precision
+    try:
+        level = lax.Precision(name)
+    except ValueError:
+        raise ValueError(
+            'expected a precision for kernel="fused" of "default", "high" or '
+            f'"highest", got {name!r}'
+        ) from None
+    return "highest" if level is lax.Precision.HIGH else precision
 
 
 def _for_all_networks(train: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:

@@ -235,7 +235,8 @@ def sweep(
       mesh: The devices to use, with any axes; None is all devices of all processes.
       callback: Called on the host with the number of members that are done, whenever
         each device has trained a group.
-      precision: Precision of all matrix products, as for `fit`.
+      precision: Precision of all matrix products, as for `fit`. With kernel="fused",
+        "high" is computed as "highest".
 
     Returns:
       A `SweepResult`, complete in every process.
@@ -359,7 +360,10 @@ def _prepare(
 
     # Trace the user's functions.
     if _is_fused(kernel, devices, sizes, dtype, make_penalty):
+        from jaxbce import _fused  # slow to import
+
         options = options._replace(is_fused=True)
+        precision = _fused.resolve_precision(precision)
     hp = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in values.items()}
     spec = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), data)
     if "pos_weight" in hp:

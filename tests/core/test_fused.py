@@ -253,6 +253,7 @@ REFUSED: Any = {
         {"make_penalty": lambda hp: lambda params: optax.tree.norm(params)},
         "make_penalty to be None",
     ),
+    "a precision": ({"precision": "TF32_TF32_F32"}, "or .highest., got 'TF32"),
     "another kernel": ({"kernel": "triton"}, '"xla" or "fused", got .triton.'),
     "memory": ({"hidden": (40000,)}, "fit in 100 MiB"),
 }  # fmt: skip
@@ -271,6 +272,18 @@ def test_what_the_kernel_cannot_do_is_an_error(arguments, message):
         jaxbce.sweep(
             KEY, case.x, case.y, hparams=case.hp, num_steps=1, **(defaults | arguments)
         )
+
+
+@pytest.mark.parametrize("is_argument", [True, False], ids=["argument", "setting"])
+def test_products_of_high_precision_are_of_the_highest(is_argument):
+    case = Case(points=2, steps=1)
+    options: Any = {"hidden": (3,), "make_optimizer": case.optimizer, "num_steps": 1}
+    options |= {"dtype": "float32", "kernel": "fused", "hparams": case.hp}
+    setting = jax.default_matmul_precision("highest" if is_argument else "high")
+    precision = "high" if is_argument else None
+    with setting:
+        prepared = sweeps.prepare(KEY, case.x, case.y, precision=precision, **options)
+    assert prepared.plan.precision == "highest"  # Mosaic refuses to compile "high"
 
 
 @pytest.mark.slow_ids("sgd", "momentum", "nesterov", "rmsprop", "lion", "adamw")
