@@ -355,6 +355,19 @@ def test_a_group_stays_on_the_chip_of_a_tpu_but_fills_its_lanes(kind, sizes, exp
     assert members == expected
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((30, 16, 1), 65536), ((1024, 512, 1), 325)]
+)
+def test_a_group_in_a_kernel_only_has_to_fit_in_the_memory_of_a_tpu(sizes, expected):
+    devices = np.empty(1, object)
+    devices[0] = FakeTpu("TPU v5 lite")
+    arguments = sizes, jnp.float32, 569, 32, devices
+    members = sweeps.max_members_per_device(*arguments, is_fused=True)
+    assert members == expected
+    # 8 GiB, for 12 times the parameters and activations of an evaluation.
+    assert members * (12 * (sizes[0] + 2) * sizes[1] + 569 * (sizes[1] + 1)) < 1 << 31
+
+
 HUNDRED_THOUSAND = """
 import resource
 import jax, numpy as np, optax, jaxbce
