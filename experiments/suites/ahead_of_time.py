@@ -2,27 +2,31 @@
 
 Nothing runs on a device. Rows are read off the compiled programs: see `hlo.py` for what
 is counted. Each target is compiled in a process of its own, whose environment keeps it
-from any real accelerator.
+from any real accelerator, and for a TPU has the compiler write its last intermediate
+code, of which `llo.py` counts a part.
 """
 
 import contextlib
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import jaxbce
-from experiments.suites import hlo, workloads
+from experiments.suites import hlo, llo, workloads
 from experiments.suites.case import JAXBCE, layers_text
 from experiments.suites.targets import TARGETS
 from experiments.suites.training import OPTIMIZERS, random_data, size_text
@@ -30,9 +34,14 @@ from experiments.support import baselines
 from jaxbce import sweeps
 
 PLAIN = "plain JAX"
+FUSED = "jaxbce, fused"
+KERNEL = "train_networks"
+# Custom calls that are kernels, by the platforms for which sweep(kernel="fused") is.
+KERNEL_CALLS = {"tpu": "tpu_custom_call"}
 STEPS = 1000  # of a training run
 EPOCHS = 59  # of plain JAX, which has no shorter last batch; about as many steps
 EXAMPLES, BATCH_SIZE, LAYERS = 569, 32, (30, 16, 1)
+LANES = 128  # of a vector of a TPU
 
 # Name of the program, that in `workloads`, number of examples, layer sizes and dtype.
 QUANTITIES = (
@@ -55,16 +64,21 @@ Row = dict[str, Any]
 class Lowerable(NamedTuple):
     """A jitted function and its arguments as shapes.
 
-    `calls` is how often it is called for all members of a sweep, in groups.
+    Attributes:
+      function: The function.
+      arguments: Its arguments.
+      calls: How often it is called for all members of a sweep, in groups.
+      members: The number of members per group.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     calls: int = 1
+    members: int = 1
 
 
 class Program(NamedTuple):
-    """One program of jaxbce, and the same in plain JAX.
+    """One program of jaxbce, the same in plain JAX, and for sweeps in one kernel.
 
     Attributes:
       name: Name of the function of jaxbce.
@@ -153,7 +167,7 @@ def _fit(optimizer: str) -> Program:
 
 
 def prepare_sweep(
-    points: int, seeds: int, optimizer: str, device: Any
+    points: int, seeds: int, optimizer: str, device: Any, kernel: Any = "xla"
 ) -> sweeps.PreparedSweep:
     """The sweep of learning rates, in the groups that jaxbce forms on the device."""
     return sweeps.prepare(
@@ -165,6 +179,7 @@ def prepare_sweep(
         num_seeds=seeds,
         num_steps=STEPS,
         batch_size=BATCH_SIZE,
+        kernel=kernel,
         mesh=jax.sharding.Mesh(np.array([device]), ("devices",)),
     )
 
@@ -172,9 +187,14 @@ def prepare_sweep(
 def _sweep(points: int, seeds: int, optimizer: str) -> Program:
     """A sweep, and `vmap` over seeds of `vmap` over points of the plain loop."""
 
-    def ours(device: Any) -> Lowerable:
-        prepared = prepare_sweep(points, seeds, optimizer, device)
-        return Lowerable(*sweeps.program(prepared), calls=len(prepared.groups))
+    def ours(kernel: str, device: Any) -> Lowerable:
+        prepared = prepare_sweep(points, seeds, optimizer, device, kernel)
+        first = prepared.groups[0]
+        return Lowerable(
+            *sweeps.program(prepared),
+            calls=len(prepared.groups),
+            members=len(first.points) * len(first.seeds),
+        )
 
     def plain(device: Any) -> Lowerable:
         def train(rate: Any, *args: Any) -> Any:
@@ -195,7 +215,11 @@ def _sweep(points: int, seeds: int, optimizer: str) -> Program:
         name="sweep",
         size=f"{points}×{seeds} members, {size}",
         unit="step",
-        implementations={JAXBCE: ours, PLAIN: plain},
+        implementations={
+            JAXBCE: functools.partial(ours, "xla"),
+            PLAIN: plain,
+            FUSED: functools.partial(ours, "fused"),
+        },
     )
 
 
@@ -209,9 +233,8 @@ def programs(quick: bool = False) -> Iterator[Program]:
         yield _sweep(*sweep)
 
 
-def _counts(unit: str, compiled: Any, calls: int) -> Row:
+def _counts(unit: str, module: hlo.Module) -> Row:
     """Counts of a compiled program per call, or per step of its training loop."""
-    module = hlo.Module(compiled.as_text())
     cost, trip_count, padding = module.cost(), None, None
     if unit == "step":
         loop = module.step_loop()
@@ -229,24 +252,84 @@ def _counts(unit: str, compiled: Any, calls: int) -> Row:
         "products": cost.products,
         "transposes": cost.transposes,
         "copies": cost.copies,
-        "hbm_bytes": cost.bytes * calls,
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "hbm_bytes": cost.bytes,
         "trip_count": trip_count,
         "padding": padding,
+    }
+
+
+def _fused_counts(
+    platform: str, module: hlo.Module, blocks: int, members: int, dump: Path
+) -> Row:
+    """Counts per step of the kernel that takes all steps of a group.
+
+    Args:
+      platform: The platform that it is compiled for.
+      module: The compiled program.
+      blocks: Number of blocks of networks.
+      members: Number of networks.
+      dump: A folder with the compiler's last intermediate code.
+    """
+    cost = module.cost("", KERNEL_CALLS[platform])
+    counts: Row = {"kernels": cost.kernels / STEPS, "hbm_bytes": cost.bytes / STEPS}
+    if platform == "tpu":
+        bundles = llo.innermost_loop_bundles(dump, KERNEL)
+        counts["bundles"] = round(bundles * blocks * LANES / members, 1)
+    return counts
+
+
+def _num_blocks(jaxpr: Any) -> int:
+    """The number of blocks of the Pallas kernels in a traced program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            return math.prod(eqn.params["grid_mapping"].grid)
+    inner = [
+        value
+        for eqn in jaxpr.eqns
+        for value in jax.tree.leaves(eqn.params)
+        if isinstance(value, ClosedJaxpr | Jaxpr)
+    ]
+    return max((_num_blocks(getattr(each, "jaxpr", each)) for each in inner), default=0)
+
+
+def _compile(
+    program: Program, implementation: str, target: str, device: Any, dump: Path
+) -> Row:
+    """Compiles an implementation of a program, and returns its counts."""
+    platform = TARGETS[target].platform
+    build = program.implementations[implementation]
+    function, arguments, calls, members = build(device)
+    traced = function.trace(*arguments)
+    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    module = hlo.Module(compiled.as_text())
+    if implementation == FUSED:
+        blocks = _num_blocks(traced.jaxpr.jaxpr)
+        counts = _fused_counts(platform, module, blocks, members, dump)
+    else:
+        counts = _counts(program.unit, module)
+    return counts | {
+        "hbm_bytes": counts["hbm_bytes"] * calls,
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "calls": calls,
     }
 
 
-def compile_programs(target: str, quick: bool) -> Iterator[Row]:
+def compile_programs(target: str, dump: Path, quick: bool) -> Iterator[Row]:
     """Compiles all programs in this process, and yields a row for each.
 
-    "hbm_bytes" are of all members; other counts are per call for one group of members.
-    "error" is None if the program compiles; otherwise there are no counts.
+    "hbm_bytes" are of all members, and "bundles" those of 128; other counts are per
+    call for one group of members. "error" is None if the program compiles, and
+    "unavailable" if there is one; otherwise there are no counts.
+
+    Args:
+      target: Name of a target.
+      dump: A folder in which the compiler for TPU writes its intermediate code.
+      quick: Whether to compile one program of each name.
     """
     platform, topology = TARGETS[target].platform, TARGETS[target].topology
     device = topologies.get_topology_desc(platform=platform, **topology).devices[0]
     for program in programs(quick):
-        for implementation, build in program.implementations.items():
+        for implementation in program.implementations:
             row: Row = {
                 "target": target,
                 "program": program.name,
@@ -254,15 +337,20 @@ def compile_programs(target: str, quick: bool) -> Iterator[Row]:
                 "unit": program.unit,
                 "implementation": implementation,
                 "error": None,
+                "unavailable": None,
             }
-            try:
-                function, arguments, calls = build(device)
-                lowered = function.trace(*arguments).lower(
-                    lowering_platforms=(platform,)
+            if implementation == FUSED and platform not in KERNEL_CALLS:
+                row["unavailable"] = (
+                    f'kernel="fused" is for {" and ".join(KERNEL_CALLS)}'
                 )
-                row |= _counts(program.unit, lowered.compile(), calls)
+                yield row
+                continue
+            try:
+                row |= _compile(program, implementation, target, device, dump)
             except Exception as error:  # a compiler's; others may still compile
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            for path in dump.iterdir():
+                path.unlink()
             yield row
 
 
@@ -279,12 +367,17 @@ def run(
     """
     environment = os.environ | TARGETS[target].environment
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, "-m", __name__, target, *["quick"] * quick]
+    init_args = environment.get("LIBTPU_INIT_ARGS", "")
     rows = []
     with (
+        tempfile.TemporaryDirectory() as dump,
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            [sys.executable, "-m", __name__, target, dump, *["quick"] * quick],
+            env=environment | {"LIBTPU_INIT_ARGS": f"{init_args} {llo.flags(dump)}"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as process,
     ):
         assert process.stdout is not None
@@ -309,5 +402,6 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for found in compile_programs(sys.argv[1], "quick" in sys.argv[2:]):
+    arguments = sys.argv[1], Path(sys.argv[2]), "quick" in sys.argv[3:]
+    for found in compile_programs(*arguments):
         print(json.dumps(found), flush=True)

@@ -146,8 +146,13 @@ class Module:
                 found += self._reachable(name)
         return found
 
-    def _cost(self, computation: str = "") -> Cost:
-        """The cost of running a computation once; the default is the whole program."""
+    def _cost(self, computation: str = "", target: str = "") -> Cost:
+        """The cost of running a computation once.
+
+        Args:
+          computation: Its name; the default is the whole program.
+          target: Counts only custom calls of this target, if not empty.
+        """
         instructions = self._computations[computation or self._entry]
         shapes = {each.name: each.shape for each in instructions}
         total, times = [0] * len(Cost._fields), 1
@@ -155,12 +160,15 @@ class Module:
             if each.opcode in _FREE or _FREE_CALLS.search(each.attributes):
                 continue
             if each.opcode == "while":
-                times, cost = self.trip_count(each) or 1, self.cost(self.body(each))
+                times = self.trip_count(each) or 1
+                cost = self.cost(self.body(each), target)
             elif each.opcode == "conditional":
-                cost = max(map(self.cost, each.called()), key=lambda cost: cost.bytes)
-                times = 1
+                branches = [self.cost(name, target) for name in each.called()]
+                times, cost = 1, max(branches, key=lambda cost: cost.bytes)
             elif each.opcode == "call":
-                times, cost = 1, self.cost(each.called()[0])
+                times, cost = 1, self.cost(each.called()[0], target)
+            elif target and f'custom_call_target="{target}"' not in each.attributes:
+                continue
             else:
                 times, cost = 1, self._kernel(each, shapes)
             total = [a + times * b for a, b in zip(total, cost, strict=True)]

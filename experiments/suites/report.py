@@ -117,15 +117,23 @@ def compiled_line(row: Row) -> str:
     )
     if row["error"]:
         return f"{name}: does not compile: {row['error']}"
+    if row.get("unavailable"):
+        return f"{name}: not available: {row['unavailable']}"
     return f"{name}: {row['kernels']} kernels per {row['unit']}"
 
 
 def compiled_table(rows: list[Row]) -> list[Row]:
-    """Rows of one target, with jaxbce's counts and those of plain JAX in each cell."""
+    """Rows of one target, with the counts of all implementations in each cell."""
 
     def text(key: str, row: Row) -> str:
+        if row.get("unavailable") or (key == "bundles" and key not in row):
+            return ""
         if row["error"]:
             return "fails"
+        if key == "bundles":
+            return _number(row[key])
+        if key not in row:
+            return "–"
         if key.endswith("_bytes"):
             return _number(row[key] / 1e6)
         if key == "trip_count" and row["unit"] == "step":
@@ -139,13 +147,16 @@ def compiled_table(rows: list[Row]) -> list[Row]:
     programs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         programs.setdefault((row["program"], row["size"]), []).append(row)
+    columns = _COUNTS | _OF_LOOPS
+    if any("bundles" in row for row in rows):
+        columns |= {"bundles": "bundles"}
     return [
-        {"program": program, "size": size, "per": both[0]["unit"]}
+        {"program": program, "size": size, "per": each[0]["unit"]}
         | {
-            heading: " / ".join(filter(None, (text(key, row) for row in both)))
-            for key, heading in (_COUNTS | _OF_LOOPS).items()
+            heading: " / ".join(filter(None, (text(key, row) for row in each)))
+            for key, heading in columns.items()
         }
-        for (program, size), both in programs.items()
+        for (program, size), each in programs.items()
     ]
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import benchmark
-from experiments.suites import ahead_of_time, report, targets
+from experiments.suites import ahead_of_time, llo, report, targets
 from experiments.suites.hlo import Cost, Module, array_bytes
 from tests.helpers import run_command
 
@@ -223,6 +223,33 @@ def test_single_numbers_of_a_tpu_are_not_kernels():
     assert Module(text).cost().kernels == 1
 
 
+def test_custom_calls_of_one_target_are_counted_apart():
+    call = 'custom-call(%w.2), custom_call_target="kernel"'
+    text = TEXT.replace("slice(%h.2), slice={[0:1], [0:16]}", call)
+    cost = Module(text).cost("", "kernel")
+    assert cost == Cost(kernels=5, bytes=5 * 4 * (32 * 16 + 16))
+
+
+BUNDLES = """
+// a comment: { not a bundle }
+     0   :  { %a = inlined_call }
+   0x1   :  { %b = inlined_call ;; %c = inlined_call }
+   0x2 LH: > { %d = inlined_call }
+   0x3 LB: > > { %e = inlined_call }
+   0x4   : > > { %f = inlined_call
+                 ;; %g = inlined_call }
+   0x5 PF: > > { %h = inlined_call }
+   0x6   : > { %i = inlined_call }
+"""
+
+
+def test_the_bundles_of_the_innermost_loop_are_counted(tmp_path):
+    for name in ("train.2-01-final", "other.5-01-final", "train.2-00-analysis_final"):
+        text = BUNDLES if name.startswith("train.2-01") else BUNDLES + BUNDLES
+        (tmp_path / f"123-{name}_bundles.txt").write_text(text)
+    assert llo.innermost_loop_bundles(tmp_path, "train") == 3
+
+
 def test_a_compiled_program_of_this_version_is_read():
     def train(w, x):
         return jax.lax.scan(lambda w, _: (w + x.T @ (x @ w), None), w, length=7)[0]
@@ -244,6 +271,7 @@ def counted(target="v5e", program="fit", **changes):
         "unit": "step",
         "implementation": "jaxbce",
         "error": None,
+        "unavailable": None,
         "kernels": 12,
         "products": 2,
         "transposes": 0,
@@ -267,12 +295,37 @@ ROWS = [
         "unit": "call",
         "implementation": "plain JAX",
         "error": "JaxRuntimeError: no memory",
+        "unavailable": None,
     },
 ]
 
 
+def fused(**changes):
+    row = counted(program="sweep", implementation=ahead_of_time.FUSED, kernels=0.001)
+    for key in ("products", "transposes", "copies", "trip_count", "padding"):
+        del row[key]
+    return row | changes
+
+
+def test_a_step_of_the_fused_kernel_has_counts_of_its_own():
+    both = [counted(program="sweep"), counted(program="sweep", trip_count=17)]
+    (cells,) = report.compiled_table([*both, fused(bundles=377.25)])
+    assert cells["kernels"] == "12 / 12 / 0.001"
+    assert cells["products"] == "2 / 2 / –"
+    assert cells["iterations"] == "unknown / 17 / –"
+    assert cells["bundles"] == "377"
+
+
+def test_a_kernel_that_is_not_available_is_a_line_and_not_in_the_table():
+    both = [counted(program="sweep"), counted(program="sweep")]
+    row = fused(unavailable="it is for another device")
+    assert report.compiled_line(row).endswith("not available: it is for another device")
+    assert report.compiled_table([*both, row]) == report.compiled_table(both)
+
+
 def test_a_table_has_the_counts_of_both_implementations():
     step, call = report.compiled_table(ROWS)
+    assert "bundles" not in step
     assert step["kernels"] == "12 / 12"
     assert step["HBM MB"] == "1530 / 1530"
     assert step["iterations"] == "unknown / 17"
@@ -407,7 +460,7 @@ def python_with_compilers(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["v5e", "h100"])
+@pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
 def test_every_program_compiles(python_with_compilers, target, tmp_path):
     command = [python_with_compilers, "-m", "experiments.benchmark", "--quick"]
     command += ["--suite=ahead_of_time", f"--accelerator={target}"]
@@ -421,13 +474,24 @@ def test_every_program_compiles(python_with_compilers, target, tmp_path):
     )
     assert done.returncode == 0, (done.stdout, done.stderr)
     document = json.loads((tmp_path / "ahead_of_time.json").read_text(encoding="utf-8"))
+    rows = document["rows"]
     compiled = {
         (row["program"], row["implementation"])
-        for row in document["rows"]
-        if row["error"] is None and row["kernels"] > 0 and row["target"] == target
+        for row in rows
+        if not row["unavailable"] and row["kernels"] > 0 and row["target"] == target
     }
-    assert compiled == {
+    unavailable = {row["implementation"] for row in rows if row["unavailable"]}
+    expected = {
         (program, implementation)
         for program in PROGRAMS
         for implementation in ("jaxbce", "plain JAX")
     }
+    if target == "h100":
+        assert unavailable == {ahead_of_time.FUSED}
+    else:
+        assert unavailable == set()
+        expected.add(("sweep", ahead_of_time.FUSED))
+        # As many as the steps of 128 networks take in a kernel of 512, and no more.
+        (bundles,) = (row["bundles"] for row in rows if "bundles" in row)
+        assert 100 < bundles < 1000
+    assert compiled == expected
