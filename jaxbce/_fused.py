@@ -33,12 +33,10 @@ class Steps(NamedTuple):
     Attributes:
       split: The optimizer's step.
       data: Examples to train on.
-      is_full_batch: Whether all of them are one batch.
     """
 
     split: _elementwise.Split
     data: Dataset
-    is_full_batch: bool
 
     def fold(
         self, batches: Any, begin: jax.Array, num_steps: Any, most: int, carry: _Carry
@@ -55,7 +53,7 @@ class Steps(NamedTuple):
             network diverged, or −1.
         """
         n, size = batches.n, batches.size
-        is_full = self.is_full_batch
+        is_full = size == n
 
         def chunk(
             first: jax.Array, count: Any, draw: Any, most: int, carry: _Carry
@@ -154,7 +152,7 @@ def prepare(
     size = batch_size or data.x.shape[0]
     batch = Batch(data.x[:size], data.y[:size], data.y[:size, 0], data.pos_weight)
     split = _elementwise.split(program, constants, hparams, params, state, batch)
-    return Steps(split, data, batch_size is None)
+    return Steps(split, data)
 
 
 def check_network(widths: tuple[int, ...], dtype: Any) -> None:
@@ -175,8 +173,9 @@ def resolve_precision(precision: str | None) -> str | None:
     Mosaic has products of the default and of the highest precision, so all between
     become the highest.
     """
+    config: Any = jax.config
     with _validate.precision(precision):
-        name: Any = jax.config.jax_default_matmul_precision
+        name = config.jax_default_matmul_precision
     try:
         level = lax.Precision(name)
     except ValueError:

@@ -474,7 +474,8 @@ def run(
         for program, numbers in zip(programs, constants, strict=True)
     )
     may_skip = programs.step.tests_finiteness
-    num_steps, batch_size, evaluate_every, patience, min_delta, callback = options[:6]
+    num_steps, evaluate_every = options.num_steps, options.evaluate_every
+    batch_size, patience = options.batch_size, options.patience
     n, n_in = training.x.shape
     dtype = training.y.dtype
     # The loops carry the run in the layout, without its losses. The barrier makes a
@@ -577,7 +578,9 @@ def run(
         train_loss, selection_loss = losses[0], losses[-1]
         is_valid = jnp.isfinite(train_loss) & (train_loss >= 0)
         diverged_at = jnp.where((run.diverged_at < 0) & ~is_valid, end, run.diverged_at)
-        is_best = (diverged_at < 0) & (selection_loss < run.best_loss - min_delta)
+        is_best = (diverged_at < 0) & (
+            selection_loss < run.best_loss - options.min_delta
+        )
         run = run._replace(
             best_params=_select(is_best, run.params, run.best_params),
             diverged_at=diverged_at,
@@ -601,8 +604,8 @@ def run(
             lambda run: _keep(stopped, unchanged, advance(begin, end, run), fused),
             run,
         )
-        if callback is not None:
-            report = functools.partial(_report, callback)
+        if options.callback is not None:
+            report = functools.partial(_report, options.callback)
             jax.debug.callback(report, stopped, run.step, losses, ordered=True)
         return run, losses
 
