@@ -12,7 +12,7 @@ import pytest
 import jaxbce
 from jaxbce import _elementwise, gradients, sweeps, training
 from jaxbce._layouts import Lanes
-from tests.helpers import TOLERANCE, member, problem, relative_error
+from tests.helpers import TOLERANCE, problem, relative_error
 
 KEY = jax.random.key(3)
 ROWS = 37  # more than one pass of the kernel, and not a multiple of a batch
@@ -74,7 +74,8 @@ class Case:
         self.x, self.y = x.astype(np.float32), y.astype(np.float32)
         self.fold = rng.integers(0, 3, ROWS)
         # Larger rates amplify rounding, most of all those of RMSprop and Adam.
-        rates = np.exp(rng.uniform(np.log(1e-3), np.log(2e-2), points))
+        largest = np.log(kwargs.pop("largest_rate", 2e-2))
+        rates = np.exp(rng.uniform(np.log(1e-3), largest, points))
         self.hp: Any = {"rate": rates}
         self.own = kwargs.pop("own", ())
         if "weights" in self.own:
@@ -119,24 +120,27 @@ class Case:
             **(self.options | {"kernel": "fused"} | made | kwargs),
         )
 
-    def fit(self):
+    def fit(self, dtype="float32"):
         """The same members, `[points, seeds, ...]`."""
-        return jax.jit(jax.vmap(jax.vmap(self._fit, (None, 0)), (0, None)))(
-            self.hp, np.arange(self.seeds)
-        )
+        with jax.enable_x64(dtype == "float64"):
+            starts = [self.start(seed) for seed in range(self.seeds)]
+            starts = jax.tree.map(lambda *leaves: np.stack(leaves), *starts)
+            hp, starts, x = _cast((self.hp, starts, self.x), dtype)
+            fit = functools.partial(self._fit, x)
+            run = jax.jit(jax.vmap(jax.vmap(fit, (None, 0, 0)), (0, None, None)))
+            return jax.tree.map(np.asarray, run(hp, np.arange(self.seeds), starts))
 
     def start(self, seed):
         key_params, _ = jax.random.split(jax.random.fold_in(KEY, seed))
         sizes = self.x.shape[1], self.hidden, self.y.shape[1]
         return jaxbce.init(key_params, sizes, dtype="float32")
 
-    def _fit(self, hp, seed):
+    def _fit(self, x, hp, seed, params):
         _, key_fit = jax.random.split(jax.random.fold_in(KEY, seed))
-        params = self.start(seed)
-        y, weight, p = self.examples(hp)
+        y, weight, p = _cast(self.examples(hp), x.dtype)
         options = self.options | {"sample_weight": weight, "pos_weight": p}
         optimizer = self.optimizer(hp)
-        return jaxbce.fit(key_fit, params, self.x, y, optimizer=optimizer, **options)
+        return jaxbce.fit(key_fit, params, x, y, optimizer=optimizer, **options)
 
     def examples(self, hp):
         """Labels, weights and the weight of the positive class of a member."""
@@ -150,6 +154,14 @@ class Case:
         if "label_smoothing" in self.own:
             y = y * (1 - hp["label_smoothing"]) + hp["label_smoothing"] / 2
         return y, weight, p
+
+
+def _cast(tree, dtype):
+    """`tree` with its floating arrays in a dtype."""
+    return jax.tree.map(
+        lambda t: t.astype(dtype) if jnp.issubdtype(t.dtype, jnp.floating) else t,
+        jax.tree.map(jnp.asarray, tree),
+    )
 
 
 def errors(mine, theirs):
@@ -411,87 +423,23 @@ MANY: Any = {name: {"optimizer": name, "hidden": 16} for name in OPTIMIZERS} | {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MANY.values(), ids=MANY)
-def test_many_members_are_runs_of_fit(case):
-    case = Case(points=100, steps=200, **({"optimizer": "momentum"} | case))
-    mine, theirs = case.sweep(), case.fit()
-    differ = np.argwhere(errors(mine.params, theirs.params) >= LARGEST_ERROR)
-    print(f"{len(differ)} of {mine.step.size} members differ")
-    assert len(differ) <= 0.05 * mine.step.size
-    if len(differ):  # rounding decides the sign of a relu input
-        assert smallest_relu_inputs(case, differ).max() < 1e-6
+def test_rounding_of_many_members_is_no_larger_than_that_of_fit(case):
+    """Members of the kernel are as far from runs in float64 as those of `fit`.
 
-
-def smallest_relu_inputs(case, members):
-    """The smallest relative input of a relu at the step at which runs come apart.
-
-    That is the first step that makes a parameter differ by more than 1e-5, or one of
-    the four before it. The smallest input is that of all hidden units and of the
-    examples in the batch, divided by the sum of the absolute values of its terms. Of
-    members that agree, 1 in 1000 has one below 1e-6 in five steps.
+    A run amplifies rounding, most of all that of Adam and RMSprop, and where the input
+    of a relu passes within rounding of 0: by up to 0.2 at these learning rates. The
+    quantiles differed by at most 6 % for the median and 25 % for the other one.
     """
-    smallest = []
-    runs = {
-        seed: [run_by_step(case, seed, is_fused) for is_fused in (True, False)]
-        for seed in {int(seed) for _, seed in members}
-    }
-    for point, seed in members:
-        mine, theirs = (member(run, point) for run in runs[int(seed)])
-        pairs = zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
-        each = [np.abs(a - b).reshape(len(a), -1).max(1) for a, b in pairs]
-        apart = int(np.argmax(np.max(each, axis=0) > 1e-5))
-        before = range(max(0, apart - 5), apart)
-        inputs = [relu_input(case, member(theirs, t), t + 1, int(seed)) for t in before]
-        smallest.append(min(inputs))
-        print(f"member {point}, {seed}: step {apart}, input {min(inputs):.1e}")
-    return np.array(smallest)
-
-
-def run_by_step(case, seed, is_fused):
-    """Parameters after each step of the members of a seed, `[points, steps, ...]`."""
-    one = {name: jax.ShapeDtypeStruct((), v.dtype) for name, v in case.hp.items()}
-    size, params = case.options["batch_size"], case.start(seed)
-    key = jax.random.split(jax.random.fold_in(KEY, seed))[1]
-
-    def datasets(hp):
-        y, weight, p = case.examples(hp)
-        return training.datasets(params, case.x, y, weight, None, p)
-
-    data, _ = jax.eval_shape(datasets, one)
-    options = training.check_options(data, 1, size, None, None, 0.0)
-    options = options._replace(is_fused=is_fused)
-    user = training.UserCode(sweeps._init, sweeps._step, (case.optimizer, None), size)
-    programs, constants = training.trace(user, one, params, data)
-
-    no_losses: Any = {"train_loss": None, "validation_loss": None}
-
-    @jax.jit
-    @jax.vmap
-    def run(hp):
-        arguments = programs, options, True, constants, hp, key
-        first = training.run(*arguments, params, *datasets(hp))
-        start = first._replace(
-            params=params,
-            opt_state=programs.init(constants[0], hp, params),
-            **no_losses,
-        )
-
-        def step(previous, t):  # `previous.step` would be a step of each member
-            previous = previous._replace(step=t)
-            following = training.run(*arguments, previous, *datasets(hp))
-            return following._replace(**no_losses), following.params
-
-        steps = jnp.arange(case.options["num_steps"], dtype=jnp.int32)
-        return jax.lax.scan(step, start, steps)[1]
-
-    return jax.tree.map(np.asarray, run(case.hp))
-
-
-def relu_input(case, params, t, seed):
-    """The smallest relative input of a relu in the batch of step t."""
-    n = len(case.x)
-    size = case.options["batch_size"] or n  # all examples are in any order
-    epoch, i = divmod(t, -(-n // size))
-    key = jax.random.split(jax.random.fold_in(KEY, seed))[1]
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), n))
-    x, (w, b) = case.x[order[i * size : (i + 1) * size]], params[0]
-    return np.min(abs(x @ w + b) / (abs(x) @ abs(w) + abs(b)))
+    case = {"optimizer": "momentum", "largest_rate": 0.1} | case
+    case = Case(points=100, steps=200, **case)
+    exact = case.fit("float64").params
+    assert jax.tree.leaves(exact)[0].dtype == np.float64
+    mine, theirs = (
+        errors(run.params, exact).ravel() for run in (case.sweep(), case.fit())
+    )
+    for quantile in (0.5, 0.9):
+        ratio = np.quantile(mine, quantile) / np.quantile(theirs, quantile)
+        print(f"quantile {quantile}: {ratio:.2f} of the distance of fit")
+        assert ratio < 1.5
+    far = [np.mean(distance > LARGEST_ERROR) for distance in (mine, theirs)]
+    assert far[0] <= far[1] + 0.02
