@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxbce
-from jaxbce import _elementwise, gradients, sweeps, training
+from jaxbce import _elementwise, _groups, gradients, sweeps, training
 from jaxbce._layouts import Lanes
 from tests.helpers import TOLERANCE, problem, relative_error
 
@@ -302,7 +302,7 @@ def test_products_of_high_precision_are_of_the_highest(is_argument):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_split_steps_are_those_of_the_optimizer(make):
     networks = 4
-    shapes = sweeps._parameter_shapes((5, 3, 1), jnp.float32)
+    shapes = _groups.parameter_shapes((5, 3, 1), jnp.float32)
     x, y = jnp.ones((6, 5), jnp.float32), jnp.ones((6, 1), jnp.float32)
     data = training.Dataset(x, y, None, jnp.ones((), jnp.float32))
     hp = {"rate": jnp.linspace(0.01, 0.1, networks, dtype=jnp.float32)}

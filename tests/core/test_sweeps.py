@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxbce
-from jaxbce import _traced, sweeps
+from jaxbce import _groups, _traced, sweeps
 from tests.helpers import member, problem, relative_error
 
 KEY = jax.random.key(3)
@@ -289,7 +289,7 @@ def test_a_device_that_is_only_compiled_for_limits_no_group():
 
     devices = np.array([Device()])
     members = sweeps.max_members_per_device((30, 16, 1), "float32", 9, None, devices)
-    assert members == sweeps._MAX_MEMBERS_ELSEWHERE
+    assert members == _groups.MAX_MEMBERS_ELSEWHERE
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
