@@ -44,7 +44,7 @@ class Steps(NamedTuple):
         """Takes steps.
 
         Args:
-          batches: The batches, `training._Batches`; one batch of all examples is in
+          batches: The batches, a `_batches.Batches`; one batch of all examples is in
             their order.
           begin: Number of the first step.
           num_steps: How many steps to take.

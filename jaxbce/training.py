@@ -13,15 +13,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _layouts, _traced, _validate, gradients
+from jaxbce._batches import Batches
 from jaxbce._blocks import examples_per_block
 from jaxbce._layouts import drop_nonfinite
+from jaxbce._loops import repeat, varying
 from jaxbce.gradients import Batch, Form
 from jaxbce.network import Params
 
 _NONE: Any = None  # in place of the losses of a run that is carried by a loop
-# Orders of examples that are drawn at a time: of this many epochs, or of as many as
-# have this many examples.
-_ORDERS, _MIN_INDICES = 8, 1 << 14
 
 
 class FitResult(NamedTuple):
@@ -184,7 +183,7 @@ def fit(
         training, num_steps, batch_size, evaluate_every, patience, min_delta, callback
     )
     with _validate.precision(precision):
-        first, by_hand = _varying(start), loss is None
+        first, by_hand = varying(start), loss is None
         user = UserCode(_init, _step, (optimizer, penalty, loss), batch_size, by_hand)
         programs, constants = trace(user, (), first, training)
         if isinstance(params, FitResult):
@@ -192,7 +191,7 @@ def fit(
             _check_resumed(params, state, validation is not None)
             params = params._replace(train_loss=_NONE, validation_loss=_NONE)
         compiled = _traced.jitted(run, programs, options, by_hand)
-        return compiled(constants, (), key, _varying(params), training, evaluated)
+        return compiled(constants, (), key, varying(params), training, evaluated)
 
 
 def _check_resumed(run: FitResult, opt_state: Any, has_validation: bool) -> None:
@@ -374,7 +373,7 @@ def trace(
         batch = Batch(x, y, c, p)
         state = init.program(constants, hparams, params)
         total = (jnp.sum(c), params) if user.by_hand else None
-        return _varying((params, state, total, batch))
+        return varying((params, state, total, batch))
 
     arguments = jax.eval_shape(example, init.constants, hparams, params, training)
     step = _traced.trace(user.step, hparams, *arguments, static=user.functions)
@@ -497,7 +496,7 @@ def run(
             best_step=jnp.int32(0),
             step=jnp.int32(0),
         )
-    initial = _varying(lax.optimization_barrier(_convert_run(start, convert)))
+    initial = varying(lax.optimization_barrier(_convert_run(start, convert)))
     block_size = examples_per_block("auto", start.params, n)
     x, y, relative_weight, p = training
     padded = layout.pad(x)
@@ -521,7 +520,7 @@ def run(
         params, state, rest = step(
             *convert((run.params, run.opt_state)),
             total,
-            _varying(batch._replace(x=batch.x[:, :n_in])),
+            varying(batch._replace(x=batch.x[:, :n_in])),
         )
         if may_skip:  # the optimizer may have skipped a bad gradient
             before = convert((run.params, run.opt_state))
@@ -546,14 +545,14 @@ def run(
         # a constant of the program.
         is_static = num_steps % evaluate_every == 0
         steps = evaluate_every if is_static else end - begin
-        batches = _Batches(key, n, batch_size or n)
+        batches = Batches(key, n, batch_size or n)
         if fused is not None:
             carried = *convert((run.params, run.opt_state)), run.diverged_at
             carried = fused.fold(batches, begin, steps, evaluate_every, carried)
             params, state = convert(carried[:2])
             run = run._replace(params=params, opt_state=state, diverged_at=carried[2])
         elif batch_size is None:
-            run = _repeat(steps, lambda i, run: take(begin + i, full, run), run)
+            run = repeat(steps, lambda i, run: take(begin + i, full, run), run)
         else:
 
             def batch(t: Any, indices: Any, weight: Any, run: FitResult) -> FitResult:
@@ -652,128 +651,6 @@ def _convert_run(run: FitResult, convert: Callable[[Any], Any]) -> FitResult:
     return run._replace(params=params, best_params=best, opt_state=state)
 
 
-class _Batches(NamedTuple):
-    """The batches of a run: in each epoch all examples, in an order of its own.
-
-    Attributes:
-      key: The random key of the orders.
-      n: Number of examples.
-      size: Number of examples per batch.
-    """
-
-    key: jax.Array
-    n: int
-    size: int
-
-    def fold(
-        self,
-        body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
-        begin: jax.Array,
-        steps: int | jax.Array,
-        most: int,
-        carry: Any,
-    ) -> Any:
-        """Folds `body(t, indices, weight, carry)` over some steps from step `begin`.
-
-        `indices [size]` are the examples of a batch, and `weight [size]` their weights
-        in its mean. The orders of the epochs are drawn before the steps that use them,
-        those of a few epochs at a time: a loop that carried the order would copy it at
-        every step.
-
-        Args:
-          body: The step.
-          begin: Number of the first step.
-          steps: How many steps to take.
-          most: The largest value of `steps`.
-          carry: The initial carry.
-        """
-
-        def chunk(first: Any, count: Any, draw: Any, _: int, carry: Any) -> Any:
-            batches = draw()
-
-            def step(i: jax.Array, carry: Any) -> Any:
-                indices, weight = jax.tree.map(
-                    lambda t: lax.dynamic_index_in_dim(t, i, keepdims=False), batches
-                )
-                if weight is None:  # a constant is faster than rows of constants
-                    weight = jnp.full(self.size, 1 / self.size)
-                return body(first + i, indices, weight, carry)
-
-            return _repeat(count, step, carry)
-
-        return self.fold_chunks(chunk, begin, steps, most, self._chunk_steps(), carry)
-
-    def fold_chunks(
-        self,
-        body: Callable[..., Any],
-        begin: jax.Array,
-        steps: int | jax.Array,
-        most: int,
-        most_per_chunk: int,
-        carry: Any,
-    ) -> Any:
-        """Folds `body(first, count, draw, chunk, carry)` over chunks of steps.
-
-        A chunk has `count` steps, at most `chunk`, which is static, and `draw()` is the
-        result of `_draw` for them.
-        """
-        chunks = -(-most // max(1, most_per_chunk))
-        chunk = -(-most // chunks)
-        is_static = isinstance(steps, int) and steps % chunk == 0
-
-        def take_chunk(j: jax.Array | int, carry: Any) -> Any:
-            first = begin + j * chunk
-            count = chunk if is_static else jnp.minimum(chunk, steps - j * chunk)
-            draw = functools.partial(self._draw, first, count, chunk)
-            return body(first, count, draw, chunk, carry)
-
-        if chunks == 1:
-            return take_chunk(0, carry)
-        return _repeat(chunks, take_chunk, carry)
-
-    def _chunk_steps(self) -> int:
-        """The number of steps whose orders are drawn at a time."""
-        return max(_ORDERS * self.n, _MIN_INDICES) // self.size
-
-    def _draw(
-        self, first: jax.Array, count: Any, most: int
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The examples of `count` steps and their weights, both `[most, size]`.
-
-        A short last batch is padded at its start with examples of the previous batch,
-        which get weight 0. The weights are None if no batch is short.
-        """
-        n, size = self.n, self.size
-        per_epoch = -(-n // size)
-        epochs = -(-(most - 1) // per_epoch) + 1  # that `most` steps can touch
-        epoch, last = first // per_epoch, (first + count - 1) // per_epoch
-
-        def draw(i: jax.Array, orders: jax.Array) -> jax.Array:
-            order = jax.random.permutation(jax.random.fold_in(self.key, epoch + i), n)
-            return lax.dynamic_update_index_in_dim(orders, order, i, 0)
-
-        def some(batches: jax.Array) -> jax.Array:  # of the epochs
-            return lax.dynamic_slice_in_dim(batches, first % per_epoch, most)
-
-        empty = _varying(jnp.zeros((epochs, n), int))
-        orders = _repeat(last - epoch + 1, draw, empty)
-        full = n // size * size
-        batches = orders[:, :full].reshape(epochs, -1, size)
-        weight = None
-        if full < n:
-            batches = jnp.concatenate([batches, orders[:, None, n - size :]], axis=1)
-            weights = np.full((per_epoch, size), 1 / size)
-            weights[-1] = np.where(np.arange(size) < full + size - n, 0, 1 / (n - full))
-            weight = some(jnp.tile(jnp.asarray(weights, float), (epochs, 1)))
-        return some(batches.reshape(-1, size)), weight
-
-
-def _repeat(count: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-    """Folds `body(i, carry)` over i < count, of dtype int32."""
-    count = np.int32(count) if isinstance(count, int) else count
-    return lax.fori_loop(np.int32(0), count, body, carry)
-
-
 @jax.custom_batching.custom_vmap
 def _all_across_vmap(stopped: jax.Array) -> jax.Array:
     """Whether all networks of the enclosing `vmap`s have stopped.
@@ -805,16 +682,3 @@ def _keep(stopped: jax.Array, unchanged: Any, advanced: Any, fused: Any) -> Any:
     if fused is not None:
         kept = kept._replace(opt_state=advanced[0].opt_state)
     return kept, losses
-
-
-def _varying(tree: Any) -> Any:
-    """Marks every leaf as varying over the axes of an enclosing `shard_map`, if any.
-
-    The carry of a loop must keep its type, but a constant initial value would not be
-    typed as varying.
-    """
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    if not axes:
-        return tree
-    always = sum(lax.axis_index(axis) for axis in axes) >= 0  # True, typed as varying
-    return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), tree)

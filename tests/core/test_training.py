@@ -18,7 +18,7 @@ from jax import P
 from sklearn.neural_network import MLPClassifier
 
 import jaxbce
-from jaxbce import _layouts, _traced, gradients, training
+from jaxbce import _batches, _layouts, _traced, gradients
 from tests.helpers import TOLERANCE, loss_reference, member, problem, relative_error
 
 KEY = jax.random.key(7)
@@ -533,11 +533,11 @@ def test_orders_drawn_a_few_epochs_at_a_time_are_the_same(monkeypatch):
     options: Any = {"optimizer": optax.adam(0.01), "num_steps": 60}
     options |= {"batch_size": 7, "evaluate_every": 30}
     whole = fit(params, x, y, **options)
-    monkeypatch.setattr(training, "_ORDERS", 1)  # 5 steps of 6 per epoch, so 2 orders
-    monkeypatch.setattr(training, "_MIN_INDICES", 1)
+    monkeypatch.setattr(_batches, "_ORDERS", 1)  # 5 steps of 6 per epoch, so 2 orders
+    monkeypatch.setattr(_batches, "_MIN_INDICES", 1)
     _traced.jitted.cache_clear()
     assert equal(fit(params, x, y, **options), whole)
-    monkeypatch.setattr(training, "_ORDERS", 2)  # 10 steps, and 7 at a resume
+    monkeypatch.setattr(_batches, "_ORDERS", 2)  # 10 steps, and 7 at a resume
     _traced.jitted.cache_clear()
     options |= {"num_steps": 28, "evaluate_every": 14}
     begun = fit(params, x, y, **options | {"num_steps": 32, "evaluate_every": 16})
