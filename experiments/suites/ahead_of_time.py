@@ -341,7 +341,7 @@ def compile_programs(target: str, dump: Path, quick: bool) -> Iterator[Row]:
             }
             if implementation == FUSED and platform not in KERNEL_CALLS:
                 row["unavailable"] = (
-                    f'kernel="fused" is for {" and ".join(KERNEL_CALLS)}'
+                    f'kernel="fused" is for {" and ".join(KERNEL_CALLS)} only'
                 )
                 yield row
                 continue
