@@ -438,6 +438,8 @@ def test_the_page_has_the_tables_of_the_run_in_the_repository():
     assert {row["program"] for row in published["rows"]} == PROGRAMS
     assert {row["target"] for row in published["rows"]} == targets.TARGETS.keys()
     assert all(row["error"] is None for row in published["rows"])
+    with_kernel = {row["target"] for row in published["rows"] if "bundles" in row}
+    assert with_kernel == {"v5e", "v6e"}
 
 
 @pytest.fixture(scope="module")
