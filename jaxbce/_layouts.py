@@ -133,9 +133,10 @@ class Rows(NamedTuple):
         return jnp.sum(t)
 
     def affine(
-        self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
+        self, k: int, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
     ) -> jax.Array:
         """`a_k = h_{k-1} W_k + b_k`, `[N, n_k]`, of a product in `dtype`."""
+        del k
         b = b.astype(_validate.accumulation_dtype(b.dtype))
         return matmul(h, w, dtype).astype(b.dtype) + b[None, :]
 
@@ -208,9 +209,10 @@ class Columns(NamedTuple):
         return jnp.sum(t)
 
     def affine(
-        self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
+        self, k: int, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
     ) -> jax.Array:
         """`a_k = W_k h_{k-1} + b_k`, `[n_k, N]`, of a product in `dtype`."""
+        del k
         h = h.T[:, : w.shape[1]].T  # drops padding, so that XLA slices rows
         b = b.astype(_validate.accumulation_dtype(b.dtype))
         return matmul(w, h, dtype).astype(b.dtype) + b[:, None]
@@ -265,11 +267,11 @@ class Lanes(NamedTuple):
         return jnp.sum(t, axis=1)
 
     def affine(
-        self, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
+        self, k: int, h: jax.Array, w: jax.Array, b: jax.Array, dtype: Any = None
     ) -> jax.Array:
         """`a_k = W_k h_{k-1} + b_k`, `[n_k, N, G]`, in float32 like its factors."""
         del dtype
-        if h.ndim == 2:  # the features, which all networks share
+        if k == 1:  # the features, which all networks share
             a = _split_lanes(matmul(h[:, : w.shape[1]], _join_lanes(w)), w.shape[0])
         else:
             a = jnp.stack([jnp.sum(h * w_o[:, None], axis=0) for w_o in w])

@@ -167,7 +167,7 @@ def propagate(
     for k, (w, b) in enumerate(params, start=1):
         is_hidden = k < len(params)
         dtype = w.dtype if is_hidden else None  # logits are not rounded
-        a_k = layout.affine(h[-1], w, b, dtype)  # [N, n_k]
+        a_k = layout.affine(k, h[-1], w, b, dtype)  # [N, n_k]
         if ignored is not None:
             a_k = drop_nonfinite(ignored, a_k, layout.feature_axis)
         a.append(a_k)
