@@ -1,10 +1,10 @@
 """Optimizers that work elementwise, taken apart for a kernel.
 
 A kernel that trains many networks holds one network per vector lane. An update of
-parameters that is elementwise, such as that of Adam, is the same program there. Scalars
-that depend only on hyperparameters and on counters, such as the learning rate of a
-schedule or Adam's `1 − bⁿ`, do not: `split` separates them, so that XLA computes them
-as it does without a kernel.
+parameters that is elementwise, such as that of Adam, is the same program there, and for
+a part of the parameters. Scalars that depend only on hyperparameters and on counters,
+such as the learning rate of a schedule or Adam's `1 − bⁿ`, do not: `split` separates
+them, so that XLA computes them as it does without a kernel.
 """
 
 import math
@@ -58,7 +58,7 @@ _ELEMENTWISE = {
     p.tanh_p,
 }
 _RESHAPES = {p.broadcast_in_dim_p, p.reshape_p, p.squeeze_p}
-_CALLS = {p.jit_p: "jaxpr", p.custom_jvp_call_p: "call_jaxpr"}
+CALLS = {p.jit_p: "jaxpr", p.custom_jvp_call_p: "call_jaxpr"}
 
 
 class Split(NamedTuple):
@@ -67,6 +67,8 @@ class Split(NamedTuple):
     Attributes:
       is_counter: Which leaves of the state, as a flat list, are counters: scalars that
         depend on nothing but hyperparameters and counters.
+      owners: For each other leaf of the state, the index of the parameter that it
+        belongs to, such as the momentum of a weight, or None.
       fixed: `(counters) -> scalars` that do not depend on counters.
       varying: `(counters) -> (scalars, counters)`, the scalars that do, and the
         counters of the next step.
@@ -76,6 +78,7 @@ class Split(NamedTuple):
     """
 
     is_counter: tuple[bool, ...]
+    owners: tuple[int | None, ...]
     fixed: Callable[..., list[jax.Array]]
     varying: Callable[..., tuple[list[jax.Array], list[jax.Array]]]
     update: Callable[..., tuple[list[jax.Array], list[jax.Array], jax.Array]]
@@ -182,11 +185,20 @@ def split(
         env |= dict(zip(varying, varying_values, strict=True))
         env |= dict(zip(arrays, [*params, *grads, value, *state], strict=True))
         _run_elementwise(inner, env, value.shape[-1])
-        made = [_expand(_read(env, v), v.aval, value.shape[-1]) for v in results]
+        old = [*params, *state, value]
+        made = [
+            jnp.broadcast_to(_read(env, v), t.shape)
+            for v, t in zip(results, old, strict=True)
+        ]
         return made[: len(params)], made[len(params) : -1], made[-1]
 
     return Split(
         is_counter=is_counter,
+        owners=tuple(
+            owner
+            for owner, c in zip(_owners(params, state), is_counter, strict=True)
+            if not c
+        ),
         fixed=lambda values: evaluate(fixed, values),
         varying=lambda values: (
             evaluate(varying, values),
@@ -194,6 +206,26 @@ def split(
         ),
         update=update,
     )
+
+
+def _owners(params: Params, state: Any) -> list[int | None]:
+    """For each leaf of the state, the parameter whose path and shape it has."""
+
+    def leaves(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+        paths, _ = jax.tree.flatten_with_path(tree)
+        return [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in paths]
+
+    return [
+        next(
+            (
+                i
+                for i, (name, shape) in enumerate(leaves(params))
+                if path.endswith(name) and shape == leaf_shape
+            ),
+            None,
+        )
+        for path, leaf_shape in leaves(state)
+    ]
 
 
 def _closure(jaxpr: Any, known: set[Any]) -> set[Any]:
@@ -221,7 +253,7 @@ def _check_elementwise(eqns: Sequence[Any]) -> None:
     """Checks that all operands have the shape of the result, or are scalars."""
     for eqn in eqns:
         shapes = {v.aval.shape for v in eqn.invars} - {()}
-        if (called := _CALLS.get(eqn.primitive)) is not None:
+        if (called := CALLS.get(eqn.primitive)) is not None:
             if not eqn.params[called].consts:
                 _check_elementwise(eqn.params[called].jaxpr.eqns)
                 continue
@@ -243,7 +275,7 @@ def _run_elementwise(eqns: Sequence[Any], env: dict[Any, Any], networks: int) ->
     """
     for eqn in eqns:
         operands = [_read(env, v) for v in eqn.invars]
-        if (called := _CALLS.get(eqn.primitive)) is not None:
+        if (called := CALLS.get(eqn.primitive)) is not None:
             closed: ClosedJaxpr = eqn.params[called]
             inside = dict(zip(closed.jaxpr.invars, operands, strict=True))
             _run_elementwise(closed.jaxpr.eqns, inside, networks)
@@ -274,12 +306,6 @@ def _apply(eqn: Any, operands: list[Any], networks: int) -> jax.Array:
         (t,) = operands
         return jnp.where(t > 0, 1, jnp.where(t < 0, -1, t)).astype(t.dtype)
     return eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-
-
-def _expand(value: jax.Array, aval: Any, networks: int) -> jax.Array:
-    """Broadcasts to the shape of an array of many networks."""
-    shape = (*reversed(aval.shape or (1,)), networks)
-    return jnp.broadcast_to(value, shape)
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:
