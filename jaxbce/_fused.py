@@ -2,7 +2,8 @@
 
 `Steps.fold` replaces the loop over steps of `training.run`. It computes for each step
 which examples it visits, and the optimizer's scalars. A rule for `jax.vmap` collects
-the networks of a group in one call of the kernel (`_kernel.py`).
+the networks of a group in one call of the kernel: `_kernel.py` for TPU, or
+`_kernel_gpu.py`.
 """
 
 import functools
@@ -19,7 +20,8 @@ from jaxbce.gradients import Batch
 from jaxbce.network import Params
 from jaxbce.training import Dataset
 
-PLATFORMS = ("cpu", "tpu")
+PLATFORMS = ("cpu", "tpu", "gpu")
+_LEAST_CAPABILITY = 9.0  # of GPUs; that of H100
 _MAX_INDICES = 1 << 15  # of examples, per call; 128 KiB of scalar memory
 _MAX_STEPS = 1 << 12  # per call
 
@@ -33,10 +35,12 @@ class Steps(NamedTuple):
     Attributes:
       split: The optimizer's step.
       data: Examples to train on.
+      train: The kernel's `train`.
     """
 
     split: _elementwise.Split
     data: Dataset
+    train: Callable[..., Any]
 
     def fold(
         self, batches: Any, begin: jax.Array, num_steps: Any, most: int, carry: _Carry
@@ -111,7 +115,7 @@ class Steps(NamedTuple):
             state=[t for t, c in zip(leaves, is_counter, strict=True) if not c],
             diverged_at=diverged_at,
         )
-        train = _for_all_networks(functools.partial(_kernel.train, self.split.update))
+        train = _for_all_networks(functools.partial(self.train, self.split))
         results = train(jax.tree.map(lambda t: t[None, None], inputs))
         param_leaves, inner, diverged_at = jax.tree.map(lambda t: t[0, 0], results)
         outer, inner = iter(last_counters), iter(inner)
@@ -128,6 +132,7 @@ def prepare(
     state: Any,
     data: Dataset,
     batch_size: int | None,
+    platform: str,
 ) -> Steps:
     """Checks that a kernel can take the steps.
 
@@ -139,6 +144,7 @@ def prepare(
       state: State of the optimizer.
       data: Examples to train on.
       batch_size: Number of examples per batch; None is all.
+      platform: The platform of the devices.
 
     Raises:
       ValueError: If it cannot.
@@ -152,7 +158,16 @@ def prepare(
     size = batch_size or data.x.shape[0]
     batch = Batch(data.x[:size], data.y[:size], data.y[:size, 0], data.pos_weight)
     split = _elementwise.split(program, constants, hparams, params, state, batch)
-    return Steps(split, data)
+    return Steps(split, data, _kernel_of(platform))
+
+
+def _kernel_of(platform: str) -> Callable[..., Any]:
+    """The function `train` of the kernel for a platform."""
+    if platform == "gpu":
+        from jaxbce import _kernel_gpu  # not every build of JAX has its compiler
+
+        return _kernel_gpu.train
+    return _kernel.train
 
 
 def check_network(widths: tuple[int, ...], dtype: Any) -> None:
@@ -164,6 +179,24 @@ def check_network(widths: tuple[int, ...], dtype: Any) -> None:
     if dtype != jnp.float32:
         raise ValueError(
             f'expected parameters of float32 for kernel="fused", got {dtype}'
+        )
+
+
+def check_devices(devices: Any) -> None:
+    """Checks that there is a kernel for the devices."""
+    device = devices[0]
+    if device.platform not in PLATFORMS:
+        raise ValueError(
+            'expected devices for kernel="fused" to be TPUs or GPUs (or CPUs, for '
+            f"tests), got {device.platform}"
+        )
+    if device.platform != "gpu":
+        return
+    capability = str(device.compute_capability)
+    if not capability[:1].isdigit() or float(capability) < _LEAST_CAPABILITY:
+        raise ValueError(
+            'expected GPUs for kernel="fused" of NVIDIA, of compute capability '
+            f"{_LEAST_CAPABILITY} or higher, got {device.device_kind} ({capability})"
         )
 
 

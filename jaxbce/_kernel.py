@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxbce import gradients
+from jaxbce._elementwise import Split
 from jaxbce._layouts import Lanes
 from jaxbce.gradients import Batch, Form, Objective
 from jaxbce.network import Layer, Params
@@ -92,7 +93,7 @@ class _Sizes(NamedTuple):
     is_weighted: bool
 
 
-def train(update: Callable[..., Any], inputs: Inputs) -> Any:
+def train(split: Split, inputs: Inputs) -> Any:
     """Trains networks: `inputs` have axes `[seeds, networks]`."""
     seeds, networks = (
         max(t.shape[axis] for t in jax.tree.leaves(inputs)) for axis in (0, 1)
@@ -193,7 +194,7 @@ def train(update: Callable[..., Any], inputs: Inputs) -> Any:
     )
     kernel = functools.partial(
         _kernel,
-        update=update,
+        update=split.update,
         sizes=sizes,
         dtypes={
             "fixed": [t.dtype for t in fixed],

@@ -201,12 +201,13 @@ def sweep(
         chooses from the shapes and the memory of the device.
       kernel: How members take the steps between two evaluations. "xla" compiles them as
         for `fit`. "fused" takes all of them in one kernel, in which parameters and the
-        states of optimizers stay on chip: for TPU, with one hidden layer and float32.
+        states of optimizers stay on chip: for TPU, and for NVIDIA GPUs of compute
+        capability 9.0 or higher, such as H100, with one hidden layer and float32.
         Optimizers must be elementwise, such as `optax.sgd`, `adamw`, `rmsprop` or
         `lion` with any schedule, and penalties are not supported. Results differ by
-        rounding. On CPU the kernel is interpreted, which is slow and meant for tests;
-        GPUs are not supported. "auto" is "xla", because no device has measured the
-        other.
+        rounding; on a GPU no product is rounded to less than float32. On CPU the
+        kernel for TPU is interpreted, which is slow and meant for tests. "auto" is
+        "xla", because no device has measured the other.
       mesh: The devices to use, with any axes; None is all devices of all processes.
       callback: Called on the host with the number of members that are done, whenever
         each device has trained a group.
@@ -505,14 +506,10 @@ def _is_fused(
         return False
     from jaxbce import _fused  # slow to import
 
+    _fused.check_devices(devices)
     _fused.check_network(sizes[:-1], dtype)
     if penalty is not None:
         raise ValueError('expected make_penalty to be None for kernel="fused"')
-    if (platform := devices[0].platform) not in _fused.PLATFORMS:
-        raise ValueError(
-            f'expected devices to be TPUs (or CPUs, for tests) for kernel="fused", got '
-            f"{platform}"
-        )
     return True
 
 

@@ -507,7 +507,9 @@ def run(
         from jaxbce import _fused  # slow to import
 
         step_arguments = programs.step, constants[1], hparams, start.params
-        fused = _fused.prepare(*step_arguments, start.opt_state, training, batch_size)
+        fused = _fused.prepare(
+            *step_arguments, start.opt_state, training, batch_size, options.platform
+        )
 
     def take(t: jax.Array, batch: Batch, run: FitResult) -> FitResult:
         """Takes step t, on a batch."""

@@ -31,13 +31,13 @@ from experiments.suites.case import JAXBCE, layers_text
 from experiments.suites.targets import TARGETS
 from experiments.suites.training import OPTIMIZERS, random_data, size_text
 from experiments.support import baselines
-from jaxbce import sweeps
+from jaxbce import _fused, sweeps
 
 PLAIN = "plain JAX"
 FUSED = "jaxbce, fused"
 KERNEL = "train_networks"
 # Custom calls that are kernels, by the platforms for which sweep(kernel="fused") is.
-KERNEL_CALLS = {"tpu": "tpu_custom_call"}
+KERNEL_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 STEPS = 1000  # of a training run
 EPOCHS = 59  # of plain JAX, which has no shorter last batch; about as many steps
 EXAMPLES, BATCH_SIZE, LAYERS = 569, 32, (30, 16, 1)
@@ -259,22 +259,22 @@ def _counts(unit: str, module: hlo.Module) -> Row:
 
 
 def _fused_counts(
-    platform: str, module: hlo.Module, blocks: int, members: int, dump: Path
+    platform: str, module: hlo.Module, jaxpr: Any, members: int, dump: Path
 ) -> Row:
     """Counts per step of the kernel that takes all steps of a group.
 
     Args:
       platform: The platform that it is compiled for.
       module: The compiled program.
-      blocks: Number of blocks of networks.
+      jaxpr: The traced program.
       members: Number of networks.
       dump: A folder with the compiler's last intermediate code.
     """
     cost = module.cost("", KERNEL_CALLS[platform])
     counts: Row = {"kernels": cost.kernels / STEPS, "hbm_bytes": cost.bytes / STEPS}
     if platform == "tpu":
-        bundles = llo.innermost_loop_bundles(dump, KERNEL)
-        counts["bundles"] = round(bundles * blocks * LANES / members, 1)
+        bundles = llo.innermost_loop_bundles(dump, KERNEL) * _num_blocks(jaxpr)
+        counts["bundles"] = round(bundles * LANES / members, 1)
     return counts
 
 
@@ -303,8 +303,8 @@ def _compile(
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
     module = hlo.Module(compiled.as_text())
     if implementation == FUSED:
-        blocks = _num_blocks(traced.jaxpr.jaxpr)
-        counts = _fused_counts(platform, module, blocks, members, dump)
+        jaxpr = traced.jaxpr.jaxpr
+        counts = _fused_counts(platform, module, jaxpr, members, dump)
     else:
         counts = _counts(program.unit, module)
     return counts | {
@@ -339,10 +339,11 @@ def compile_programs(target: str, dump: Path, quick: bool) -> Iterator[Row]:
                 "error": None,
                 "unavailable": None,
             }
-            if implementation == FUSED and platform not in KERNEL_CALLS:
-                row["unavailable"] = (
-                    f'kernel="fused" is for {" and ".join(KERNEL_CALLS)} only'
-                )
+            try:
+                if implementation == FUSED:
+                    _fused.check_devices([device])
+            except ValueError as error:
+                row["unavailable"] = str(error)
                 yield row
                 continue
             try:

@@ -1,16 +1,26 @@
-"""`sweep(kernel="fused")`: the kernel, interpreted, trains the networks of `fit`."""
+"""`sweep(kernel="fused")`: the kernels, interpreted, train the networks of `fit`."""
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 
 import jaxbce
-from jaxbce import _elementwise, _groups, gradients, sweeps, training
+from jaxbce import (
+    _elementwise,
+    _fused,
+    _groups,
+    _kernel_gpu,
+    gradients,
+    sweeps,
+    training,
+)
 from jaxbce._layouts import Lanes
 from tests.helpers import TOLERANCE, problem, relative_error
 
@@ -19,6 +29,9 @@ ROWS = 37  # more than one pass of the kernel, and not a multiple of a batch
 # Rounding differs, and grows with the steps where an optimizer amplifies it.
 LARGEST_ERROR = 1e-4
 
+KERNELS = ("tpu", "gpu")
+LAUNCH = _kernel_gpu.launch
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -26,6 +39,29 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 def _highest_precision():
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _gpu_kernel_on_cpu(monkeypatch):
+    monkeypatch.setattr(_kernel_gpu, "launch", run_on_cpu)
+
+
+def run_on_cpu(block, registers, grid, operands, carried):
+    """Runs the kernel for GPUs on a CPU, block after block, as `jit` compiles it.
+
+    Mosaic's interpreter, which calls the host for every access to memory, cannot be
+    inside a `cond` under `vmap`. `test_mosaic_interprets_the_kernel_alike` uses it.
+    """
+    state = [jnp.zeros(t.shape[2:], t.dtype) for t in carried[4:-1]]
+
+    def run(refs):
+        def one(i, _):
+            own = registers(i % grid[1], is_compiled=False)
+            block(operands, seed=i // grid[1], registers=own).run(carried, *refs)
+
+        jax.lax.fori_loop(0, math.prod(grid), one, None)
+
+    return pl.run_state(run)((carried, state))[0]
 
 
 def schedule(hp):
@@ -40,6 +76,26 @@ def shared_schedule(hp):
 def per_layer(hp):
     each: Any = {"hidden": optax.adam(hp["rate"]), "output": optax.sgd(hp["rate"])}
     return optax.partition(each, ("hidden", "output"))
+
+
+def drift(hp):
+    """Moves parameters of gradient 0 too, such as those that fill a vector."""
+    move = optax.stateless(lambda grads, _: jax.tree.map(lambda t: t + 0.1, grads))
+    return optax.chain(move, optax.sgd(hp["rate"]))
+
+
+def delayed(hp):
+    """Uses each gradient two steps later; the states do not depend on themselves."""
+
+    def init(params):
+        zeros = optax.tree.zeros_like(params)
+        return {"first": zeros, "second": zeros}
+
+    def update(updates, state, params=None):
+        return state["second"], {"first": updates, "second": state["first"]}
+
+    delay = optax.GradientTransformation(init, update)
+    return optax.chain(delay, optax.sgd(hp["rate"]))
 
 
 OPTIMIZERS: Any = {
@@ -57,6 +113,8 @@ OPTIMIZERS: Any = {
     ),
     "clipped": lambda hp: optax.chain(optax.clip(0.01), optax.sgd(hp["rate"])),
     "per layer": per_layer,
+    "drift": drift,
+    "delayed": delayed,
 }
 
 
@@ -102,23 +160,39 @@ class Case:
         return y * (1 - hp["flip"]) + hp["flip"] / 2
 
     def sweep(self, **kwargs):
+        return jaxbce.sweep(*self.examples_of_all(), **self.arguments(**kwargs))
+
+    def prepare_for_gpu(self):
+        """The sweep as for a GPU, although its mesh is a CPU."""
+        prepared = sweeps.prepare(*self.examples_of_all(), **self.arguments())
+        options = prepared.plan.options._replace(platform="gpu")
+        return prepared._replace(plan=prepared.plan._replace(options=options))
+
+    def train(self, kernel):
+        """The sweep with the kernel for one platform, interpreted."""
+        if kernel == "tpu":
+            return self.sweep()
+        return sweeps._run(self.prepare_for_gpu(), None)
+
+    def examples_of_all(self):
+        return KEY, self.x, self.y
+
+    def arguments(self, **kwargs):
         made: Any = {}
         if "weights" in self.own:
             made["make_sample_weight"] = self.make_sample_weight
         if "labels" in self.own:
             made["make_labels"] = self.make_labels
-        return jaxbce.sweep(
-            KEY,
-            self.x,
-            self.y,
-            hidden=(self.hidden,),
-            make_optimizer=self.optimizer,
-            hparams=self.hp,
-            num_seeds=self.seeds,
-            dtype="float32",
-            mesh=jax.make_mesh((1,), ("devices",), devices=jax.devices()[:1]),
-            **(self.options | {"kernel": "fused"} | made | kwargs),
-        )
+        common: Any = {
+            "hidden": (self.hidden,),
+            "make_optimizer": self.optimizer,
+            "hparams": self.hp,
+            "num_seeds": self.seeds,
+            "dtype": "float32",
+            "mesh": jax.make_mesh((1,), ("devices",), devices=jax.devices()[:1]),
+            "kernel": "fused",
+        }
+        return common | self.options | made | kwargs
 
     def fit(self, dtype="float32"):
         """The same members, `[points, seeds, ...]`."""
@@ -190,30 +264,85 @@ FEW: Any = {
 
 @pytest.mark.slow_ids("own weights")
 @pytest.mark.parametrize("case", FEW.values(), ids=FEW)
-def test_members_are_runs_of_fit(case):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_members_are_runs_of_fit(kernel, case):
     case = Case(points=3, steps=9, **case)
-    mine, theirs = case.sweep(), case.fit()
+    mine, theirs = case.train(kernel), case.fit()
     assert errors(mine.params, theirs.params).max() < LARGEST_ERROR
     assert mine.step.tolist() == theirs.step.tolist()
 
 
-def test_a_member_that_diverges_is_frozen_alone():
-    case = Case(points=3, steps=9, evaluate_every=4, patience=8)
-    case.hp["rate"] = np.array([0.1, 1e20, 0.05], np.float32)
-    mine, theirs = case.sweep(), case.fit()
-    assert (mine.diverged_at >= 0).ravel().tolist() == [False, True, False]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_members_that_diverge_are_frozen_alone(kernel):
+    case = Case(points=4, steps=9, evaluate_every=4, patience=8)
+    case.hp["rate"] = np.array([0.1, 1e20, 0.05, 0.1], np.float32)
+    theirs = case.fit()
+    case.hp["init_scale"] = np.array([1, 1, 1, 1e30], np.float32)
+    mine = case.train(kernel)
+    assert (mine.diverged_at >= 0).ravel().tolist() == [False, True, False, True]
     for name in ("diverged_at", "best_step", "step"):
-        assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
-    # The weights of the other one, after a step of 1e20, have no digits in common.
+        assert np.array_equal(getattr(mine, name)[:3], getattr(theirs, name)[:3]), name
+    # The weights of the second one, after a step of 1e20, have no digits in common.
     others = jax.tree.map(lambda t: np.asarray(t)[[0, 2]], (mine.params, theirs.params))
     assert errors(*others).max() < LARGEST_ERROR
     assert np.all(np.isfinite(mine.best_loss[[0, 2]]))
+    last = jax.tree.map(lambda t: t[3, 0], mine.params)
+    first = jax.tree.map(lambda t: np.asarray(t) * np.float32(1e30), case.start(0))
+    assert jax.tree.all(jax.tree.map(np.array_equal, last, first))
 
 
 def test_the_kernel_is_not_used_unless_requested():
     case = Case(points=3, steps=9)
     default, xla = case.sweep(kernel="auto"), case.sweep(kernel="xla")
     assert jax.tree.all(jax.tree.map(np.array_equal, default.params, xla.params))
+
+
+def test_mosaic_interprets_the_kernel_alike(monkeypatch):
+    case = Case(points=2, steps=2)
+    params = case.start(0)
+    data = training.Dataset(case.x, case.y, None, jnp.ones((), jnp.float32))
+    data = jax.tree.map(jnp.asarray, data)
+    one = {"rate": jax.ShapeDtypeStruct((), jnp.float32)}
+    user = training.UserCode(sweeps._init, sweeps._step, (OPTIMIZERS["adam"], None), 2)
+    programs, constants = training.trace(user, one, params, data)
+    indices = jnp.array([[0, 3], [5, 1]])
+
+    def train(hp):
+        state = programs.init(constants[0], hp, params)
+        step_arguments = programs.step, constants[1], hp, params, state, data
+        steps = _fused.prepare(*step_arguments, batch_size=2, platform="gpu")
+        carry = params, state, jnp.int32(-1)
+        return steps._take(jnp.int32(0), 2, indices, jnp.full((2, 2), 0.5), carry)
+
+    mine = jax.jit(jax.vmap(train))(case.hp)
+    parameters = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    interpret = functools.partial(LAUNCH, interpret=parameters.InterpretGPUParams())
+    monkeypatch.setattr(_kernel_gpu, "launch", interpret)
+    theirs = jax.jit(jax.vmap(train))(case.hp)
+    assert relative_error(mine[:2], theirs[:2]) < TOLERANCE["float32"]
+    assert not jax.tree.all(jax.tree.map(np.array_equal, mine[0], params))
+
+
+LOWERED: Any = {name: {"optimizer": name} for name in OPTIMIZERS} | {
+    "all of a member's own": {
+        "optimizer": "momentum",
+        "own": ("weights", "labels", "pos_weight"),
+        "outputs": 8,
+        "hidden": 5,
+        "seeds": 2,
+    },
+    "full batch": {"batch_size": None, "hidden": 64},
+}
+
+
+@pytest.mark.slow_ids(*OPTIMIZERS, "own")
+@pytest.mark.parametrize("case", LOWERED.values(), ids=LOWERED)
+def test_mosaic_lowers_the_kernel_for_gpus(monkeypatch, case):
+    monkeypatch.setattr(_kernel_gpu, "launch", LAUNCH)
+    case = Case(points=3, steps=9, **case)
+    function, arguments = sweeps.program(case.prepare_for_gpu())
+    lowered = function.trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu_v2" in lowered.as_text()
 
 
 def scaled_by_array(hp):
@@ -298,7 +427,45 @@ def test_products_of_high_precision_are_of_the_highest(is_argument):
     assert prepared.plan.precision == "highest"  # Mosaic refuses to compile "high"
 
 
-@pytest.mark.slow_ids("sgd", "momentum", "nesterov", "rmsprop", "lion", "adamw")
+def test_what_does_not_fit_in_a_gpu_is_an_error():
+    case = Case(points=2, steps=1, hidden=9000)
+    with pytest.raises(ValueError, match=r"a block of a GPU, .* registers per thread"):
+        sweeps._run(case.prepare_for_gpu(), None)
+
+
+def test_a_state_unlike_the_parameters_is_an_error_on_a_gpu():
+    def init(params):
+        return jnp.ones(3)
+
+    def update(updates, state, params=None):
+        return updates, state * 2
+
+    case = Case(points=2, steps=1)
+    transformation = optax.GradientTransformation(init, update)
+    case.optimizer = lambda hp: optax.chain(transformation, optax.sgd(hp["rate"]))
+    with pytest.raises(ValueError, match=r"got an array \(3,\) in it"):
+        sweeps._run(case.prepare_for_gpu(), None)
+
+
+class Device(NamedTuple):
+    platform: str
+    compute_capability: str = ""
+    device_kind: str = "a kind"
+
+
+def test_devices_without_a_kernel_are_an_error():
+    for device in (Device("cpu"), Device("tpu"), Device("gpu", "9.0")):
+        _fused.check_devices([device])
+    with pytest.raises(ValueError, match=r"to be TPUs or GPUs .* got other"):
+        _fused.check_devices([Device("other")])
+    for capability in ("8.0", "gfx942"):
+        with pytest.raises(ValueError, match=rf"or higher, got a kind \({capability}"):
+            _fused.check_devices([Device("gpu", capability)])
+
+
+@pytest.mark.slow_ids(
+    "sgd", "momentum", "nesterov", "rmsprop", "lion", "adamw", "drift", "delayed"
+)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_split_steps_are_those_of_the_optimizer(make):
     networks = 4
@@ -418,12 +585,14 @@ MANY: Any = {name: {"optimizer": name, "hidden": 16} for name in OPTIMIZERS} | {
     "eight outputs": {"outputs": 8},
     "evaluations": {"evaluate_every": 7, "patience": 50},
     "wide": {"hidden": 70},
+    "lanes without a unit": {"optimizer": "drift"},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MANY.values(), ids=MANY)
-def test_rounding_of_many_members_is_no_larger_than_that_of_fit(case):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rounding_of_many_members_is_no_larger_than_that_of_fit(kernel, case):
     """Members of the kernel are as far from runs in float64 as those of `fit`.
 
     A run amplifies rounding, most of all that of Adam and RMSprop, and where the input
@@ -435,7 +604,7 @@ def test_rounding_of_many_members_is_no_larger_than_that_of_fit(case):
     exact = case.fit("float64").params
     assert jax.tree.leaves(exact)[0].dtype == np.float64
     mine, theirs = (
-        errors(run.params, exact).ravel() for run in (case.sweep(), case.fit())
+        errors(run.params, exact).ravel() for run in (case.train(kernel), case.fit())
     )
     for quantile in (0.5, 0.9):
         ratio = np.quantile(mine, quantile) / np.quantile(theirs, quantile)
