@@ -2,7 +2,7 @@
 
 `Steps.fold` replaces the loop over steps of `training.run`. It computes for each step
 which examples it visits, and the optimizer's scalars. A rule for `jax.vmap` collects
-the networks of a group in one call of the kernel: `_kernel.py` for TPU, or
+the networks of a group in one call of the kernel: `_kernel_tpu.py` for TPU, or
 `_kernel_gpu.py`.
 """
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbce import _elementwise, _kernel, _traced, _validate
-from jaxbce._kernel import Inputs
+from jaxbce import _elementwise, _kernel_tpu, _traced, _validate
+from jaxbce._kernel_inputs import Inputs
 from jaxbce.gradients import Batch
 from jaxbce.network import Params
 from jaxbce.training import Dataset
@@ -167,7 +167,7 @@ def _kernel_of(platform: str) -> Callable[..., Any]:
         from jaxbce import _kernel_gpu  # not every build of JAX has its compiler
 
         return _kernel_gpu.train
-    return _kernel.train
+    return _kernel_tpu.train
 
 
 def check_network(widths: tuple[int, ...], dtype: Any) -> None:

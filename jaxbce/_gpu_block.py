@@ -263,8 +263,8 @@ class Block(NamedTuple):
 
         x = shared((1, sizes.features))
         labels = 1, sizes.outputs
-        y = shared(labels) if inputs["y"] is None else own(inputs["y"], labels)
-        weight = inputs["weight"]
+        y = shared(labels) if "y" not in inputs else own(inputs["y"], labels)
+        weight = inputs.get("weight")
         return x, y, shared((1,)) if weight is None else own(weight, (1,))
 
     def _scalars(self, name: str, i: jax.Array | int) -> list[np.ndarray]:

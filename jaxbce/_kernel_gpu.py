@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxbce._elementwise import Split
 from jaxbce._gpu_block import NUM_PARAMS, Block, Leaf, Sizes
 from jaxbce._gpu_registers import Registers
-from jaxbce._kernel import Inputs
+from jaxbce._kernel_inputs import Inputs
 
 _THREADS = 128  # of a warpgroup
 _LANES = (2, 4, 8, 16, 32, 64, 128)  # per network
@@ -32,24 +32,11 @@ _HIDDEN_AXES = (0, 0, 1, None)  # of the parameters, in the layout `Columns`
 
 def train(split: Split, inputs: Inputs) -> Any:
     """Trains networks: `inputs` have axes `[seeds, networks]`."""
-    seeds, networks = (
-        max(t.shape[axis] for t in jax.tree.leaves(inputs)) for axis in (0, 1)
-    )
-    first, num_steps, scale, fixed, varying, data = (
-        jax.tree.map(lambda t: jnp.squeeze(t, 0), t)  # shared by seeds
-        for t in (
-            inputs.first,
-            inputs.num_steps,
-            inputs.scale,
-            inputs.fixed,
-            inputs.varying,
-            inputs.data,
-        )
-    )
-    n, outputs = data.y.shape[1:]
+    seeds, networks = inputs.num_networks()
+    data = inputs.data
     hidden = inputs.params[0].shape[-1]
     batch = inputs.indices.shape[-1]
-    leaves = [*inputs.params, *inputs.state, inputs.diverged_at]
+    leaves = inputs.leaves()
     owners = [*range(NUM_PARAMS), *split.owners, None]
     for leaf, owner in zip(inputs.state, split.owners, strict=True):
         if owner is None and leaf.ndim > 2:
@@ -66,49 +53,22 @@ def train(split: Split, inputs: Inputs) -> Any:
     arrange = functools.partial(_arrange, lanes, group)
 
     def by_network(t: jax.Array) -> jax.Array:
-        """`[networks, k]` as `[k, blocks, group]`, or shared ones as `[k]`."""
-        t = t.astype(jnp.int32) if t.dtype == bool else t
-        return t[0] if t.shape[0] == 1 else jnp.moveaxis(_spread(t, 0, group), -1, 0)
+        """`[networks, k]` as `[k, blocks, group]`."""
+        return jnp.moveaxis(_spread(t, 0, group), -1, 0)
 
-    # Shared columns of the examples, and then a row without an example.
-    columns = [data.x[0]]
-    y = weight = None
-    if data.y.shape[0] == 1:
-        columns.append(data.y[0])
-    else:
-        y = jnp.pad(data.y, ((0, 0), (0, 1), (0, 0)))
-        y = by_network(y.reshape(networks, -1))  # [(N + 1) n_L, blocks, group]
-    if data.weight is None:
-        columns.append(jnp.ones((n, 1), data.x.dtype))
-    elif data.weight.shape[0] == 1:
-        columns.append(data.weight[0][:, None])
-    else:
-        weight = by_network(jnp.pad(data.weight, ((0, 0), (0, 1))))
-    table = jnp.concatenate(columns, axis=1)
-    table = jnp.pad(table, ((0, 1), (0, -table.shape[1] % _ROW_MULTIPLE)))
-    p = data.pos_weight
-    p = jnp.broadcast_to(p.reshape(p.shape[0], -1), (p.shape[0], outputs))
-    indices = jnp.squeeze(inputs.indices, 1)
-    fill = passes * examples - batch
-    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, fill)), constant_values=n)
+    operands = inputs.operands(
+        passes * examples,
+        by_network,
+        lambda y: by_network(y.reshape(networks, -1)),  # [(N + 1) n_L, blocks, group]
+    )
+    table, indices = operands["table"], operands["indices"]
     units = np.arange(-(-hidden // lanes) * lanes)  # of the hidden layer, with padding
     is_unit = np.broadcast_to(units[-lanes:] < hidden, (group, lanes))
-    operands = {
-        "steps": jnp.concatenate([first, num_steps]),
+    operands |= {
+        "table": jnp.pad(table, ((0, 0), (0, -table.shape[1] % _ROW_MULTIPLE))),
         "indices": indices.reshape(indices.shape[0], -1),
-        "scale": scale[0],
-        "pos_weight": by_network(p),
-        "fixed": [by_network(t[:, None]) for t in fixed],
-        "varying": [by_network(t) for t in varying],
-        "table": table,
-        "y": y,
-        "weight": weight,
         "is_unit": jnp.asarray(is_unit, jnp.int32),
     }
-    leaves = [
-        jnp.broadcast_to(t, (seeds, networks, *t.shape[2:])).astype(t.dtype)
-        for t in leaves
-    ]
     shares = [
         Leaf(_share(t.shape[:1:-1], axis, lanes), axis, owner)
         for t, axis, owner in zip(leaves, axes, owners, strict=True)
@@ -117,18 +77,15 @@ def train(split: Split, inputs: Inputs) -> Any:
     registers = functools.partial(Registers, group, lanes)
     block = functools.partial(
         Block,
-        dtypes={
-            "fixed": [t.dtype for t in fixed],
-            "varying": [t.dtype for t in varying],
-        },
+        dtypes=inputs.dtypes(),
         update=split.update,
         params=shares[:NUM_PARAMS],
         state=shares[NUM_PARAMS:-1],
         sizes=Sizes(
             examples=examples,
             passes=passes,
-            features=data.x.shape[2],
-            outputs=outputs,
+            features=data.x.shape[-1],
+            outputs=data.y.shape[-1],
             stride=0 if indices.shape[1] == 1 else passes * examples,
             is_weighted=data.weight is not None,
             has_padding=hidden % lanes > 0,

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxbce import gradients
 from jaxbce._elementwise import Split
+from jaxbce._kernel_inputs import Inputs
 from jaxbce._layouts import Lanes
 from jaxbce.gradients import Batch, Form, Objective
 from jaxbce.network import Layer, Params
@@ -30,38 +31,6 @@ _MAX_EXAMPLES = 32  # per pass
 _MAX_ACTIVATIONS = 1 << 18  # of a layer, in a pass of a block
 _VMEM_BYTES = 100 << 20  # of the 128 MiB of TPU v4, v5e, v5p and v6e
 _SMEM_BYTES = 1 << 20
-
-
-class Inputs(NamedTuple):
-    """The arguments of a call for one network, or with axes `[seeds, networks]`.
-
-    Either axis may be 1 for what is shared. All but the indices, params, state and
-    `diverged_at` must be shared by seeds.
-
-    Attributes:
-      first: Number of the first step, int32.
-      num_steps: Number of steps to take, int32.
-      indices: The examples of each step, `[steps, B]`, or `[1, B]` if all steps are
-        equal, int32. N stands for no example.
-      scale: The weight of an example in the mean of each step, `[steps]`.
-      fixed: Scalars of the optimizer.
-      varying: Scalars of the optimizer in each step, each `[steps]`.
-      data: Examples, a `training.Dataset`; all networks share x.
-      params: Leaves of the parameters.
-      state: Leaves of the optimizer's state, without counters.
-      diverged_at: int32.
-    """
-
-    first: jax.Array
-    num_steps: jax.Array
-    indices: jax.Array
-    scale: jax.Array
-    fixed: list[jax.Array]
-    varying: list[jax.Array]
-    data: Any
-    params: list[jax.Array]
-    state: list[jax.Array]
-    diverged_at: jax.Array
 
 
 class _Sizes(NamedTuple):
@@ -95,111 +64,55 @@ class _Sizes(NamedTuple):
 
 def train(split: Split, inputs: Inputs) -> Any:
     """Trains networks: `inputs` have axes `[seeds, networks]`."""
-    seeds, networks = (
-        max(t.shape[axis] for t in jax.tree.leaves(inputs)) for axis in (0, 1)
-    )
-    first, num_steps, scale, fixed, varying, data = (
-        jax.tree.map(lambda t: jnp.squeeze(t, 0), t)  # shared by seeds
-        for t in (
-            inputs.first,
-            inputs.num_steps,
-            inputs.scale,
-            inputs.fixed,
-            inputs.varying,
-            inputs.data,
-        )
-    )
-    lanes = Lanes(data.x.shape[2])
-    n, outputs = data.y.shape[1:]
+    seeds, networks = inputs.num_networks()
+    lanes = Lanes(inputs.data.x.shape[-1])
+    outputs = inputs.data.y.shape[-1]
     hidden = inputs.params[0].shape[-1]
     batch = inputs.indices.shape[-1]
     block, examples = _block(networks, batch, max(hidden, outputs))
     passes = -(-batch // examples)
     blocks = -(-networks // block)
 
-    def spread(t: jax.Array) -> jax.Array:
-        """Copies the last networks to fill the blocks; `[networks, ...]`."""
-        fill = blocks * block - t.shape[0]
-        return jnp.concatenate([t, jnp.broadcast_to(t[-1:], (fill, *t.shape[1:]))])
-
     def arrange(t: jax.Array) -> jax.Array:
         """`[networks, ...]` as `[..., networks]`, at least of two dimensions."""
-        t = lanes.convert(spread(t))
+        fill = blocks * block - t.shape[0]  # with copies of the last network
+        t = jnp.concatenate([t, jnp.broadcast_to(t[-1:], (fill, *t.shape[1:]))])
+        t = lanes.convert(t)
         return t[None] if t.ndim == 1 else t
 
-    def scalars(t: jax.Array) -> jax.Array:
-        """Scalars `[networks, k]` as `[k, networks]`, or shared ones as `[k]`."""
-        t = t.astype(jnp.int32) if t.dtype == bool else t
-        return t[0] if t.shape[0] == 1 else arrange(t)
-
-    # Shared columns of the examples, and then a row without an example.
-    x = lanes.pad(data.x[0])
-    columns = [x]
-    y = weight = None
-    if data.y.shape[0] == 1:
-        columns.append(data.y[0])
-    else:
-        y = jnp.stack([arrange(data.y[:, :, o]) for o in range(outputs)])
-        y = jnp.pad(y, ((0, 0), (0, 1), (0, 0)))  # [n_L, N + 1, networks]
-    if data.weight is None:
-        columns.append(jnp.ones((n, 1), x.dtype))
-    elif data.weight.shape[0] == 1:
-        columns.append(data.weight[0][:, None])
-    else:
-        weight = jnp.pad(arrange(data.weight), ((0, 1), (0, 0)))  # [N + 1, networks]
-    table = jnp.pad(jnp.concatenate(columns, axis=1), ((0, 1), (0, 0)))
-    p = data.pos_weight
-    p = jnp.broadcast_to(p.reshape(p.shape[0], -1), (p.shape[0], outputs))
-    indices = jnp.squeeze(inputs.indices, 1)
-    indices = jnp.pad(
-        indices,
-        ((0, 0), (0, 0), (0, passes * examples - batch)),
-        constant_values=n,
+    operands = inputs.operands(
+        passes * examples,
+        arrange,
+        lambda y: jnp.stack([arrange(y[:, :, o]) for o in range(outputs)]),
+        lanes.pad,
     )
+    table, indices = operands["table"], operands["indices"]
+    num_seeds, num_steps, _ = indices.shape
+    operands["indices"] = indices.reshape(num_seeds, 1, -1)
+    dtype = table.dtype
     sizes = _Sizes(
         networks=block,
         group=_LANES if inputs.state else block,
         examples=examples,
         passes=passes,
         features=lanes.features,
-        columns=x.shape[1],
+        columns=lanes.pad(inputs.data.x[0, 0]).shape[1],
         outputs=outputs,
         leaves=len(inputs.params),
-        stride=0 if indices.shape[1] == 1 else passes * examples,
-        is_weighted=data.weight is not None,
+        stride=0 if num_steps == 1 else passes * examples,
+        is_weighted=inputs.data.weight is not None,
     )
-    leaves = [*inputs.params, *inputs.state, inputs.diverged_at]
-    leaves = [
-        jnp.broadcast_to(t, (seeds, networks, *t.shape[2:])).astype(t.dtype)
-        for t in leaves
-    ]
+    leaves = inputs.leaves()
     carried = [jax.vmap(arrange)(t) for t in leaves]  # [seeds, ..., networks]
-    operands = {
-        "steps": jnp.concatenate([first, num_steps]),
-        "indices": indices.reshape(indices.shape[0], 1, -1),
-        "scale": scale[0],
-        "pos_weight": scalars(p),
-        "fixed": [scalars(t[:, None]) for t in fixed],
-        "varying": [scalars(t) for t in varying],
-        "table": table,
-    }
-    operands |= {} if y is None else {"y": y}
-    operands |= {} if weight is None else {"weight": weight}
     specs = jax.tree.map(functools.partial(_spec, block), operands)
     specs["table"] = pl.BlockSpec(table.shape, lambda *_: (0, 0))
     specs["indices"] = pl.BlockSpec(
         (None, *operands["indices"].shape[1:]),
-        lambda s, _: (s if indices.shape[0] > 1 else 0, 0, 0),
+        lambda s, _: (s if num_seeds > 1 else 0, 0, 0),
         memory_space=pltpu.SMEM,
     )
     kernel = functools.partial(
-        _kernel,
-        update=split.update,
-        sizes=sizes,
-        dtypes={
-            "fixed": [t.dtype for t in fixed],
-            "varying": [t.dtype for t in varying],
-        },
+        _kernel, update=split.update, sizes=sizes, dtypes=inputs.dtypes()
     )
     carried_specs = [
         pl.BlockSpec(
@@ -208,16 +121,16 @@ def train(split: Split, inputs: Inputs) -> Any:
         )
         for t in carried
     ]
-    rows = {"table": pltpu.VMEM((examples, table.shape[1]), x.dtype)}
-    if y is not None:
-        rows["y"] = pltpu.VMEM((outputs, examples, block), x.dtype)
-    if weight is not None:
-        rows["weight"] = pltpu.VMEM((examples, block), x.dtype)
+    rows = {"table": pltpu.VMEM((examples, table.shape[1]), dtype)}
+    if "y" in operands:
+        rows["y"] = pltpu.VMEM((outputs, examples, block), dtype)
+    if "weight" in operands:
+        rows["weight"] = pltpu.VMEM((examples, block), dtype)
     scratch: dict[str, Any] = {"examples": rows}
     if passes > 1:
         shapes = [(1, block), (1, block)]
         shapes += [(*t.shape[1:-1], block) for t in carried[: sizes.leaves]]
-        scratch["sums"] = [pltpu.VMEM(shape, x.dtype) for shape in shapes]
+        scratch["sums"] = [pltpu.VMEM(shape, dtype) for shape in shapes]
     _check_memory(operands, carried, block)
     num_operands = len(jax.tree.leaves(operands))
 
