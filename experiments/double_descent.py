@@ -49,7 +49,8 @@ from absl import flags
 import jaxbce
 from experiments.support import cli, config, output, plots, resumable
 
-for _name in (*cli.COMMON, "cpu_devices", "dtype", "epochs", "seeds"):
+_OPTIONS = ("epochs", "seeds", "dtype", "seed")
+for _name in (*cli.COMMON, *_OPTIONS, "cpu_devices"):
     flags.declare_key_flag(_name)
 _WIDTHS = flags.DEFINE_string(
     "widths",
@@ -406,21 +407,6 @@ def save(folder: Path, result: dict[str, Any]) -> None:
     )
 
 
-def _widths(text: str) -> list[int]:
-    """--widths as numbers."""
-    try:
-        widths = [int(part) for part in text.split(",")]
-    except ValueError:
-        widths = [0]
-    if not all(1 <= width <= MAX_WIDTH for width in widths):
-        raise cli.InputError(
-            f"--widths={text}: expected comma-separated integers from 1 to {MAX_WIDTH}"
-        )
-    if len(set(widths)) < len(widths):
-        raise cli.InputError(f"--widths={text}: repeats a width")
-    return widths
-
-
 def _report(result: dict[str, Any]) -> None:
     """Prints the errors by width, the peak and the time."""
     configuration, peak = result["configuration"], result["peak"]
@@ -476,24 +462,20 @@ def main() -> int:
     """Trains networks of the widths of the flags."""
     # Settings.
     cli.use_devices()
-    widths = _widths(_WIDTHS.value)
-    seeds = cli.SEEDS.value or DEFAULTS["seeds"]
-    epochs = config.EPOCHS.value or DEFAULTS["epochs"]
+    widths = cli.distinct_numbers(_WIDTHS, int, 1, MAX_WIDTH)
+    options: dict[str, Any] = {name: flags.FLAGS[name].value for name in _OPTIONS}
     print(
-        f"{seeds * len(widths)} networks 40→w→w→10, w from {min(widths)} to "
-        f"{max(widths)}, {epochs} epochs"
+        f"{options['seeds'] * len(widths)} networks 40→w→w→10, w from {min(widths)} to "
+        f"{max(widths)}, {config.EPOCHS.value} epochs"
     )
     output.print_environment()
 
     # Training.
     result = run(
         widths=widths,
-        seeds=seeds,
         noise=_NOISE.value,
-        epochs=epochs,
         train_rows=_TRAIN_ROWS.value,
-        dtype=cli.DTYPE.value or DEFAULTS["dtype"],
-        seed=cli.SEED.value,
+        **options,
         make_folder=cli.output_dir,
     )
 

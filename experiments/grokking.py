@@ -53,16 +53,21 @@ _OPTIONS = ("learning_rate", "batch_size", "epochs", "seeds", "dtype", "seed")
 for _name in (*cli.COMMON, *_OPTIONS, "hidden", "cpu_devices"):
     flags.declare_key_flag(_name)
 _ROWS = flags.DEFINE_string(
-    "rows", "600,800,1000,1200,1600,2000", "Numbers of training examples."
+    "rows",
+    "600,800,1000,1200,1600,2000",
+    "Numbers of training examples, comma-separated.",
 )
 _WEIGHT_DECAYS = flags.DEFINE_string(
-    "weight_decays", "0,0.001,0.002,0.005,0.01,0.02,0.03,0.04", "Weight decays λ."
+    "weight_decays",
+    "0,0.001,0.002,0.005,0.01,0.02,0.03,0.04",
+    "Weight decays λ, comma-separated.",
 )
 _REFERENCE = flags.DEFINE_string(
     "reference",
-    "1000,0.01",
+    None,
     "Number of training examples and weight decay of the networks whose curves are "
-    "drawn: one of each that are trained.",
+    "drawn. If not set, 1000,0.01, or the last of --rows or --weight_decays where "
+    "that is not among them.",
 )
 _NUM_BITS = flags.DEFINE_integer(
     "num_bits", 40, "Bits of an example.", lower_bound=1, upper_bound=10**6
@@ -94,6 +99,7 @@ HELP = {
     "seeds": "Networks per number of rows and weight decay.",
 }
 
+REFERENCE = (1000, 0.01)  # whose curves are drawn
 ACCURACY = 0.98  # from which on a network has memorized, or generalized
 EVENTS = {"memorized": "train_accuracy", "generalized": "test_accuracy"}
 HEADINGS = {
@@ -193,6 +199,7 @@ def run(
         "seeds": seeds,
         "dtype": dtype,
         "seed": seed,
+        "devices": jax.device_count(),  # the last digits depend on it
     }
     _check(configuration)
     folder = make_folder()
@@ -203,7 +210,8 @@ def run(
             lambda i: train(*chunks[i], configuration),
             [len(weight_decays)] * len(chunks),
             folder=folder,
-            configuration=configuration,
+            # Another reference changes only the picture.
+            configuration={k: v for k, v in configuration.items() if k != "reference"},
             unit=" epochs",
             scale=epochs,
         )
@@ -368,8 +376,11 @@ def _check(configuration: dict[str, Any]) -> None:
         raise InputError(
             f"--learning_rate={c['learning_rate']:g}: expected a finite number > 0"
         )
-    if c["epochs"] * -(-max(rows) // (batch_size or max(rows))) >= 2**31:
-        raise InputError(f"--epochs={c['epochs']}: expected fewer than 2^31 steps")
+    num_steps = c["epochs"] * -(-max(rows) // (batch_size or max(rows)))
+    if num_steps >= 2**31:
+        raise InputError(
+            f"--epochs={c['epochs']}: expected fewer than 2^31 steps, got {num_steps}"
+        )
     reference = c["reference"]
     if reference[0] not in rows or reference[1] not in c["weight_decays"]:
         raise InputError(
@@ -378,26 +389,19 @@ def _check(configuration: dict[str, Any]) -> None:
         )
 
 
-def _numbers(name: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
-    """The numbers of a flag: integers from 1 or finite numbers >= 0, all different."""
-    try:
-        values = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        values = (-1,)
-    least, end = (1, 2**31) if kind is int else (0, math.inf)
-    if not all(least <= v < end for v in values) or len({*values}) < len(values):
-        what = "integers from 1 to 2147483647" if kind is int else "finite numbers >= 0"
-        raise InputError(
-            f"--{name}={text}: expected different {what}, separated by commas"
+def _reference(
+    rows: tuple[int, ...], weight_decays: tuple[float, ...]
+) -> tuple[int, float]:
+    """--reference as a number of rows and a weight decay, or one of those trained."""
+    text = _REFERENCE.value
+    if text is None:
+        return (
+            REFERENCE[0] if REFERENCE[0] in rows else rows[-1],
+            REFERENCE[1] if REFERENCE[1] in weight_decays else weight_decays[-1],
         )
-    return values
-
-
-def _reference(text: str) -> tuple[int, float]:
-    """--reference as a number of rows and a weight decay."""
-    rows, _, decay = text.partition(",")
     try:
-        return int(rows), float(decay)
+        number, decay = text.split(",")
+        return int(number), float(decay)
     except ValueError:
         raise InputError(
             f"--reference={text}: expected a number of rows and a weight decay, "
@@ -448,9 +452,9 @@ def _report(points: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Trains the networks of the flags."""
     cli.use_devices()
-    rows = _numbers("rows", _ROWS.value, int)
-    weight_decays = _numbers("weight_decays", _WEIGHT_DECAYS.value, float)
-    reference = _reference(_REFERENCE.value)
+    rows = cli.distinct_numbers(_ROWS, int, 1, 2**31 - 1)
+    weight_decays = cli.distinct_numbers(_WEIGHT_DECAYS, float, 0)
+    reference = _reference(rows, weight_decays)
     hidden = config.hidden_sizes()
     layers = "→".join(map(str, (_NUM_BITS.value, *hidden, 1)))
     print(

@@ -1,6 +1,7 @@
 """Shared flags, CPU devices and processes, and one-line error messages."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +98,38 @@ def output_dir() -> Path | None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir={path}: is not writable")
     return path
+
+
+def distinct_numbers(
+    flag: flags.FlagHolder[str | None],
+    kind: type[int] | type[float],
+    low: float,
+    high: float = math.inf,
+) -> tuple[Any, ...]:
+    """The comma-separated numbers of a flag, in the order given.
+
+    Args:
+      flag: The flag.
+      kind: The type of the numbers.
+      low: The smallest number accepted.
+      high: The largest number accepted; infinity itself never is.
+
+    Raises:
+      InputError: If one is not such a number, or is repeated.
+    """
+    text = flag.value or ""
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    in_range = all(low <= value <= high and value != math.inf for value in values)
+    if not in_range or len(set(values)) < len(values):
+        what = "integers" if kind is int else "finite numbers"
+        bounds = f">= {low:g}" if high == math.inf else f"from {low} to {high}"
+        raise InputError(
+            f"--{flag.name}={text}: expected distinct comma-separated {what} {bounds}"
+        )
+    return values
 
 
 def cores() -> int:

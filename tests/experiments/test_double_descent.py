@@ -292,11 +292,14 @@ def test_the_notebook_is_beside_a_run_of_its_settings(saved_run, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--widths=", "--widths=: expected comma-separated integers from 1 to 4096"),
-        ("--widths=5,x", "--widths=5,x: expected comma-separated"),
-        ("--widths=5,0", "--widths=5,0: expected comma-separated"),
-        ("--widths=5,4097", "--widths=5,4097: expected comma-separated"),
-        ("--widths=5,7,5", "--widths=5,7,5: repeats a width"),
+        (
+            "--widths=",
+            "--widths=: expected distinct comma-separated integers from 1 to",
+        ),
+        ("--widths=5,x", "--widths=5,x: expected distinct comma-separated"),
+        ("--widths=5,0", "--widths=5,0: expected distinct comma-separated"),
+        ("--widths=5,4097", "--widths=5,4097: expected distinct comma-separated"),
+        ("--widths=5,7,5", "--widths=5,7,5: expected distinct comma-separated"),
         ("--noise=1.5", "--noise=1.5"),
         ("--noise=nan", "--noise=nan: expected a number in [0, 1]"),
         ("--train_rows=99", "train_rows=99"),

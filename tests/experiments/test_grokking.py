@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from absl.testing import flagsaver
 
 import jaxbce
 from experiments import grokking
@@ -257,6 +258,30 @@ def test_a_folder_of_another_run_is_refused_before_training(saved_run):
         grokking.run(**options, make_folder=lambda: folder)
 
 
+def test_another_reference_only_redraws_the_picture(saved_run, tmp_path):
+    folder = shutil.copytree(saved_run[0], tmp_path / "copied")
+    picture = (folder / "grokking.png").read_bytes()
+    with mock.patch.object(grokking, "train", side_effect=AssertionError):
+        result = grokking.run(
+            **TOY | {"reference": (8, 0.0)}, make_folder=lambda: folder
+        )
+    assert result["points"] == saved_run[1]["points"]
+    assert (folder / "grokking.png").read_bytes() != picture
+
+
+@pytest.mark.parametrize(
+    ("rows", "decays", "expected"),
+    [
+        ((600, 1000, 2000), (0.01, 0.02), (1000, 0.01)),
+        ((600, 800), (0.01, 0.02), (800, 0.01)),
+        ((1000, 1400), (0.0, 0.001), (1000, 0.001)),
+    ],
+)
+def test_a_reference_that_is_not_set_is_one_that_is_trained(rows, decays, expected):
+    with flagsaver.flagsaver(reference=None):
+        assert grokking._reference(rows, decays) == expected
+
+
 def test_a_plane_in_which_nothing_happened_is_drawn(saved_run, tmp_path):
     point = {"rows": 40, "weight_decay": 0.01, "networks": 2}
     for event in grokking.EVENTS:
@@ -285,14 +310,32 @@ def test_the_command_prints_the_points(command):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rows=8,x",), "--rows=8,x: expected different integers from 1"),
-        (("--rows=0",), "--rows=0: expected different integers from 1"),
-        (("--rows=8,8",), "--rows=8,8: expected different integers from 1"),
-        (("--rows=9999999999",), "--rows=9999999999: expected different integers"),
-        (("--weight_decays=-1",), "--weight_decays=-1: expected different finite"),
-        (("--weight_decays=nan",), "--weight_decays=nan: expected different finite"),
-        (("--weight_decays=",), "--weight_decays=: expected different finite"),
+        (
+            ("--rows=8,x",),
+            "--rows=8,x: expected distinct comma-separated integers from 1",
+        ),
+        (("--rows=0",), "--rows=0: expected distinct comma-separated integers from 1"),
+        (
+            ("--rows=8,8",),
+            "--rows=8,8: expected distinct comma-separated integers from 1",
+        ),
+        (("--rows=9999999999",), "--rows=9999999999: expected distinct"),
+        (
+            ("--weight_decays=-1",),
+            "--weight_decays=-1: expected distinct comma-separated finite",
+        ),
+        (
+            ("--weight_decays=nan",),
+            "--weight_decays=nan: expected distinct comma-separated finite",
+        ),
+        (("--weight_decays=inf",), "--weight_decays=inf: expected distinct"),
+        (("--weight_decays=0,-0",), "--weight_decays=0,-0: expected distinct"),
+        (
+            ("--weight_decays=",),
+            "--weight_decays=: expected distinct comma-separated finite",
+        ),
         (("--reference=1000",), "--reference=1000: expected a number of rows and"),
+        (("--reference=40,0.01,0",), "--reference=40,0.01,0: expected a number of"),
         (("--reference=7,0.01",), "--reference=7,0.01: expected one of --rows"),
         (("--reference=40,7",), "--reference=40,7: expected one of --rows"),
         (("--parity_bits=6",), "--parity_bits=6: an example has 5 bits"),
