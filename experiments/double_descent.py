@@ -4,32 +4,32 @@ r"""Does test error rise and fall again with width?
     python -m experiments.double_descent --noise 0 --output_dir clean
     python -m experiments.double_descent --widths 5,16,61,177 --seeds 2 --epochs 100
 
-Trains networks 40→w→w→10 on MNIST-1D, whose training labels are partly wrong, and draws
-training and test error over the width w. In the classical picture the test error falls,
-and rises as networks become wide enough to fit the wrong labels. Beyond the width that
-fits all of them, it falls again (Belkin et al., Reconciling modern machine-learning
-practice and the bias-variance trade-off, 2018, arXiv:1812.11118; Nakkiran et al., Deep
-double descent, 2019, arXiv:1912.02292).
+Trains networks 40→w→w→10 on MNIST-1D with some wrong training labels, and draws
+training and test error over the width w. The test error first falls with width, then
+rises as networks become able to fit the wrong labels, and falls again beyond the width
+that fits all of them (Belkin et al., Reconciling modern machine-learning practice and
+the bias-variance trade-off, 2018, arXiv:1812.11118; Nakkiran et al., Deep double
+descent, 2019, arXiv:1912.02292).
 
 Data, sizes and hyperparameters are those of the notebook on deep double descent in the
 repository of MNIST-1D (Greydanus and Kobak, Scaling down deep learning with MNIST-1D,
-2020, arXiv:2011.14439): 4000 training and 12000 test examples, SGD with learning rate
-0.01, momentum 0.9, and 500 epochs of batches of 100. Each training label is replaced
-with probability 0.15 by a class drawn from all ten, so that nine tenths of the labels
-that are replaced are wrong. The table and the picture have the notebook's results
-beside these. Here each class has a logistic output, with labels 0 and 1 and binary
-cross-entropy summed over outputs; the notebook's outputs are a softmax, and its initial
-weights are PyTorch's. The class of the largest logit is the prediction.
+2020, arXiv:2011.14439): 4000 training and 12000 test examples, and 500 epochs of SGD
+with learning rate 0.01, momentum 0.9 and batches of 100. Each training label is
+replaced with probability 0.15 by a class drawn from all ten, so that about 13.5% of the
+labels are wrong. The table and the picture also show the notebook's test errors. It
+differs in its outputs, a softmax, and in its initial weights, which are PyTorch's. Here
+each class has a logistic output, with binary cross-entropy summed over outputs, and the
+prediction is the class with the largest logit.
 
-All networks share the data and the wrong labels. The seeds of one width differ in
-their initial weights and in the order of examples, so the error bars, standard errors
-of the mean, leave out how much the curve depends on the data. Errors are measured after
-the last step: those on the training set by its labels as they are, wrong ones included.
+All networks share the data and the wrong labels. The networks of one width differ in
+their initial weights and in the order of examples. Error bars are standard errors of
+their mean, and leave out the variation between data sets. Errors are measured after the
+last step; the training error is that on the given labels, wrong ones included.
 
-Expect the peak between widths 40 and 80, and without wrong labels (--noise 0) none. The
-widest networks are trained first, because they take the longest. With --output_dir,
-rerun the same command to resume an interrupted run. The data are generated offline by
-the package mnist1d: pip install 'jaxbce[phenomena]'.
+Expect a peak between widths 40 and 80, and none without wrong labels (--noise 0). The
+widest networks are trained first, because they take longest. With --output_dir, rerun
+the same command to resume an interrupted run. The data are generated offline by the
+package mnist1d: pip install 'jaxbce[phenomena]'.
 """
 
 import importlib.metadata
@@ -67,14 +67,14 @@ _NOISE = flags.DEFINE_float(
 _TRAIN_ROWS = flags.DEFINE_integer(
     "train_rows",
     4000,
-    "Number of training examples; there are three times as many for the test.",
+    "Number of training examples; the test set has three times as many.",
     lower_bound=100,
     upper_bound=10**6,
 )
 DEFAULTS: dict[str, Any] = {"dtype": "float32", "epochs": 500, "seeds": 8}
 HELP = {
     "epochs": "Epochs to train for.",
-    "seeds": "Networks per width, which differ in initial weights and order of "
+    "seeds": "Networks per width, with different initial weights and orders of "
     "examples.",
     "seed": "Seed of the wrong labels, the weights and the order of examples.",
 }
@@ -107,7 +107,7 @@ TIMES = ["seconds", "processor_seconds"]
 HEADINGS = {
     "train_error": "train error (%)",
     "test_error": "test error (%)",
-    "published": "published (%)",
+    "published": "published test error (%)",
 }
 
 Row = dict[str, Any]
@@ -120,7 +120,7 @@ class Data(NamedTuple):
       x: Training features `[N, 40]`.
       labels: Their classes as the networks see them, `[N]`.
       x_test: Test features `[M, 40]`.
-      test_labels: Their classes, `[M]`, all of them right.
+      test_labels: Their classes, `[M]`, all correct.
       wrong_labels: Number of training labels that are wrong.
     """
 
@@ -225,7 +225,9 @@ def run(
         "devices": jax.device_count(),  # the last digits depend on it
     }
     folder = make_folder()
-    widest_first = sorted(widths, reverse=True)  # lest the time left look too short
+    widest_first = sorted(
+        widths, reverse=True
+    )  # so that the time left is not underestimated
 
     with jax.enable_x64(dtype == "float64"):
         networks = resumable.compute_chunks(
@@ -330,7 +332,7 @@ def error_rates(params: Any, x: jax.Array, labels: np.ndarray) -> np.ndarray:
 
 
 def published(configuration: dict[str, Any]) -> Mapping[int, float]:
-    """The notebook's test errors by width; none if its settings were others."""
+    """The notebook's test errors by width; none for settings other than its own."""
     if any(configuration[name] != value for name, value in PUBLISHED_SETTINGS.items()):
         return {}
     return PUBLISHED.get(configuration["noise"], {})
@@ -346,7 +348,7 @@ def summarize(networks: pd.DataFrame, reference: Mapping[int, float]) -> list[Ro
     Returns:
       One row per width, with "width", "parameters", "train_error", "test_error",
       "train_loss" and "test_loss", each of the last four also with "_se", and
-      "published_test_error". What does not exist is None.
+      "published_test_error". Values that do not exist are None.
     """
     rows = []
     for width, group in networks.groupby("width"):
@@ -354,9 +356,8 @@ def summarize(networks: pd.DataFrame, reference: Mapping[int, float]) -> list[Ro
         for name in ("train_error", "test_error", "train_loss", "test_loss"):
             values = group[name].to_numpy(np.float64)
             row[name] = float(values.mean())
-            error = (
-                values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
-            )
+            count = len(values)
+            error = values.std(ddof=1) / math.sqrt(count) if count > 1 else None
             row[f"{name}_se"] = error
         row["published_test_error"] = reference.get(row["width"])
         rows.append(row)
@@ -372,7 +373,7 @@ def find_peak(rows: list[Row]) -> Row | None:
     Returns:
       Width and test error of the "minimum" before the peak, the "peak", and the "end",
       the lowest error from the peak on; and "rise" and "fall", the differences between
-      them. None if no network is worse than a narrower one.
+      them. None if no test error is larger than that of a smaller width.
     """
     errors = np.array([row["test_error"] for row in rows])
     rises = errors - np.minimum.accumulate(errors)
@@ -431,19 +432,24 @@ def _report(result: dict[str, Any]) -> None:
             for name in ("minimum", "peak", "end")
         )
         print(
-            f"The test error falls to {minimum}, rises by {100 * peak['rise']:.2f} "
-            f"points to {top}, and falls by {100 * peak['fall']:.2f} points to {end}."
+            f"The test error rises by {100 * peak['rise']:.2f} points, from {minimum} "
+            f"to {top}"
+            + (
+                f", and falls by {100 * peak['fall']:.2f} points to {end}."
+                if peak["fall"]
+                else "."
+            )
         )
     print(
-        f"Training took {_times(*(result[name] for name in TIMES))}, including "
-        f"compilation, for {configuration['seeds']} networks of each width."
+        f"Training {configuration['seeds'] * len(rows)} networks took "
+        f"{_times(*(result[name] for name in TIMES))}, including compilation."
     )
     if reference := published(configuration):
         times = _times(*PUBLISHED_SECONDS[configuration["noise"]])
         low, high = min(reference), max(reference)
         print(
-            f"The notebook's log has {times}, on another machine, for one network of "
-            f"each of {len(reference)} widths from {low} to {high}."
+            f"By its log, the notebook took {times}, on another machine, for one "
+            f"network of each of {len(reference)} widths from {low} to {high}."
         )
 
 

@@ -2,32 +2,34 @@ r"""When does a network that has memorized begin to generalize?
 
     python -m experiments.grokking --output_dir results
     python -m experiments.grokking --rows 1400 --weight_decays 0.0005,0.001 \
-        --reference 1400,0.001 --epochs 2000 --output_dir longer
+        --epochs 2000 --output_dir longer
 
 After Merrill, Tsilivis and Shukla, A tale of two circuits: grokking as competition of
 sparse and dense subnetworks, 2023, arXiv:2303.11873, and Barak et al., Hidden progress
 in deep learning: SGD learns parities near the computational limit, 2022,
 arXiv:2207.08799. Examples have 40 random bits ±1, and their label is the parity of 3 of
 them. Networks 40→1000→1 with ReLU and binary cross-entropy (the first paper has the
-hinge loss) are trained on all combinations of --rows and --weight_decays, with several
-seeds, each of which has its own examples, weights and batches. A step of SGD is
+hinge loss) are trained for all combinations of --rows and --weight_decays, with several
+seeds. Each seed has its own examples, initial weights and batches. A step of SGD is
 
     θ ← θ − η (∇L + λ θ) = (1 − η λ) θ − η ∇L,
 
-with the gradient of a batch's mean loss L, --learning_rate η and the weight decay λ of
-all parameters. Decay in the loss (λ/2 ‖θ‖²) and decoupled decay are the same here.
+where L is the mean loss of a batch, η is --learning_rate, and λ is the weight decay,
+which applies to all parameters. A penalty λ/2 ‖θ‖² in the loss and decoupled weight
+decay are the same here.
 
 A network has memorized at the first evaluation with a training accuracy of at least
-98%, and has generalized at the first one with such an accuracy on 1000 test examples,
-or never within --epochs. It is evaluated before the first epoch and after every 5
-epochs, which is then the precision of the times; evaluating after every epoch takes
-about half as long again. An epoch visits the network's own training examples once, so
-with fewer examples it has fewer steps; the files have both. The table has medians over
-seeds, which are "never" if half of the networks or more never got there.
+98%, and has generalized at the first one with a test accuracy of at least 98%, on 1000
+examples; "never" means not within --epochs. Networks are evaluated before the first
+epoch and after every 5 epochs, so times are multiples of 5. Evaluating after every
+epoch takes about 1.5 times as long. An epoch visits each of a network's training
+examples once, so with fewer examples it has fewer steps; the files have both. The table
+has medians over seeds, which are "never" if at least half of the networks never got
+there.
 
-Expect networks with few rows to memorize and never to generalize, those with many to
-do both at about the same time, and those between to generalize long after, the later
-the smaller the weight decay. Without decay none generalizes.
+Expect networks with few rows to memorize but never generalize, those with many rows to
+do both at about the same time, and those in between to generalize long after they
+memorize, later with smaller weight decay. Without weight decay none generalizes.
 
 With --output_dir, rerun the same command to resume an interrupted run.
 """
@@ -70,10 +72,10 @@ _REFERENCE = flags.DEFINE_string(
     "that is not among them.",
 )
 _NUM_BITS = flags.DEFINE_integer(
-    "num_bits", 40, "Bits of an example.", lower_bound=1, upper_bound=10**6
+    "num_bits", 40, "Bits per example.", lower_bound=1, upper_bound=10**6
 )
 _PARITY_BITS = flags.DEFINE_integer(
-    "parity_bits", 3, "Bits whose parity is the label.", lower_bound=1
+    "parity_bits", 3, "Number of bits whose parity is the label.", lower_bound=1
 )
 _TEST_ROWS = flags.DEFINE_integer(
     "test_rows",
@@ -96,11 +98,11 @@ DEFAULTS: dict[str, Any] = {
 HELP = {
     "epochs": "Epochs to train for.",
     "learning_rate": "The learning rate η.",
-    "seeds": "Networks per number of rows and weight decay.",
+    "seeds": "Networks per combination of --rows and --weight_decays.",
 }
 
 REFERENCE = (1000, 0.01)  # whose curves are drawn
-ACCURACY = 0.98  # from which on a network has memorized, or generalized
+ACCURACY = 0.98  # at which a network has memorized, or generalized
 EVENTS = {"memorized": "train_accuracy", "generalized": "test_accuracy"}
 HEADINGS = {
     "weight_decay": "weight decay",
@@ -111,7 +113,7 @@ HEADINGS = {
 
 
 def make_optimizer(hp: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Gradient descent with weight decay, as the docstring of this module has it."""
+    """SGD with weight decay, as in this module's docstring."""
     return optax.chain(
         optax.add_decayed_weights(hp["weight_decay"]), optax.sgd(hp["learning_rate"])
     )
@@ -124,11 +126,10 @@ def make_data(
 
     Args:
       rows: Number of examples.
-      num_bits: Bits of an example.
-      parity_bits: Bits whose parity is the label. They are the first ones; which they
-        are has no effect, because initial weights are drawn alike for all bits.
-      seed: Seed of `numpy.random.default_rng`. With fewer rows, examples are the first
-        of those with more rows.
+      num_bits: Bits per example.
+      parity_bits: Number of bits whose parity is the label. They are the first ones,
+        without loss of generality, because weights are initialized alike for all bits.
+      seed: Seed of `numpy.random.default_rng`. Fewer rows are the first ones of more.
 
     Returns:
       Features `[rows, num_bits]`, each −1 or 1, and labels `[rows, 1]`, boolean.
@@ -161,8 +162,8 @@ def run(
       rows: Numbers of training examples.
       weight_decays: Weight decays.
       reference: One of each, whose curves are drawn.
-      num_bits: Bits of an example.
-      parity_bits: Bits whose parity is the label.
+      num_bits: Bits per example.
+      parity_bits: Number of bits whose parity is the label.
       test_rows: Number of test examples.
       hidden: Widths of the hidden layers.
       learning_rate: The learning rate.
@@ -228,14 +229,14 @@ def run(
 
 
 def train(rows: int, network_seed: int, configuration: dict[str, Any]) -> pd.DataFrame:
-    """Trains one network per weight decay, from the same weights on the same batches.
+    """Trains one network per weight decay, with shared initial weights and batches.
 
-    Each section of training between two evaluations is a sweep of its own, which starts
-    from the parameters of the last one. Its batches are drawn from its own key.
+    Training between two evaluations is a sweep of its own, which starts from the
+    parameters of the previous one and draws batches from its own key.
 
     Args:
       rows: Number of training examples.
-      network_seed: Seed of examples, weights and batches, besides that of the run.
+      network_seed: Seed of examples, weights and batches, besides the seed of the run.
       configuration: As `run` returns it.
 
     Returns:
@@ -365,7 +366,8 @@ def _check(configuration: dict[str, Any]) -> None:
     rows, batch_size = c["rows"], c["batch_size"]
     if c["parity_bits"] > c["num_bits"]:
         raise InputError(
-            f"--parity_bits={c['parity_bits']}: an example has {c['num_bits']} bits"
+            f"--parity_bits={c['parity_bits']}: expected at most --num_bits, "
+            f"{c['num_bits']}"
         )
     if batch_size > min(rows):
         raise InputError(
@@ -410,7 +412,7 @@ def _reference(
 
 
 def save(folder: Path, result: dict[str, Any]) -> None:
-    """Writes the curves, the times of networks and of points, and the picture."""
+    """Writes the curves, the results by network and by point, and the picture."""
     with output.atomic_write(folder / "curves.parquet") as path:
         result["curves"].to_parquet(path, index=False)
     with output.atomic_write(folder / "networks.csv") as path:
@@ -427,7 +429,7 @@ def save(folder: Path, result: dict[str, Any]) -> None:
 
 
 def _report(points: list[dict[str, Any]]) -> None:
-    """Prints the points, with the number of networks if not all got there."""
+    """Prints the points, with the number of networks where only some got there."""
 
     def time(point: dict[str, Any], event: str) -> str:
         epoch, count, networks = (

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 from scipy import stats
 from scipy.special import expit
 from sklearn.calibration import calibration_curve
@@ -415,7 +415,9 @@ def double_descent(
     if drawn:
         errors = [100 * published[width] for width in drawn]
         label = "test error, published (softmax, one seed)"
-        axis.plot(drawn, errors, color="0.6", ls="--", marker=".", label=label)
+        # Without error bars, but in the legend after those that have them.
+        style: Any = {"color": "0.6", "ls": "--", "marker": ".", "zorder": 1}
+        axis.errorbar(drawn, errors, label=label, **style)
     axis.set(
         xlabel="units in each of two hidden layers",
         xscale="log",
@@ -423,7 +425,8 @@ def double_descent(
         ylim=(0, None),
         title=f"MNIST-1D, {100 * noise:g}% of the training labels random",
     )
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks = FixedLocator(widths) if len(widths) <= 8 else LogLocator(subs=(1, 2, 5))
+    axis.xaxis.set_major_locator(ticks)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda width, _: f"{width:g}"))
     axis.minorticks_off()
     _legend(figure, axis)
@@ -504,9 +507,9 @@ def grokking(
       path: The file to write.
       curves: Table with one row per network and evaluation, as `experiments.grokking`
         makes it.
-      points: When the networks of each combination do, likewise.
+      points: When the networks of each combination do, as it summarizes them.
       reference: Number of rows and weight decay of the networks whose curves are drawn.
-      accuracy: From which on a network has memorized, or generalized.
+      accuracy: At which a network has memorized, or generalized.
     """
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
     chosen = (curves["rows"] == reference[0]) & (curves["weight_decay"] == reference[1])
@@ -518,7 +521,7 @@ def grokking(
         setting = f"{reference[0]} rows, weight decay {reference[1]:g}"
         axis.set(xlabel="epoch", title=f"{score.capitalize()}, {setting}")
     axes[0, 0].axhline(accuracy, color="0.6", ls=":", label=f"{accuracy:.0%}")
-    axes[0, 1].set(yscale="log", ylabel="nats")
+    axes[0, 1].set(yscale="log", ylabel="loss (nats)")
     table = pd.DataFrame(points)
     epochs = table[["memorized_epoch", "generalized_epoch"]].to_numpy(float)
     known = epochs[epochs > 0]

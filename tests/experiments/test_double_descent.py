@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -120,6 +121,21 @@ def test_shuffled_batches_learn():
     # Chance is 0.9 with a standard deviation of 0.012 over 600 test rows.
     assert row["test_error"] < 0.85
     assert row["train_error"] < 0.75
+
+
+def test_an_epoch_has_batches_of_100_of_which_the_last_may_be_smaller():
+    found = []
+
+    def sweep(*_, batch_size, num_steps, **__):
+        found.append((batch_size, num_steps))
+        raise cli.InputError("enough")
+
+    with (
+        mock.patch.object(jaxbce, "sweep", sweep),
+        pytest.raises(cli.InputError, match="enough"),
+    ):
+        double_descent.run(**TOY | {"train_rows": 201, "epochs": 7})
+    assert found == [(100, 21)]
 
 
 def test_a_network_that_diverges_is_an_error(monkeypatch):
@@ -262,7 +278,7 @@ def test_the_command_prints_the_errors_and_the_peak(saved_run, tmp_path):
         mean, error = (100 * row[n] for n in ("test_error", "test_error_se"))
         assert f"{mean:.2f} ± {error:.2f}" in finished.out
     assert "The test error " in finished.out
-    assert "for 2 networks of each width." in finished.out
+    assert "Training 4 networks took 0 min " in finished.out
     assert "notebook" not in finished.out  # whose settings are others
     assert f"In {tmp_path}: config.json, double_descent.csv" in finished.out
     finished = run_command("double_descent", *FLAGS, f"--output_dir={tmp_path}")
@@ -281,10 +297,10 @@ def test_the_notebook_is_beside_a_run_of_its_settings(saved_run, capsys):
     out = capsys.readouterr().out
     assert out.count(" 54.02") == 2
     assert (
-        "falls to 25.00% at width 2, rises by 12.50 points to 37.50% at width 3, and "
-        "falls by 25.00 points to 12.50% at width 4"
+        "The test error rises by 12.50 points, from 25.00% at width 2 to 37.50% at "
+        "width 3, and falls by 25.00 points to 12.50% at width 4."
     ) in out
-    assert "Training took 1 min 30 s (2 min 6 s of processor time), incl" in out
+    assert "networks took 1 min 30 s (2 min 6 s of processor time), incl" in out
     assert "12 min 43 s (50 min 49 s of processor time), on another mach" in out
     assert "for one network of each of 19 widths from 2 to 300." in out
 

@@ -93,18 +93,22 @@ def test_a_network_is_a_plain_loop():
         curves = grokking.train(40, 1, configuration)
         key = jax.random.fold_in(jax.random.key(3), 1)
         params = jaxbce.init(jax.random.split(key)[0], (5, 8, 1), dtype=jnp.float64)
-        losses, accuracies = [], []
+        losses, train_losses, accuracies, train_accuracies = [], [], [], []
         for step in range(7):
             if step in (0, 4, 6):
                 losses.append(float(jaxbce.loss(params, x_test, y_test)))
-                a = np.asarray(jaxbce.logits(params, x_test))
+                train_losses.append(float(jaxbce.loss(params, x, y)))
+                a, a_train = (np.asarray(jaxbce.logits(params, t)) for t in (x_test, x))
                 accuracies.append(np.mean((a > 0) == y_test))
+                train_accuracies.append(np.mean((a_train > 0) == y))
             grads = jaxbce.grad(params, x, y)
             params = jax.tree.map(lambda t, g: t - 0.3 * (g + 0.01 * t), params, grads)
     found: Any = curves[curves["weight_decay"] == 0.01]
     assert found["epoch"].tolist() == found["step"].tolist() == [0, 4, 6]
     np.testing.assert_allclose(found["test_loss"], losses, rtol=1e-12)
+    np.testing.assert_allclose(found["train_loss"], train_losses, rtol=1e-12)
     assert found["test_accuracy"].tolist() == accuracies
+    assert found["train_accuracy"].tolist() == train_accuracies
     others: Any = curves[curves["weight_decay"] == 0.0]
     np.testing.assert_allclose(others["test_loss"].iloc[0], losses[0], rtol=1e-12)
     assert (np.abs(others["test_loss"].iloc[1:] - losses[1:]) > 1e-4).all()
@@ -216,6 +220,22 @@ def test_a_median_is_never_if_half_of_the_networks_never_got_there(
     assert point["generalized_epoch"] == median
     assert (point["generalized"], point["networks"]) == (count, len(epochs))
     assert (point["memorized_epoch"], point["memorized"]) == (5, len(epochs))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "mean"), [([0.5, 1.0], 0.75), ([0.5, np.nan], 0.5), ([np.nan], None)]
+)
+def test_the_final_accuracy_is_the_mean_of_networks_that_have_not_diverged(
+    accuracies, mean
+):
+    networks = pd.DataFrame(
+        {
+            **{"rows": 7, "weight_decay": 0.1, "memorized_epoch": 5.0},
+            **{"generalized_epoch": 5.0, "final_test_accuracy": accuracies},
+        }
+    )
+    (point,) = grokking.summarize(networks)
+    assert point["final_test_accuracy"] == mean
 
 
 def test_a_result_is_saved_as_files(saved_run):
@@ -338,7 +358,7 @@ def test_the_command_prints_the_points(command):
         (("--reference=40,0.01,0",), "--reference=40,0.01,0: expected a number of"),
         (("--reference=7,0.01",), "--reference=7,0.01: expected one of --rows"),
         (("--reference=40,7",), "--reference=40,7: expected one of --rows"),
-        (("--parity_bits=6",), "--parity_bits=6: an example has 5 bits"),
+        (("--parity_bits=6",), "--parity_bits=6: expected at most --num_bits, 5"),
         (("--batch_size=9",), "--batch_size=9: expected at most the smallest"),
         (("--learning_rate=0",), "--learning_rate=0: expected a finite number > 0"),
         (("--learning_rate=inf",), "--learning_rate=inf: expected a finite number"),
