@@ -103,6 +103,7 @@ PUBLISHED = {
     },
 }
 PUBLISHED_SECONDS = {0.15: (763, 3049), 0.0: (672, 2687)}  # elapsed, processor time
+ROUNDING = 1e-12  # smaller differences of mean errors are due to rounding
 TIMES = ["seconds", "processor_seconds"]
 HEADINGS = {
     "train_error": "train error (%)",
@@ -378,7 +379,7 @@ def find_peak(rows: list[Row]) -> Row | None:
     errors = np.array([row["test_error"] for row in rows])
     rises = errors - np.minimum.accumulate(errors)
     peak = int(np.argmax(rises))
-    if rises[peak] <= 0:
+    if rises[peak] < ROUNDING:
         return None
     places = {
         "minimum": int(np.argmin(errors[:peak])),
@@ -436,7 +437,7 @@ def _report(result: dict[str, Any]) -> None:
             f"to {top}"
             + (
                 f", and falls by {100 * peak['fall']:.2f} points to {end}."
-                if peak["fall"]
+                if peak["fall"] >= ROUNDING
                 else "."
             )
         )

@@ -338,8 +338,9 @@ def summarize(networks: pd.DataFrame) -> list[dict[str, Any]]:
     Returns:
       One row per combination: "rows", "weight_decay", the number of "networks"; how
       many of them have "memorized", and the median "memorized_epoch", None if half of
-      them or more have not; likewise "generalized" and "generalized_epoch"; and the
-      mean "final_test_accuracy" of those that have not diverged, None if all have.
+      them or more have not; likewise "generalized" and "generalized_epoch"; how many
+      have "diverged"; and the mean "final_test_accuracy" of the others, None if all
+      have diverged.
     """
     points = []
     groups: Any = networks.groupby(["rows", "weight_decay"], sort=False)
@@ -350,6 +351,7 @@ def summarize(networks: pd.DataFrame) -> list[dict[str, Any]]:
             median = found.fillna(np.inf).median()
             point[event] = int(found.notna().sum())
             point[f"{event}_epoch"] = median if np.isfinite(median) else None
+        point["diverged"] = int(group["final_test_accuracy"].isna().sum())
         mean = group["final_test_accuracy"].mean()
         point["final_test_accuracy"] = mean if np.isfinite(mean) else None
         points.append(point)
@@ -429,7 +431,7 @@ def save(folder: Path, result: dict[str, Any]) -> None:
 
 
 def _report(points: list[dict[str, Any]]) -> None:
-    """Prints the points, with the number of networks where only some got there."""
+    """Prints the points, with numbers of networks where they differ."""
 
     def time(point: dict[str, Any], event: str) -> str:
         epoch, count, networks = (
@@ -438,17 +440,22 @@ def _report(points: list[dict[str, Any]]) -> None:
         text = "never" if epoch is None else f"{epoch:g}"
         return text if count in (0, networks) else f"{text} ({count} of {networks})"
 
+    def accuracy(point: dict[str, Any]) -> str:
+        if point["final_test_accuracy"] is None:
+            return "diverged"
+        text = f"{point['final_test_accuracy']:.3f}"
+        return f"{text} ({point['diverged']} diverged)" if point["diverged"] else text
+
     rows = [
         {
             "rows": point["rows"],
             "weight_decay": f"{point['weight_decay']:g}",
             **{f"{event}_epoch": time(point, event) for event in EVENTS},
-            "final_test_accuracy": point["final_test_accuracy"],
+            "final_test_accuracy": accuracy(point),
         }
         for point in points
     ]
-    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
-    print(f"\n{output.table(rows, '.3f', HEADINGS)}")
+    print(f"\n{output.table(rows, headings=HEADINGS)}")
 
 
 def main() -> int:

@@ -194,7 +194,7 @@ def test_a_rise_at_the_end_falls_by_nothing():
     assert (found["rise"], found["fall"]) == (0.125, 0)
 
 
-@pytest.mark.parametrize("errors", [(0.5,), (0.5, 0.4, 0.4, 0.1)])
+@pytest.mark.parametrize("errors", [(0.5,), (0.5, 0.4, 0.4, 0.1), (0.3, 0.1 + 0.2)])
 def test_without_a_rise_there_is_no_peak(errors):
     assert double_descent.find_peak(curve(*errors)) is None
 
@@ -284,6 +284,13 @@ def test_the_command_prints_the_errors_and_the_peak(saved_run, tmp_path):
     finished = run_command("double_descent", *FLAGS, f"--output_dir={tmp_path}")
     assert finished.status == 0
     assert "Resuming: 4 of 4 networks" in finished.out
+
+
+def test_a_fall_that_does_not_happen_is_not_printed(saved_run, capsys):
+    result = saved_run[1] | {"peak": double_descent.find_peak(curve(0.5, 0.25, 0.375))}
+    double_descent._report(result)
+    out = capsys.readouterr().out
+    assert "by 12.50 points, from 25.00% at width 2 to 37.50% at width 3.\n" in out
 
 
 def test_the_notebook_is_beside_a_run_of_its_settings(saved_run, capsys):

@@ -1,6 +1,7 @@
 """`experiments.grokking`: plain training, and when networks generalize."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -236,6 +237,7 @@ def test_the_final_accuracy_is_the_mean_of_networks_that_have_not_diverged(
     )
     (point,) = grokking.summarize(networks)
     assert point["final_test_accuracy"] == mean
+    assert point["diverged"] == np.isnan(accuracies).sum()
 
 
 def test_a_result_is_saved_as_files(saved_run):
@@ -309,6 +311,19 @@ def test_a_plane_in_which_nothing_happened_is_drawn(saved_run, tmp_path):
     path = tmp_path / "never.png"
     plots.grokking(path, saved_run[1]["curves"], [point], (40, 0.01), 0.98)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "diverged", "shown"),
+    [(0.75, 0, "0.750"), (0.75, 1, "0.750 (1 diverged)"), (None, 3, "diverged")],
+)
+def test_networks_that_diverged_are_printed(capsys, accuracy, diverged, shown):
+    point = {"rows": 40, "weight_decay": 0.01, "networks": 3, "diverged": diverged}
+    for event in grokking.EVENTS:
+        point |= {event: 0, f"{event}_epoch": None}
+    grokking._report([point | {"final_test_accuracy": accuracy}])
+    cells = re.split("  +", capsys.readouterr().out.splitlines()[-1].strip())
+    assert cells == ["40", "0.01", "never", "never", shown]
 
 
 def test_the_command_prints_the_points(command):
