@@ -141,11 +141,13 @@ def make_data(train_rows: int, noise: float, seed: int) -> Data:
       seed: Seed of the replaced labels. The features are those of mnist1d's own seed.
 
     Raises:
-      InputError: If mnist1d is not installed.
+      InputError: If mnist1d cannot be imported.
     """
     try:
         from mnist1d import data as generator
     except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            raise cli.InputError(f"mnist1d cannot be imported: {error}") from None
         raise cli.InputError(
             f"{error.name} is not installed; run pip install 'jaxbce[phenomena]'"
         ) from None
@@ -199,7 +201,7 @@ def run(
       fractions.
 
     Raises:
-      InputError: If an argument cannot be used, mnist1d is not installed, a network
+      InputError: If an argument cannot be used, mnist1d cannot be imported, a network
         diverges, or the folder belongs to another run.
     """
     if not 0 <= noise <= 1:
@@ -226,9 +228,8 @@ def run(
         "devices": jax.device_count(),  # the last digits depend on it
     }
     folder = make_folder()
-    widest_first = sorted(
-        widths, reverse=True
-    )  # so that the time left is not underestimated
+    # So that the progress bar does not underestimate the time left.
+    widest_first = sorted(widths, reverse=True)
 
     with jax.enable_x64(dtype == "float64"):
         networks = resumable.compute_chunks(
@@ -432,14 +433,10 @@ def _report(result: dict[str, Any]) -> None:
             f"{100 * peak[f'{name}_test_error']:.2f}% at width {peak[f'{name}_width']}"
             for name in ("minimum", "peak", "end")
         )
+        fall = f", and falls by {100 * peak['fall']:.2f} points to {end}"
         print(
             f"The test error rises by {100 * peak['rise']:.2f} points, from {minimum} "
-            f"to {top}"
-            + (
-                f", and falls by {100 * peak['fall']:.2f} points to {end}."
-                if peak["fall"] >= ROUNDING
-                else "."
-            )
+            f"to {top}{fall if peak['fall'] >= ROUNDING else ''}."
         )
     print(
         f"Training {configuration['seeds'] * len(rows)} networks took "

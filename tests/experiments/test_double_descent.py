@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from typing import Any
 from unittest import mock
 
@@ -348,6 +349,15 @@ def test_without_mnist1d_one_line_names_the_extra(monkeypatch, tmp_path):
         "'jaxbce[phenomena]'\n"
     )
     assert not folder.exists()
+
+
+def test_an_mnist1d_that_cannot_be_imported_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mnist1d", types.ModuleType("mnist1d"))
+    monkeypatch.delitem(sys.modules, "mnist1d.data", raising=False)
+    finished = run_command("double_descent", *FLAGS)
+    assert finished.status == 2
+    assert finished.err.startswith("double_descent: mnist1d cannot be imported: ")
+    assert finished.err.count("\n") == 1
 
 
 @pytest.mark.slow
