@@ -22,6 +22,7 @@ SEEDS = flags.DEFINE_integer(
     None,
     "Networks that differ only by their seed.",
     lower_bound=1,
+    upper_bound=2**31 - 1,
 )
 FOLDS = flags.DEFINE_integer(
     "folds",

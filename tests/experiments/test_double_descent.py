@@ -328,6 +328,7 @@ def test_the_notebook_is_beside_a_run_of_its_settings(saved_run, capsys):
         ("--noise=1.5", "--noise=1.5"),
         ("--noise=nan", "--noise=nan: expected a number in [0, 1]"),
         ("--train_rows=99", "train_rows=99"),
+        ("--seeds=9999999999", "--seeds=9999999999: 9999999999 is not an integer"),
         ("--epochs=100000000", "--epochs=100000000: expected fewer than 2^31 steps"),
         ("--hidden=4", "--hidden is not a flag of this command"),
     ],
