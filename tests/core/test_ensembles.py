@@ -31,7 +31,7 @@ def expected(params, x, axes):
     return np.asarray(positive) - np.asarray(negative)
 
 
-@pytest.mark.slow_ids("axes0", "axes3")
+@pytest.mark.slow_ids("axes0", "axes1", "axes3")
 @pytest.mark.parametrize(
     ("axes", "block_bytes"),
     [((3, 2), 1), ((7,), 1 << 12), ((1,), 1 << 22), ((2, 1, 3), 1 << 22)],

@@ -262,7 +262,7 @@ FEW: Any = {
 }
 
 
-@pytest.mark.slow_ids("own weights")
+@pytest.mark.slow_ids("own weights", "gpu-several seeds")
 @pytest.mark.parametrize("case", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_members_are_runs_of_fit(kernel, case):

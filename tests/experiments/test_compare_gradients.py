@@ -25,7 +25,7 @@ def toy(rows=20, **kwargs):
         return compare_gradients.run(x=p.x, y=y, **kwargs)
 
 
-@pytest.mark.slow_ids("hidden0", "hidden1", "hidden2", "hidden3", "hidden4", "hidden5")
+@pytest.mark.slow_ids("hidden0", "hidden1", "hidden2", "hidden3", "hidden4", "hidden6")
 @pytest.mark.parametrize(
     ("hidden", "dtype"),
     [
