@@ -23,7 +23,7 @@ from jaxbce._kernel_inputs import Inputs
 
 _THREADS = 128  # of a warpgroup
 _LANES = (2, 4, 8, 16, 32, 64, 128)  # per network
-_MAX_EXAMPLES = 4  # per pass
+MAX_EXAMPLES = 4  # per pass
 _MAX_REGISTERS = 230  # for parameters, gradients and features; a thread has 255
 _SHARED_BYTES = 225 << 10  # per block, of 227 KiB of H100
 _ROW_MULTIPLE = 4  # numbers that a thread loads at once
@@ -48,7 +48,7 @@ def train(split: Split, inputs: Inputs) -> Any:
     lanes = _num_lanes(inputs, leaves, axes)
     group = _THREADS // lanes
     blocks = -(-networks // group)
-    examples = min(_MAX_EXAMPLES, batch)
+    examples = min(MAX_EXAMPLES, batch)
     passes = -(-batch // examples)
     arrange = functools.partial(_arrange, lanes, group)
 

@@ -26,12 +26,12 @@ from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import jaxbce
-from experiments.suites import hlo, llo, workloads
+from experiments.suites import hlo, llo, ptx, workloads
 from experiments.suites.case import JAXBCE, layers_text
 from experiments.suites.targets import TARGETS
 from experiments.suites.training import OPTIMIZERS, random_data, size_text
 from experiments.support import baselines
-from jaxbce import _fused, sweeps
+from jaxbce import _fused, _kernel_gpu, sweeps
 
 PLAIN = "plain JAX"
 FUSED = "jaxbce, fused"
@@ -42,6 +42,7 @@ STEPS = 1000  # of a training run
 EPOCHS = 59  # of plain JAX, which has no shorter last batch; about as many steps
 EXAMPLES, BATCH_SIZE, LAYERS = 569, 32, (30, 16, 1)
 LANES = 128  # of a vector of a TPU
+WARPS = 4  # of a block of a GPU
 
 # Name of the program, that in `workloads`, number of examples, layer sizes and dtype.
 QUANTITIES = (
@@ -275,14 +276,21 @@ def _fused_counts(
     if platform == "tpu":
         bundles = llo.innermost_loop_bundles(dump, KERNEL) * _num_blocks(jaxpr)
         counts["bundles"] = round(bundles * LANES / members, 1)
+    else:
+        passes = -(-BATCH_SIZE // _kernel_gpu.MAX_EXAMPLES)
+        instructions = ptx.step_instructions(dump, KERNEL, passes) * _num_blocks(jaxpr)
+        counts["instructions"] = round(instructions * WARPS / members, 1)
+        counts |= ptx.resources(dump, KERNEL)
     return counts
 
 
 def _num_blocks(jaxpr: Any) -> int:
     """The number of blocks of the Pallas kernels in a traced program."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
+        if eqn.primitive.name == "pallas_call":  # of a TPU
             return math.prod(eqn.params["grid_mapping"].grid)
+        if eqn.primitive.name == "mpmd_map":  # of a GPU
+            return math.prod(eqn.params["meshes"][0].grid)
     inner = [
         value
         for eqn in jaxpr.eqns
@@ -317,13 +325,13 @@ def _compile(
 def compile_programs(target: str, dump: Path, quick: bool) -> Iterator[Row]:
     """Compiles all programs in this process, and yields a row for each.
 
-    "hbm_bytes" are of all members, and "bundles" those of 128; other counts are per
-    call for one group of members. "error" is None if the program compiles, and
-    "unavailable" if there is one; otherwise there are no counts.
+    "hbm_bytes" are of all members, "bundles" those of 128, and "instructions" those of
+    one; other counts are per call for one group of members. "error" is None if the
+    program compiles, and "unavailable" if there is one; otherwise there are no counts.
 
     Args:
       target: Name of a target.
-      dump: A folder in which the compiler for TPU writes its intermediate code.
+      dump: A folder in which compilers write their last intermediate code.
       quick: Whether to compile one program of each name.
     """
     platform, topology = TARGETS[target].platform, TARGETS[target].topology
@@ -375,7 +383,9 @@ def run(
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
             [sys.executable, "-m", __name__, target, dump, *["quick"] * quick],
-            env=environment | {"LIBTPU_INIT_ARGS": f"{init_args} {llo.flags(dump)}"},
+            env=environment
+            | {"LIBTPU_INIT_ARGS": f"{init_args} {llo.flags(dump)}"}
+            | ptx.environment(dump),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -126,11 +126,11 @@ def compiled_table(rows: list[Row]) -> list[Row]:
     """Rows of one target, with the counts of all implementations in each cell."""
 
     def text(key: str, row: Row) -> str:
-        if row.get("unavailable") or (key == "bundles" and key not in row):
+        if row.get("unavailable") or (key in _OF_KERNELS and key not in row):
             return ""
         if row["error"]:
             return "fails"
-        if key == "bundles":
+        if key in _OF_KERNELS:
             return _number(row[key])
         if key not in row:
             return "–"
@@ -148,8 +148,11 @@ def compiled_table(rows: list[Row]) -> list[Row]:
     for row in rows:
         programs.setdefault((row["program"], row["size"]), []).append(row)
     columns = _COUNTS | _OF_LOOPS
-    if any("bundles" in row for row in rows):
-        columns |= {"bundles": "bundles"}
+    columns |= {
+        key: heading
+        for key, heading in _OF_KERNELS.items()
+        if any(key in row for row in rows)
+    }
     return [
         {"program": program, "size": size, "per": each[0]["unit"]}
         | {
@@ -167,6 +170,12 @@ _COUNTS = {
     "copies": "copies",
     "hbm_bytes": "HBM MB",
     "temp_bytes": "temporary MB",
+}
+_OF_KERNELS = {
+    "bundles": "bundles",
+    "instructions": "instructions",
+    "registers": "registers",
+    "spilled_bytes": "spilled bytes",
 }
 _OF_LOOPS = {"trip_count": "iterations", "padding": "padding", "calls": "groups"}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import benchmark
-from experiments.suites import ahead_of_time, llo, report, targets
+from experiments.suites import ahead_of_time, llo, ptx, report, targets
 from experiments.suites.hlo import Cost, Module, array_bytes
 from tests.helpers import run_command
 
@@ -250,6 +250,46 @@ def test_the_bundles_of_the_innermost_loop_are_counted(tmp_path):
     assert llo.innermost_loop_bundles(tmp_path, "train") == 3
 
 
+PTX = """
+.visible .entry train(
+\t.param .u64 train_param_0
+)
+{
+\t.reg .pred \t%p<3>;
+\tld.param.b64 \t%rd1, [train_param_0];
+$L__BB0_1:
+\t.loc\t1 0 50
+\tadd.s64 \t%rd2, %rd1, 4;
+\t// begin inline asm
+\t@%p1 mov.b32 \t%r1, 0;
+\t// end inline asm
+$L__BB0_2:
+\tadd.f32 \t%f1, %f1, %f2;
+\tsetp.ne.s32 \t%p2, %r2, 8;
+\t@%p2 bra \t$L__BB0_2;
+\t@%p1 bra \t$L__BB0_1;
+\tbra.uni \t$L__BB0_3;
+$L__BB0_3:
+\tret;
+}
+"""
+PTXAS = """
+ptxas info    : Compiling entry function 'train' for 'sm_90a'
+    0 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 1 bytes smem
+"""
+
+
+def test_the_instructions_of_each_loop_are_counted(tmp_path):
+    assert ptx.loop_instructions(PTX) == [3, 3]
+    (tmp_path / "train_0.ptx").write_text(PTX)
+    (tmp_path / "train_0.ptxas").write_text(PTXAS)
+    (tmp_path / "other_0.ptxas").write_text("")
+    assert ptx.step_instructions(tmp_path, "train", passes=8) == 8 * 3 + 3
+    resources = ptx.resources(tmp_path, "train")
+    assert resources == {"registers": 255, "spilled_bytes": 12}
+
+
 def test_a_compiled_program_of_this_version_is_read():
     def train(w, x):
         return jax.lax.scan(lambda w, _: (w + x.T @ (x @ w), None), w, length=7)[0]
@@ -314,6 +354,10 @@ def test_a_step_of_the_fused_kernel_has_counts_of_its_own():
     assert cells["products"] == "2 / 2 / –"
     assert cells["iterations"] == "unknown / 17 / –"
     assert cells["bundles"] == "377"
+    (cells,) = report.compiled_table([*both, fused(instructions=1670, spilled_bytes=0)])
+    assert cells["instructions"] == "1670"
+    assert cells["spilled bytes"] == "0"
+    assert "bundles" not in cells
 
 
 def test_a_kernel_that_is_not_available_is_a_line_and_not_in_the_table():
@@ -438,8 +482,8 @@ def test_the_page_has_the_tables_of_the_run_in_the_repository():
     assert {row["program"] for row in published["rows"]} == PROGRAMS
     assert {row["target"] for row in published["rows"]} == targets.TARGETS.keys()
     assert all(row["error"] is None for row in published["rows"])
-    with_kernel = {row["target"] for row in published["rows"] if "bundles" in row}
-    assert with_kernel == {"v5e", "v6e"}
+    for count, names in {"bundles": {"v5e", "v6e"}, "instructions": {"h100"}}.items():
+        assert {row["target"] for row in published["rows"] if count in row} == names
 
 
 @pytest.fixture(scope="module")
@@ -489,8 +533,8 @@ def test_every_program_compiles(python_with_compilers, target, tmp_path):
         for implementation in ("jaxbce", "plain JAX")
     }
     expected.add(("sweep", ahead_of_time.FUSED))
-    if target != "h100":
-        # As many as the steps of 128 networks take in a kernel of 512, and no more.
-        (bundles,) = (row["bundles"] for row in rows if "bundles" in row)
-        assert 100 < bundles < 1000
+    # Of a step of a kernel that has it all on chip: of 128 networks, and of a network.
+    name, most = ("instructions", 4000) if target == "h100" else ("bundles", 1000)
+    (count,) = (row[name] for row in rows if name in row)
+    assert 100 < count < most
     assert compiled == expected
