@@ -59,7 +59,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.slow_ids("leave one out", "learning curve", "any")
+@pytest.mark.slow_ids("leave one out", "bootstrap", "half", "learning curve", "any")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_member_is_the_solo_run_with_its_weights(name):
     """Also if all members have weights in common."""

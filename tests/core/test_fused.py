@@ -272,6 +272,7 @@ def test_members_are_runs_of_fit(kernel, case):
     assert mine.step.tolist() == theirs.step.tolist()
 
 
+@pytest.mark.slow_ids("gpu")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_members_that_diverge_are_frozen_alone(kernel):
     case = Case(points=4, steps=9, evaluate_every=4, patience=8)

@@ -95,7 +95,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow_ids("deep", "seeds alone")
+@pytest.mark.slow_ids("deep", "per layer", "seeds alone")
 @pytest.mark.parametrize(("make", "hparams", "given"), CASES.values(), ids=CASES)
 def test_every_member_is_its_solo_run(make, hparams, given):
     given = dict(given)
@@ -145,6 +145,7 @@ def rates(count, **options):
 SMALL: Any = {"hidden": (4,), "make_optimizer": sgd, "num_steps": 12, "batch_size": 8}
 
 
+@pytest.mark.slow_ids("1", "64")
 @pytest.mark.parametrize("group_size", [1, 3, 64])
 def test_groups_of_any_size_give_the_same_members(group_size):
     with jax.enable_x64(True):

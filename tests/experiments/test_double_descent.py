@@ -117,6 +117,7 @@ def test_a_network_is_a_plain_loop(saved_run):
     assert networks["train_loss"].nunique() == 4
 
 
+@pytest.mark.slow
 def test_shuffled_batches_learn():
     options = TOY | {"widths": (16,), "epochs": 100, "train_rows": 200, "noise": 0.0}
     (row,) = double_descent.run(**options)["widths"]

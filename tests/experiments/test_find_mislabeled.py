@@ -90,6 +90,7 @@ def test_ten_percent_of_moons_are_found(result):
     assert marked["marked"] >= marked["marked_and_flipped"] > 50
 
 
+@pytest.mark.slow
 def test_no_value_is_nan_while_it_runs():
     with jax.debug_nans(True):
         result = run(flip_fraction=0.1, num_steps=20, seeds=1, folds=2)
