@@ -8,7 +8,7 @@ After Merrill, Tsilivis and Shukla, A tale of two circuits: grokking as competit
 sparse and dense subnetworks, 2023, arXiv:2303.11873, and Barak et al., Hidden progress
 in deep learning: SGD learns parities near the computational limit, 2022,
 arXiv:2207.08799. Examples have 40 random bits ±1, and their label is the parity of 3 of
-them. Networks 40→1000→1 with ReLU and binary cross-entropy (the first paper has the
+them. Networks 40→1000→1 with ReLU and binary cross-entropy (the first paper uses the
 hinge loss) are trained for all combinations of --rows and --weight_decays, with several
 seeds. Each seed has its own examples, initial weights and batches. A step of SGD is
 
@@ -21,8 +21,7 @@ decay are the same here.
 A network has memorized at the first evaluation with a training accuracy of at least
 98%, and has generalized at the first one with a test accuracy of at least 98%, on 1000
 examples; "never" means not within --epochs. Networks are evaluated before the first
-epoch and after every 5 epochs, so times are multiples of 5. Evaluating after every
-epoch takes about 1.5 times as long. An epoch visits each of a network's training
+epoch and after every 5 epochs, so times are multiples of 5. An epoch visits each of a network's training
 examples once, so with fewer examples it has fewer steps; the files have both. The table
 has medians over seeds, which are "never" if at least half of the networks never got
 there.

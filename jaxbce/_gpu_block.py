@@ -1,4 +1,4 @@
-"""What a block of the kernel for GPUs does: it trains some networks, in registers.
+"""Training of a block of networks in the registers of a GPU.
 
 A thread has a share of the hidden units of one network. Each step is a program of one
 network: `gradients.accumulate`, then the optimizer's elementwise update. `_threads.py`
@@ -24,7 +24,7 @@ NUM_PARAMS = 4  # leaves: weights and biases of two layers
 
 
 class Leaf(NamedTuple):
-    """What a thread has of a leaf of the parameters or of the optimizer's state.
+    """The share of a thread in a leaf of the parameters or of the optimizer's state.
 
     Attributes:
       shape: The shape of its share.

@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
         labels_by_network: Callable[[jax.Array], jax.Array],
         pad: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> dict[str, Any]:
-        """What a kernel reads, by name. What all networks share has no axis of them.
+        """Arrays that a kernel reads, by name; shared ones have no axis of networks.
 
         Args:
           num_indices: Number of indices per step, with those of no example.
