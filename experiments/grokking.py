@@ -21,10 +21,10 @@ decay are the same here.
 A network has memorized at the first evaluation with a training accuracy of at least
 98%, and has generalized at the first one with a test accuracy of at least 98%, on 1000
 examples; "never" means not within --epochs. Networks are evaluated before the first
-epoch and after every 5 epochs, so times are multiples of 5. An epoch visits each of a network's training
-examples once, so with fewer examples it has fewer steps; the files have both. The table
-has medians over seeds, which are "never" if at least half of the networks never got
-there.
+epoch and after every 5 epochs, so times are multiples of 5. An epoch visits each of
+a network's training examples once, so with fewer examples it has fewer steps; the files
+have both. The table has medians over seeds, which are "never" if at least half of the
+networks never got there.
 
 Expect networks with few rows to memorize but never generalize, those with many rows to
 do both at about the same time, and those in between to generalize long after they

@@ -16,9 +16,9 @@ from jax import lax
 
 from jaxbce import gradients
 from jaxbce._gpu_registers import Registers
+from jaxbce._kernel_inputs import as_params
 from jaxbce._threads import Number, Shares, Threads, array, value
 from jaxbce.gradients import Batch, Form
-from jaxbce.network import Layer, Params
 
 NUM_PARAMS = 4  # leaves: weights and biases of two layers
 
@@ -191,7 +191,7 @@ class Block(NamedTuple):
         """Adds the loss of examples and its gradient, as a program of one network."""
         form = Form(1, self.sizes.is_weighted, Shares(self.sizes.features, False))
         batch = Batch(x, y, scale * c, p)
-        objective, _ = gradients.accumulate(_params(params), batch, form)
+        objective, _ = gradients.accumulate(as_params(params), batch, form)
         leaves = jax.tree.leaves(objective)
         return [a + b for a, b in zip(sums, leaves, strict=True)]
 
@@ -276,7 +276,3 @@ class Block(NamedTuple):
 
 def _next(shape: tuple[int, ...], numbers: Iterator[Any]) -> np.ndarray:
     return array(shape, (next(numbers) for _ in range(math.prod(shape))))
-
-
-def _params(leaves: list[jax.Array]) -> Params:
-    return tuple(Layer(w, b) for w, b in zip(leaves[::2], leaves[1::2], strict=True))

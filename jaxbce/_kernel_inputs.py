@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbce.network import Layer, Params
+
 
 class Inputs(NamedTuple):
     """The arguments of a call for one network, or with axes `[seeds, networks]`.
@@ -126,3 +128,8 @@ class Inputs(NamedTuple):
             "fixed": [t.dtype for t in self.fixed],
             "varying": [t.dtype for t in self.varying],
         }
+
+
+def as_params(leaves: list[jax.Array]) -> Params:
+    """The leaves of the parameters, in their order, as layers."""
+    return tuple(Layer(w, b) for w, b in zip(leaves[::2], leaves[1::2], strict=True))

@@ -20,10 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxbce import gradients
 from jaxbce._elementwise import Split
-from jaxbce._kernel_inputs import Inputs
+from jaxbce._kernel_inputs import Inputs, as_params
 from jaxbce._layouts import Lanes
 from jaxbce.gradients import Batch, Form, Objective
-from jaxbce.network import Layer, Params
 
 _LANES, _SUBLANES = 128, 8
 _MAX_NETWORKS = 512  # per block
@@ -256,7 +255,7 @@ def _kernel(
         ]
         scale = inputs["scale"][i]
         batch = _batch(scratch["examples"], scale, jnp.stack(p), lanes, sizes)
-        params = _params([ref[..., lanes] for ref in params_refs])
+        params = as_params([ref[..., lanes] for ref in params_refs])
         return gradients.accumulate(params, batch, form)[0]
 
     def take(i: jax.Array, lanes: slice, objective: Objective) -> None:
@@ -308,13 +307,9 @@ def _kernel(
         lax.fori_loop(np.int32(0), np.int32(sizes.passes), add, None)
         for lanes in groups:
             value, linear_part, *grads = [ref[..., lanes] for ref in scratch["sums"]]
-            take(i, lanes, Objective(value, linear_part, _params(grads)))
+            take(i, lanes, Objective(value, linear_part, as_params(grads)))
 
     lax.fori_loop(np.int32(0), num_steps, step, None)
-
-
-def _params(leaves: list[jax.Array]) -> Params:
-    return tuple(Layer(w, b) for w, b in zip(leaves[::2], leaves[1::2], strict=True))
 
 
 def _lane_scalar(ref: Any, i: jax.Array | int, lanes: slice, dtype: Any) -> jax.Array:
